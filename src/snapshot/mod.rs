@@ -1,0 +1,49 @@
+//! The verbs, in QEMU's words.
+
+/// One snapshot of the table in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Offset of the snapshot's L1 table in the image file.
+    pub l1_table_offset: u64,
+    /// Entries in that L1 table.
+    pub l1_size: u32,
+    /// Unique ID, usually a decimal number; any bytes but NUL in practice.
+    pub id: Vec<u8>,
+    /// Name, not unique; may be empty.
+    pub name: Vec<u8>,
+    /// Seconds since the epoch.
+    pub date_sec: u32,
+    /// Nanoseconds within the second.
+    pub date_nsec: u32,
+    /// Guest clock in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Bytes of VM state.
+    pub vm_state_size: u64,
+    /// Virtual disk size in bytes when the snapshot was taken.
+    pub disk_size: u64,
+    /// Instruction count, or `u64::MAX` for none.
+    pub icount: u64,
+    /// Size of the extra data as read from the image, in bytes.
+    pub extra_data_size: u32,
+    /// Extra data beyond the 24 bytes known today, kept verbatim.
+    pub unknown_extra_data: Vec<u8>,
+}
+
+/// What a caller says of a snapshot to create (QEMU's `QEMUSnapshotInfo`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NewSnapshot {
+    /// ID to use, or empty to have the next free one made.
+    pub id: Vec<u8>,
+    /// Name, at most 65535 bytes.
+    pub name: Vec<u8>,
+    /// Seconds since the epoch.
+    pub date_sec: u32,
+    /// Nanoseconds within the second.
+    pub date_nsec: u32,
+    /// Guest clock in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Bytes of VM state that stand in the active L1 behind the disk.
+    pub vm_state_size: u64,
+    /// Instruction count, stored as given.
+    pub icount: u64,
+}
