@@ -1,1 +1,422 @@
-//! lock
+//! QEMU's image locks, and the few system calls that the standard library does not wrap.
+//!
+//! QEMU lets programs agree about an image with open-file-description locks on single bytes
+//! (`block/file-posix.c`, `raw_apply_lock_bytes()` and `raw_check_lock_bytes()`):
+//!
+//! ```text
+//!   byte 100 + i   shared lock held by whoever uses permission i
+//!   byte 200 + i   shared lock held by whoever refuses permission i to everybody else
+//!                  i: 0 consistent read, 1 write, 2 write unchanged, 3 resize
+//! ```
+//!
+//! Nobody ever holds an exclusive lock. Everybody first takes its shared locks and then asks,
+//! without taking it, whether an exclusive lock on the opposite byte would be granted. Since
+//! both sides lock before they ask, two racing openers may both fail, but never both succeed.
+//! The bytes need not exist in the file.
+//!
+//! This is the only file outside `capi` that may contain `unsafe`; the blocks are system calls.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+
+use crate::error::{Error, Result};
+
+/// Which of QEMU's locks an open takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockMode {
+    /// None at all.
+    None,
+    /// As a read-only user: nobody may be writing.
+    ReadOnly,
+    /// As a read-write user: nobody else may have the image open.
+    ReadWrite,
+    /// As `qemu-img -U`: reading beside a writer, refusing nothing to others.
+    ForceShare,
+}
+
+/// First byte of the "I use permission i" locks.
+const USES: i64 = 100;
+/// First byte of the "I refuse permission i to others" locks.
+const REFUSES: i64 = 200;
+
+const CONSISTENT_READ: u8 = 0;
+const WRITE: u8 = 1;
+const RESIZE: u8 = 3;
+
+impl LockMode {
+    /// The permissions used and the permissions refused to others, ascending.
+    const fn permissions(self) -> (&'static [u8], &'static [u8]) {
+        match self {
+            LockMode::None => (&[], &[]),
+            LockMode::ReadOnly => (&[CONSISTENT_READ], &[WRITE, RESIZE]),
+            LockMode::ReadWrite => (&[CONSISTENT_READ, WRITE, RESIZE], &[WRITE, RESIZE]),
+            LockMode::ForceShare => (&[CONSISTENT_READ], &[]),
+        }
+    }
+}
+
+/// QEMU's name of a permission, as its messages spell it.
+const fn permission_name(permission: u8) -> &'static str {
+    match permission {
+        CONSISTENT_READ => "consistent read",
+        WRITE => "write",
+        RESIZE => "resize",
+        _ => "write unchanged",
+    }
+}
+
+/// The lock bytes that were taken on one open file.
+///
+/// Dropping it releases nothing, for lack of a descriptor; [`ImageLock::release`] does. Closing
+/// the descriptor is not enough where the open file is shared with somebody (a descriptor that
+/// was only duplicated, a forked child that has not yet called exec).
+#[derive(Debug, Default)]
+pub struct ImageLock {
+    held: Vec<i64>,
+}
+
+impl ImageLock {
+    /// Take the locks of `mode`; `image` is what messages call the image.
+    ///
+    /// Where the kernel or the file system has no such locks none are taken, as QEMU's
+    /// `locking=auto` does: then QEMU does not hold any either.
+    ///
+    /// # Errors
+    /// `InUse` when somebody else's locks forbid it, `Os` when a lock call fails. Nothing is
+    /// held afterwards.
+    pub fn take(fd: BorrowedFd<'_>, mode: LockMode, image: &str) -> Result<ImageLock> {
+        let mut lock = ImageLock::default();
+        if mode == LockMode::None || !locks_work(fd)? {
+            return Ok(lock);
+        }
+        match lock.take_and_test(fd, mode, image) {
+            Ok(()) => Ok(lock),
+            Err(e) => {
+                // The conflict is what the caller has to know.
+                let _ = lock.release(fd);
+                Err(e)
+            }
+        }
+    }
+
+    fn take_and_test(&mut self, fd: BorrowedFd<'_>, mode: LockMode, image: &str) -> Result<()> {
+        let (uses, refuses) = mode.permissions();
+        let bytes = uses
+            .iter()
+            .map(|&p| USES + i64::from(p))
+            .chain(refuses.iter().map(|&p| REFUSES + i64::from(p)));
+        for byte in bytes {
+            match set_lock(fd, libc::F_RDLCK, byte) {
+                Ok(()) => self.held.push(byte),
+                Err(e) if denied(&e) => {
+                    return Err(in_use(&format!("Failed to lock byte {byte}"), image))
+                }
+                Err(source) => {
+                    let context = format!("Failed to lock byte {byte}");
+                    return Err(Error::Os { context, source });
+                }
+            }
+        }
+        for &p in uses {
+            let what = format!("Failed to get \"{}\" lock", permission_name(p));
+            test_byte(fd, REFUSES + i64::from(p), what, image)?;
+        }
+        for &p in refuses {
+            let what = format!("Failed to get shared \"{}\" lock", permission_name(p));
+            test_byte(fd, USES + i64::from(p), what, image)?;
+        }
+        Ok(())
+    }
+
+    /// Release what is held: every byte is tried, the first failure is returned.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn release(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let mut result = Ok(());
+        for byte in self.held.drain(..) {
+            result = result.and(set_lock(fd, libc::F_UNLCK, byte));
+        }
+        result
+    }
+}
+
+/// Fail when somebody else holds a lock on this byte.
+fn test_byte(fd: BorrowedFd<'_>, byte: i64, what: String, image: &str) -> Result<()> {
+    match is_locked(fd, byte, 1) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(in_use(&what, image)),
+        Err(e) if denied(&e) => Err(in_use(&what, image)),
+        Err(source) => Err(Error::Os {
+            context: what,
+            source,
+        }),
+    }
+}
+
+fn in_use(what: &str, image: &str) -> Error {
+    Error::InUse(format!(
+        "The image is in use: {what}. Is another process using the image [{image}]?"
+    ))
+}
+
+/// POSIX lets a lock call answer either of these for "somebody else has it".
+fn denied(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
+}
+
+/// Does this file have open-file-description locks? Asked with a query that takes nothing.
+fn locks_work(fd: BorrowedFd<'_>) -> Result<bool> {
+    match is_locked(fd, 0, 0) {
+        Ok(_) => Ok(true),
+        Err(e) => match e.raw_os_error() {
+            // An old kernel, a sandbox; a network file system mounted without a lock service.
+            Some(libc::EINVAL | libc::ENOSYS | libc::ENOLCK | libc::EOPNOTSUPP) => Ok(false),
+            _ => Err(Error::Os {
+                context: "Failed to query the image locks".into(),
+                source: e,
+            }),
+        },
+    }
+}
+
+/// Take or release one byte without waiting.
+fn set_lock(fd: BorrowedFd<'_>, kind: libc::c_int, byte: i64) -> io::Result<()> {
+    lock_call(fd, libc::F_OFD_SETLK, kind, byte, 1).map(|_| ())
+}
+
+/// Would an exclusive lock on this range be refused? `bytes` 0 means up to any end of file.
+fn is_locked(fd: BorrowedFd<'_>, start: i64, bytes: i64) -> io::Result<bool> {
+    let answer = lock_call(fd, libc::F_OFD_GETLK, libc::F_WRLCK, start, bytes)?;
+    Ok(i32::from(answer.l_type) != libc::F_UNLCK)
+}
+
+fn lock_call(
+    fd: BorrowedFd<'_>,
+    command: libc::c_int,
+    kind: libc::c_int,
+    start: i64,
+    bytes: i64,
+) -> io::Result<libc::flock> {
+    // SAFETY: `flock` consists of integers only, for which all zeros is a value. Some
+    // architectures pad it, so it cannot be spelled as a literal; `l_pid` must be 0 anyway.
+    let mut range: libc::flock = unsafe { std::mem::zeroed() };
+    range.l_type = kind as libc::c_short;
+    range.l_whence = libc::SEEK_SET as libc::c_short;
+    range.l_start = start as libc::off_t;
+    range.l_len = bytes as libc::off_t;
+    retry(|| {
+        // SAFETY: `fd` is open for as long as it is borrowed, and both commands read and write
+        // exactly one `flock`, which `range` is.
+        unsafe { libc::fcntl(fd.as_raw_fd(), command, &mut range) }
+    })?;
+    Ok(range)
+}
+
+/// Repeat a call that a signal interrupted; -1 becomes the error in `errno`.
+fn retry(mut call: impl FnMut() -> libc::c_int) -> io::Result<libc::c_int> {
+    loop {
+        let answer = call();
+        if answer != -1 {
+            return Ok(answer);
+        }
+        let e = io::Error::last_os_error();
+        if e.kind() != io::ErrorKind::Interrupted {
+            return Err(e);
+        }
+    }
+}
+
+/// The flags of an open file (`F_GETFL`). The number comes from a caller: it may be anything.
+pub(super) fn file_flags(fd: RawFd) -> io::Result<libc::c_int> {
+    // SAFETY: F_GETFL takes no argument and changes nothing; a number that is not an open
+    // descriptor is answered with EBADF.
+    retry(|| unsafe { libc::fcntl(fd, libc::F_GETFL) })
+}
+
+/// A second descriptor for the same open file, closed on exec.
+pub(super) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_DUPFD_CLOEXEC takes an integer; a number that is not an open descriptor is
+    // answered with EBADF.
+    let new = retry(|| unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0 as libc::c_int) })?;
+    // SAFETY: the kernel has just made this descriptor for us, so nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(new) })
+}
+
+/// What a descriptor refers to: its file type (`S_IFMT` bits) and its identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct FileKind {
+    pub(super) format: u32,
+    pub(super) device: u64,
+    pub(super) inode: u64,
+}
+
+/// `fstat` of a descriptor that we do not own; the number may be anything.
+pub(super) fn file_kind(fd: RawFd) -> io::Result<FileKind> {
+    // SAFETY: `stat` consists of integers only, for which all zeros is a value.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: the call writes one `stat`, which is what the reference points at; a number that
+    // is not an open descriptor is answered with EBADF.
+    retry(|| unsafe { libc::fstat(fd, &mut stat) })?;
+    // The widths of these fields differ from one architecture to another.
+    #[allow(clippy::unnecessary_cast)]
+    Ok(FileKind {
+        format: (stat.st_mode & libc::S_IFMT) as u32,
+        device: stat.st_dev as u64,
+        inode: stat.st_ino as u64,
+    })
+}
+
+/// Punch a hole, keeping the length of the file.
+pub(super) fn punch_hole(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+    let too_far = |_| io::Error::from_raw_os_error(libc::EFBIG);
+    let offset = libc::off_t::try_from(offset).map_err(too_far)?;
+    let bytes = libc::off_t::try_from(bytes).map_err(too_far)?;
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: all arguments are integers, and `fd` is open for as long as it is borrowed.
+    retry(|| unsafe { libc::fallocate(fd.as_raw_fd(), mode, offset, bytes) })?;
+    Ok(())
+}
+
+/// Close a descriptor and say what the file system says, which dropping it would swallow.
+pub(super) fn close(fd: OwnedFd) -> io::Result<()> {
+    // SAFETY: `into_raw_fd` gives up the ownership, so this is the only close of it.
+    if unsafe { libc::close(fd.into_raw_fd()) } == 0 {
+        return Ok(());
+    }
+    let e = io::Error::last_os_error();
+    // Linux has released the descriptor even then: calling again could close somebody else's.
+    if e.kind() == io::ErrorKind::Interrupted {
+        return Ok(());
+    }
+    Err(e)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::path::Path;
+
+    const MODES: [LockMode; 4] = [
+        LockMode::None,
+        LockMode::ReadOnly,
+        LockMode::ReadWrite,
+        LockMode::ForceShare,
+    ];
+
+    fn open(path: &Path) -> File {
+        File::options().read(true).write(true).open(path).unwrap()
+    }
+
+    /// The bytes between 0 and 300 that somebody other than `file` has locked.
+    fn locked_bytes(file: &File) -> Vec<i64> {
+        (0..300)
+            .filter(|&b| is_locked(file.as_fd(), b, 1).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn each_mode_holds_exactly_qemus_bytes_until_released() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let (a, b) = (open(image.path()), open(image.path()));
+        for (mode, bytes) in [
+            (LockMode::None, vec![]),
+            (LockMode::ReadOnly, vec![100, 201, 203]),
+            (LockMode::ReadWrite, vec![100, 101, 103, 201, 203]),
+            (LockMode::ForceShare, vec![100]),
+        ] {
+            let mut lock = ImageLock::take(a.as_fd(), mode, "x").unwrap();
+            assert_eq!(locked_bytes(&b), bytes, "{mode:?}");
+            lock.release(a.as_fd()).unwrap();
+            assert_eq!(locked_bytes(&b), vec![], "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn two_users_exclude_each_other_as_qemu_says_and_the_loser_holds_nothing() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let (a, b, watcher) = (open(image.path()), open(image.path()), open(image.path()));
+        for first in MODES {
+            for second in MODES {
+                let mut held = ImageLock::take(a.as_fd(), first, "x").unwrap();
+                let before = locked_bytes(&watcher);
+                let got = ImageLock::take(b.as_fd(), second, "x");
+                let both = [first, second];
+                let share = !both.contains(&LockMode::ReadWrite)
+                    || both.contains(&LockMode::ForceShare)
+                    || both.contains(&LockMode::None);
+                assert_eq!(got.is_ok(), share, "{first:?} then {second:?}");
+                match got {
+                    Ok(mut lock) => lock.release(b.as_fd()).unwrap(),
+                    Err(e) => assert_eq!(e.errno(), libc::EAGAIN),
+                }
+                assert_eq!(locked_bytes(&watcher), before);
+                held.release(a.as_fd()).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn the_message_uses_qemus_words() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let (a, b) = (open(image.path()), open(image.path()));
+        let _lock = ImageLock::take(a.as_fd(), LockMode::ReadWrite, "a.qcow2").unwrap();
+        let text = |mode| {
+            ImageLock::take(b.as_fd(), mode, "a.qcow2")
+                .unwrap_err()
+                .to_string()
+        };
+        let hint = "Is another process using the image [a.qcow2]?";
+        assert_eq!(
+            text(LockMode::ReadWrite),
+            format!("The image is in use: Failed to get \"write\" lock. {hint}")
+        );
+        assert_eq!(
+            text(LockMode::ReadOnly),
+            format!("The image is in use: Failed to get shared \"write\" lock. {hint}")
+        );
+    }
+
+    #[test]
+    fn somebodys_exclusive_lock_on_our_byte_is_a_conflict_too() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let (a, b) = (open(image.path()), open(image.path()));
+        set_lock(a.as_fd(), libc::F_WRLCK, 103).unwrap();
+        let e = ImageLock::take(b.as_fd(), LockMode::ReadWrite, "x").unwrap_err();
+        assert_eq!(e.errno(), libc::EAGAIN);
+        assert!(e.to_string().contains("Failed to lock byte 103"), "{e}");
+        // 103 itself is a's.
+        assert_eq!(locked_bytes(&a), vec![]);
+    }
+
+    #[test]
+    fn a_read_only_descriptor_can_hold_every_lock() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let file = File::open(image.path()).unwrap();
+        for mode in MODES {
+            let mut lock = ImageLock::take(file.as_fd(), mode, "x").unwrap();
+            lock.release(file.as_fd()).unwrap();
+        }
+    }
+
+    #[test]
+    fn numbers_that_are_no_descriptors_are_ebadf() {
+        for fd in [-1, i32::MAX] {
+            let errno = |e: io::Error| e.raw_os_error().unwrap();
+            assert_eq!(errno(file_flags(fd).unwrap_err()), libc::EBADF);
+            assert_eq!(errno(file_kind(fd).unwrap_err()), libc::EBADF);
+            assert_eq!(errno(duplicate(fd).unwrap_err()), libc::EBADF);
+        }
+    }
+
+    #[test]
+    fn close_reports_what_the_system_says() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        close(OwnedFd::from(open(image.path()))).unwrap();
+    }
+}

@@ -4,7 +4,7 @@
 //! ([`file`]), a caller's functions ([`callbacks`]), memory ([`memory`]) and the recorder
 //! used by the crash and fault tests ([`trace`]) implement the same trait.
 
-use std::io::Result;
+use std::io::{Error, Result};
 
 pub mod callbacks;
 pub mod file;
@@ -45,4 +45,104 @@ pub trait Storage {
 
     /// Release what the storage holds (descriptor, locks). Called once, last.
     fn close(self: Box<Self>) -> Result<()>;
+}
+
+/// Does this answer to a discard mean "not here", rather than "not this time"? QEMU stops
+/// trying after one of these, and the caller has lost nothing.
+fn discard_unsupported(e: &Error) -> bool {
+    matches!(
+        e.raw_os_error(),
+        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::ENOTTY)
+    )
+}
+
+/// When a barrier has to reach the device, and what it may promise.
+#[derive(Debug)]
+struct FlushState {
+    never: bool,
+    changed: bool,
+    failed: Option<i32>,
+}
+
+impl FlushState {
+    fn new(never: bool) -> FlushState {
+        FlushState {
+            never,
+            changed: false,
+            failed: None,
+        }
+    }
+
+    /// Something is about to change.
+    fn changed(&mut self) {
+        self.changed = true;
+    }
+
+    /// Call `flush` unless nothing has changed since the last time, as QEMU does.
+    ///
+    /// A failure is for ever: the kernel reports a lost page once and then takes it for clean,
+    /// so a second attempt would succeed without having written it.
+    fn barrier(&mut self, flush: impl FnOnce() -> Result<()>) -> Result<()> {
+        if self.never {
+            return Ok(());
+        }
+        if let Some(errno) = self.failed {
+            return Err(Error::from_raw_os_error(errno));
+        }
+        if self.changed {
+            if let Err(e) = flush() {
+                self.failed = Some(e.raw_os_error().unwrap_or(libc::EIO));
+                return Err(e);
+            }
+            self.changed = false;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_barrier_reaches_the_device_only_after_a_change() {
+        let mut state = FlushState::new(false);
+        let mut flushes = 0;
+        for (change, expected) in [(false, 0), (true, 1), (false, 1), (true, 2)] {
+            if change {
+                state.changed();
+            }
+            state
+                .barrier(|| {
+                    flushes += 1;
+                    Ok(())
+                })
+                .unwrap();
+            assert_eq!(flushes, expected);
+        }
+    }
+
+    #[test]
+    fn after_a_failed_barrier_every_later_one_fails() {
+        let mut state = FlushState::new(false);
+        state.changed();
+        let enospc = || Err(Error::from_raw_os_error(libc::ENOSPC));
+        for _ in 0..3 {
+            let e = state.barrier(enospc).unwrap_err();
+            assert_eq!(e.raw_os_error(), Some(libc::ENOSPC));
+            let e = state.barrier(|| Ok(())).unwrap_err();
+            assert_eq!(e.raw_os_error(), Some(libc::ENOSPC));
+        }
+    }
+
+    #[test]
+    fn no_flush_never_asks_the_device() {
+        let mut state = FlushState::new(true);
+        state.changed();
+        state
+            .barrier(|| Err(Error::from_raw_os_error(libc::EIO)))
+            .unwrap();
+    }
 }

@@ -1,1 +1,1 @@
-//! trace
+//! The recorder for crash and fault tests.
