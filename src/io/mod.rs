@@ -1,7 +1,7 @@
 //! Bytes and devices. Nothing in this module knows qcow2.
 //!
 //! [`Storage`] is the whole interface between the library and an image: a plain file
-//! ([`file`]), a caller's functions ([`callbacks`]), memory ([`memory`]) and the recorder
+//! ([`mod@file`]), a caller's functions ([`callbacks`]), memory ([`memory`]) and the recorder
 //! used by the crash and fault tests ([`trace`]) implement the same trait.
 
 use std::io::{Error, Result};
@@ -43,7 +43,8 @@ pub trait Storage {
     /// When this returns, everything written, truncated or discarded before is stable.
     fn barrier(&mut self) -> Result<()>;
 
-    /// Release what the storage holds (descriptor, locks). Called once, last.
+    /// Release what the storage holds (descriptor, locks). Called once, last. A storage on which
+    /// no image could be opened is dropped instead: that releases what the storage opened itself.
     fn close(self: Box<Self>) -> Result<()>;
 }
 
