@@ -1,1 +1,90 @@
-fn main() {}
+//! Two things that Cargo.toml cannot say: the C header, and how the shared library is linked.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+/// The sources of the header, in the order in which it presents them.
+const SOURCES: [&str; 5] = [
+    "src/capi/types.rs",
+    "src/capi/guard.rs",
+    "src/capi/open.rs",
+    "src/capi/verbs.rs",
+    "src/capi/error.rs",
+];
+
+fn main() {
+    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("set by Cargo"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by Cargo"));
+
+    // Only cbindgen sees this cfg: it makes an #ifdef of it.
+    println!("cargo::rustc-check-cfg=cfg(qcow2_compat_2_1)");
+
+    // The source tree stays as it is (it may be read-only): `make header` copies the result
+    // to include/, and tests/header.rs compares the two.
+    fs::write(out.join("qcow2_snapshot.h"), header(&root)).expect("OUT_DIR is writable");
+    for file in SOURCES.iter().chain(&["cbindgen.toml", "build.rs", "examples/list.c"]) {
+        println!("cargo::rerun-if-changed={file}");
+    }
+
+    // Mach-O and PE have no SONAME; only Linux is supported.
+    if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
+        // The number changes when a program compiled against an older header would no longer work.
+        println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libqcow2_snapshot.so.0");
+        // Calls within the library stay there, whatever a program defines or preloads.
+        println!("cargo::rustc-cdylib-link-arg=-Wl,-Bsymbolic");
+    }
+}
+
+fn header(root: &Path) -> String {
+    let mut config = cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml is valid");
+    config.header = config.header.map(|text| with_example(&text, &root.join("examples/list.c")));
+    config.after_includes = Some(version_macros());
+    let mut builder = cbindgen::Builder::new().with_config(config);
+    for file in SOURCES {
+        builder = builder.with_src(root.join(file));
+    }
+    let mut text = Vec::new();
+    builder.generate().expect("cbindgen understands src/capi").write(&mut text);
+    let text = String::from_utf8(text).expect("cbindgen writes UTF-8");
+    // cbindgen puts the semicolon of a conditional member behind the #endif, which leaves a
+    // stray one where the member is left out: not C99.
+    let text = text.replace("\n#endif\n    ;\n", ";\n#endif\n");
+    text.lines().map(|line| flag_in_hex(line) + "\n").collect()
+}
+
+/// The example in the opening comment is a program that the tests compile and run.
+fn with_example(text: &str, example: &Path) -> String {
+    let program = fs::read_to_string(example).expect("examples/list.c is there");
+    let program: Vec<&str> = program.lines().collect();
+    text.replace("@EXAMPLE@", &program.join("\n *     "))
+        .replace("\n *     \n", "\n *\n")
+}
+
+fn version_macros() -> String {
+    let part = |name: &str| env::var(name).expect("set by Cargo");
+    format!(
+        "/**\n \
+          * The version of this header. Compare qcow2_version(), the one of the library.\n \
+          */\n\
+         #define QCOW2_SNAPSHOT_VERSION_MAJOR {}\n\
+         #define QCOW2_SNAPSHOT_VERSION_MINOR {}\n\
+         #define QCOW2_SNAPSHOT_VERSION_PATCH {}\n\
+         #define QCOW2_SNAPSHOT_VERSION \"{}\"",
+        part("CARGO_PKG_VERSION_MAJOR"),
+        part("CARGO_PKG_VERSION_MINOR"),
+        part("CARGO_PKG_VERSION_PATCH"),
+        part("CARGO_PKG_VERSION"),
+    )
+}
+
+/// cbindgen writes every constant in decimal, which nobody can read in a bit mask.
+fn flag_in_hex(line: &str) -> String {
+    let flag = line
+        .strip_prefix("#define QCOW2_O_")
+        .and_then(|rest| rest.split_once(' '))
+        .and_then(|(name, value)| Some((name, value.parse::<u32>().ok()?)));
+    match flag {
+        Some((name, value)) => format!("#define QCOW2_O_{name} {value:#010x}"),
+        None => line.to_owned(),
+    }
+}

@@ -9,7 +9,8 @@ pub mod image;
 pub mod io;
 pub mod snapshot;
 
-mod capi;
+#[doc(hidden)]
+pub mod capi;
 
 pub use error::{Error, Result};
 pub use flags::OpenFlags;

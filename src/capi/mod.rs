@@ -1,1 +1,34 @@
-//! The C surface.
+//! The C surface: every function of `include/qcow2_snapshot.h`.
+//!
+//! The doc comments of the `qcow2_*` items in this module are the manual for C
+//! programmers: cbindgen copies them into the header (see `build.rs`), so they speak C
+//! and say nothing of Rust. What they have in common stands once, in the header's opening
+//! comment (`cbindgen.toml`).
+//!
+//! Three rules keep the functions short and alike:
+//!
+//! * Every body runs inside [`guard`]: it turns NULL, re-entrancy, errors and panics into
+//!   an errno, an error object and the text of `qcow2_last_error()`.
+//! * Out-pointers are cleared before anything else and set only on success.
+//! * The handle is never behind a `&mut`: a caller's I/O function may hold the same
+//!   pointer and call back while a verb runs. It then finds the busy flag set and gets
+//!   -EBUSY, without a second reference to the image having existed.
+//!
+//! Unsafe code lives here and in the system call layer of `io`, nowhere else.
+
+// This is the border to C: the pointers come from there.
+#![allow(unsafe_code)]
+// The contract with the caller is in the C documentation of each function.
+#![allow(clippy::missing_safety_doc)]
+
+mod error;
+mod guard;
+mod open;
+mod types;
+mod verbs;
+
+pub use error::*;
+pub use guard::Qcow2Image;
+pub use open::*;
+pub use types::*;
+pub use verbs::*;

@@ -1,0 +1,293 @@
+//! Opening and closing.
+
+use std::ffi::{c_char, c_int, c_void, CStr, OsStr};
+use std::mem::{offset_of, size_of, MaybeUninit};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::ptr;
+
+use super::error::Qcow2Error;
+use super::guard::{guard, guard_close, null, Qcow2Image};
+use super::types::Qcow2IoOps;
+use crate::error::{Error, Result};
+use crate::flags::OpenFlags;
+use crate::image::Image;
+use crate::io::callbacks::{CallbackStorage, Callbacks};
+use crate::io::file::{FileOptions, FileStorage, LockMode};
+
+/// Open the image at a path. The descriptor is close-on-exec. Opening writes nothing.
+///
+/// The image is locked as QEMU locks it, unless QCOW2_O_NO_LOCK is given: a read-write open
+/// of an image that a guest, qemu-img or another handle has open is -EAGAIN, and so is a
+/// read-only open while a guest runs (QCOW2_O_FORCE_SHARE is for that); while the handle is
+/// open, qemu-img refuses the image in the same way.
+///
+/// @param filename  a plain path, not one of QEMU's "protocol:" names; text ending in NUL
+/// @param flags     QCOW2_O values joined by "|", or 0: read-only
+/// @param pbs       where to put the handle, which then belongs to the caller
+///                  (qcow2_close()); set to NULL if the call fails
+/// @param errp      NULL, or where to put the error: must hold NULL on entry, set only on
+///                  failure, then owned by the caller (qcow2_error_free())
+/// @return          0, or -errno:
+///                  -EINVAL   filename or pbs is NULL; an unknown flag, or FORCE_SHARE with
+///                            RDWR; not a regular file; or not a qcow2 image, or a field of
+///                            its header is not valid
+///                  -ENOENT   no such file; likewise the system's other errnos for paths
+///                  -EACCES   no permission, or the image is marked corrupt and RDWR is
+///                            given
+///                  -EAGAIN   the image is in use by somebody else
+///                  -EFBIG    a table of the image exceeds QEMU's limit for it
+///                  -ENOTSUP  a block device; the dirty bit with RDWR; or a feature that is
+///                            not supported: the words name it
+///                  -EIO      the file cannot be read, or is damaged
+///                  -ENOMEM
+///
+/// QEMU: bdrv_open() with the driver "qcow2"
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_open(
+    filename: *const c_char,
+    flags: c_int,
+    pbs: *mut *mut Qcow2Image,
+    errp: *mut *mut Qcow2Error,
+) -> c_int {
+    let body = || {
+        if filename.is_null() {
+            return Err(null("filename"));
+        }
+        // SAFETY: not null, and text ending in NUL as the header demands.
+        let name = unsafe { CStr::from_ptr(filename) };
+        Image::open(Path::new(OsStr::from_bytes(name.to_bytes())), OpenFlags::from_bits(flags)?)
+    };
+    // SAFETY: the header demands writable pointers or NULL.
+    unsafe { open(pbs, errp, body) }
+}
+
+/// Open the image that a descriptor refers to, as qcow2_open() opens one by its path.
+///
+/// The descriptor stays the caller's, open and at its position, and may be closed at once:
+/// the library opens the same file again through /proc, so that its locks are its own. Where
+/// that fails (no /proc, or no permission for the file any more) it duplicates the
+/// descriptor, and then the image locks are shared with it: they keep other programs out as
+/// before, but not a second handle made from the same descriptor.
+///
+/// @param fd     a descriptor of a regular file; with QCOW2_O_RDWR it must be writable
+/// @param flags  QCOW2_O values joined by "|", or 0: read-only
+/// @param pbs    where to put the handle, which then belongs to the caller
+///               (qcow2_close()); set to NULL if the call fails
+/// @param errp   NULL, or where to put the error: must hold NULL on entry, set only on
+///               failure, then owned by the caller (qcow2_error_free())
+/// @return       0, or -errno as qcow2_open(), and:
+///               -EBADF    fd is not an open descriptor
+///               -EINVAL   it was opened with O_PATH, O_APPEND or O_DIRECT
+///               -EACCES   it was not opened for what the flags ask
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_open_fd(
+    fd: c_int,
+    flags: c_int,
+    pbs: *mut *mut Qcow2Image,
+    errp: *mut *mut Qcow2Error,
+) -> c_int {
+    let body = || {
+        let flags = OpenFlags::from_bits(flags)?;
+        let storage = FileStorage::open_fd(fd, &file_options(flags))?;
+        Image::open_storage(Box::new(storage), flags)
+    };
+    // SAFETY: the header demands writable pointers or NULL.
+    unsafe { open(pbs, errp, body) }
+}
+
+/// Open an image that is reached through the caller's own functions. No lock is taken:
+/// keeping others out of the image is the caller's duty.
+///
+/// @param ops     the functions; copied, the table may go away after the call
+/// @param opaque  handed to each function, otherwise not looked at; must live until the
+///                handle is closed
+/// @param flags   QCOW2_O values joined by "|", or 0: read-only
+/// @param pbs     where to put the handle, which then belongs to the caller
+///                (qcow2_close()); set to NULL if the call fails
+/// @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+///                failure, then owned by the caller (qcow2_error_free())
+/// @return        0, or -errno as qcow2_open() for what concerns the image, and:
+///                -EINVAL   ops is NULL, its size too small to hold truncate, or a function
+///                          other than discard and close NULL
+///                or what the functions return
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_open_io(
+    ops: *const Qcow2IoOps,
+    opaque: *mut c_void,
+    flags: c_int,
+    pbs: *mut *mut Qcow2Image,
+    errp: *mut *mut Qcow2Error,
+) -> c_int {
+    let body = || {
+        let flags = OpenFlags::from_bits(flags)?;
+        // SAFETY: null or a table of the length it says, as the header demands.
+        let table = unsafe { copy_table(ops) }?;
+        let storage = CallbackStorage::new(
+            Box::new(CallerFunctions::new(&table, opaque)?),
+            flags.has(OpenFlags::NO_FLUSH),
+            flags.has(OpenFlags::NO_DISCARD),
+        );
+        Image::open_storage(Box::new(storage), flags)
+    };
+    // SAFETY: the header demands writable pointers or NULL.
+    unsafe { open(pbs, errp, body) }
+}
+
+/// Close the image, release its locks and free the handle. Nothing is written: a verb that
+/// returned 0 is on stable storage already.
+///
+/// @param bs  the handle, or NULL, which is fine. It is gone afterwards, whatever the answer;
+///            but for -EBUSY.
+/// @return    0; or an errno of closing or unlocking the file, which says nothing of the
+///            image; or -EBUSY when one of the caller's own I/O functions tries to close the
+///            handle that it is serving: then nothing is freed
+///
+/// QEMU: bdrv_unref()
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_close(bs: *mut Qcow2Image) -> c_int {
+    // SAFETY: the header demands an open handle or NULL, and that it is not used again.
+    unsafe { guard_close(bs) }
+}
+
+/// What the three opens have in common: make the handle of an image, or an error.
+///
+/// # Safety
+/// `pbs` and `errp` are null or point to writable pointers.
+unsafe fn open(
+    pbs: *mut *mut Qcow2Image,
+    errp: *mut *mut Qcow2Error,
+    body: impl FnOnce() -> Result<Image>,
+) -> c_int {
+    if !pbs.is_null() {
+        // SAFETY: not null, and writable by our caller's promise.
+        unsafe { pbs.write(ptr::null_mut()) };
+    }
+    let body = || {
+        if pbs.is_null() {
+            return Err(null("pbs"));
+        }
+        let handle = Box::new(Qcow2Image::new(body()?));
+        // SAFETY: as above.
+        unsafe { pbs.write(Box::into_raw(handle)) };
+        Ok(0)
+    };
+    // SAFETY: passed on from our caller.
+    unsafe { guard(errp, body) }
+}
+
+fn file_options(flags: OpenFlags) -> FileOptions {
+    FileOptions {
+        write: flags.has(OpenFlags::RDWR),
+        no_flush: flags.has(OpenFlags::NO_FLUSH),
+        no_discard: flags.has(OpenFlags::NO_DISCARD),
+        lock: if flags.has(OpenFlags::NO_LOCK) {
+            LockMode::None
+        } else if flags.has(OpenFlags::RDWR) {
+            LockMode::ReadWrite
+        } else if flags.has(OpenFlags::FORCE_SHARE) {
+            LockMode::ForceShare
+        } else {
+            LockMode::ReadOnly
+        },
+    }
+}
+
+/// The bytes of the table that every caller must give: up to the last function that is
+/// not optional.
+const MANDATORY: usize = offset_of!(Qcow2IoOps, discard);
+
+/// Copy the caller's table: members that it does not have become NULL, members that
+/// this library does not know are left out.
+///
+/// # Safety
+/// `ops` is null, or points to a `size` and as many bytes as it says.
+unsafe fn copy_table(ops: *const Qcow2IoOps) -> Result<Qcow2IoOps> {
+    if ops.is_null() {
+        return Err(null("ops"));
+    }
+    // SAFETY: not null; the first member is there whatever the table's length.
+    let size = unsafe { ops.cast::<usize>().read_unaligned() };
+    if size < MANDATORY {
+        return Err(Error::Invalid(format!(
+            "The size of the I/O function table is {size}, at least {MANDATORY} is needed"
+        )));
+    }
+    // Half a pointer is no pointer.
+    let known = size.min(size_of::<Qcow2IoOps>());
+    let whole = known - known % size_of::<usize>();
+    let mut table = MaybeUninit::<Qcow2IoOps>::zeroed();
+    // SAFETY: the source has `size` bytes by our caller's promise, and `whole` exceeds neither
+    // that nor the target. Every member is pointer-sized and valid when zero.
+    Ok(unsafe {
+        ptr::copy_nonoverlapping(ops.cast::<u8>(), table.as_mut_ptr().cast::<u8>(), whole);
+        table.assume_init()
+    })
+}
+
+/// A caller's functions, checked.
+struct CallerFunctions {
+    opaque: *mut c_void,
+    pread: unsafe extern "C" fn(*mut c_void, u64, *mut c_void, usize) -> c_int,
+    pwrite: unsafe extern "C" fn(*mut c_void, u64, *const c_void, usize) -> c_int,
+    flush: unsafe extern "C" fn(*mut c_void) -> c_int,
+    getlength: unsafe extern "C" fn(*mut c_void) -> i64,
+    truncate: unsafe extern "C" fn(*mut c_void, u64) -> c_int,
+    discard: Option<unsafe extern "C" fn(*mut c_void, u64, u64) -> c_int>,
+    close: Option<unsafe extern "C" fn(*mut c_void)>,
+}
+
+impl CallerFunctions {
+    fn new(table: &Qcow2IoOps, opaque: *mut c_void) -> Result<CallerFunctions> {
+        Ok(CallerFunctions {
+            opaque,
+            pread: table.pread.ok_or_else(|| null("ops->pread"))?,
+            pwrite: table.pwrite.ok_or_else(|| null("ops->pwrite"))?,
+            flush: table.flush.ok_or_else(|| null("ops->flush"))?,
+            getlength: table.getlength.ok_or_else(|| null("ops->getlength"))?,
+            truncate: table.truncate.ok_or_else(|| null("ops->truncate"))?,
+            discard: table.discard,
+            close: table.close,
+        })
+    }
+}
+
+// In all of these the function is the caller's, called as the header says it will be.
+impl Callbacks for CallerFunctions {
+    fn pread(&mut self, offset: u64, buf: &mut [u8]) -> i32 {
+        // SAFETY: `buf` is writable for its length.
+        unsafe { (self.pread)(self.opaque, offset, buf.as_mut_ptr().cast(), buf.len()) }
+    }
+
+    fn pwrite(&mut self, offset: u64, buf: &[u8]) -> i32 {
+        // SAFETY: `buf` is readable for its length.
+        unsafe { (self.pwrite)(self.opaque, offset, buf.as_ptr().cast(), buf.len()) }
+    }
+
+    fn flush(&mut self) -> i32 {
+        // SAFETY: nothing but the caller's pointer is handed over.
+        unsafe { (self.flush)(self.opaque) }
+    }
+
+    fn getlength(&mut self) -> i64 {
+        // SAFETY: nothing but the caller's pointer is handed over.
+        unsafe { (self.getlength)(self.opaque) }
+    }
+
+    fn truncate(&mut self, length: u64) -> i32 {
+        // SAFETY: nothing but the caller's pointer is handed over.
+        unsafe { (self.truncate)(self.opaque, length) }
+    }
+
+    fn discard(&mut self, offset: u64, bytes: u64) -> Option<i32> {
+        // SAFETY: nothing but the caller's pointer is handed over.
+        self.discard.map(|discard| unsafe { discard(self.opaque, offset, bytes) })
+    }
+
+    fn close(&mut self) {
+        if let Some(close) = self.close {
+            // SAFETY: nothing but the caller's pointer is handed over.
+            unsafe { close(self.opaque) }
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Constants and public structs.
+
+use std::ffi::{c_char, c_int, c_void, CStr};
+
+/// Open for reading and changing (QEMU's BDRV_O_RDWR). Without it: read-only.
+pub const QCOW2_O_RDWR: c_int = 0x0002;
+/// Never wait for stable storage (QEMU's BDRV_O_NO_FLUSH). Faster; a power cut may then
+/// cost anything, including every snapshot.
+pub const QCOW2_O_NO_FLUSH: c_int = 0x0200;
+/// Read beside a running guest, as "qemu-img -U": read-only opens only, claims nothing
+/// exclusive. What is read while the guest writes may be torn.
+pub const QCOW2_O_FORCE_SHARE: c_int = 0x0100_0000;
+/// Take no image lock at all: keeping others out is then the caller's duty.
+pub const QCOW2_O_NO_LOCK: c_int = 0x0200_0000;
+/// Do not punch holes into the image file where clusters are freed.
+pub const QCOW2_O_NO_DISCARD: c_int = 0x0400_0000;
+/// Behave as the code of QEMU 2.1 did, in exactly three things: the struct of 408 bytes
+/// without `icount`; 16 bytes of extra data for each snapshot table entry written; reverting
+/// to a snapshot of another disk size is -ENOTSUP. Programs do not pass it: they define
+/// QCOW2_SNAPSHOT_COMPAT_2_1 before the include, so that struct and handle agree.
+pub const QCOW2_O_COMPAT_2_1: c_int = 0x0800_0000;
+/// Never open a backing file; a read that would need it is -ENOTSUP.
+pub const QCOW2_O_NO_BACKING: c_int = 0x2000_0000;
+
+/// qcow2_last_outcome(): no changing verb was called yet.
+pub const QCOW2_OUTCOME_NONE: c_int = 0;
+/// qcow2_last_outcome(): disk and snapshots are what they were before the verb.
+pub const QCOW2_OUTCOME_UNCHANGED: c_int = 1;
+/// qcow2_last_outcome(): the verb took effect.
+pub const QCOW2_OUTCOME_DONE: c_int = 2;
+/// qcow2_last_outcome(): the image holds either the state before or the state after the
+/// verb. Close the handle, open the image again and list the snapshots to know which.
+pub const QCOW2_OUTCOME_UNKNOWN: c_int = 3;
+
+/// What a caller sees of a snapshot and says of a new one (QEMU's QEMUSnapshotInfo, same
+/// field names and offsets). 416 bytes; 408 with QCOW2_SNAPSHOT_COMPAT_2_1.
+#[repr(C)]
+pub struct Qcow2SnapshotInfo {
+    /// Unique ID, text ending in NUL, usually a decimal number. An image may hold
+    /// longer ones: cut to 127 bytes here.
+    pub id_str: [c_char; 128],
+    /// Name, text ending in NUL, may be empty and need not be unique. An image may
+    /// hold longer ones: cut to 255 bytes here.
+    pub name: [c_char; 256],
+    /// Size of the VM state in bytes; 0: a snapshot of the disk only.
+    pub vm_state_size: u64,
+    /// When it was taken: seconds since the epoch, UTC.
+    pub date_sec: u32,
+    /// Nanoseconds within that second.
+    pub date_nsec: u32,
+    /// Time on the guest's clock, in nanoseconds since the guest was started.
+    pub vm_clock_nsec: u64,
+    /// Instructions executed by the guest under record/replay; UINT64_MAX for none.
+    #[cfg(not(qcow2_compat_2_1))]
+    pub icount: u64,
+}
+
+/// The caller's I/O functions, for qcow2_open_io(). The library copies the table; it calls
+/// one function at a time, on the thread of the caller, with the `opaque` pointer given at
+/// open. A function returns 0 (getlength: a length) or -errno; anything else counts as -EIO.
+/// It must not throw, longjmp or call back into the handle (-EBUSY).
+#[repr(C)]
+pub struct Qcow2IoOps {
+    /// sizeof(Qcow2IoOps). New members come at the end only, so a table compiled against an
+    /// older header keeps working; members past `size` count as NULL.
+    pub size: usize,
+    /// Read exactly `bytes` bytes (at most 2 MiB) at byte `offset`. What lies past the end
+    /// reads as zeros.
+    pub pread: Option<
+        unsafe extern "C" fn(opaque: *mut c_void, offset: u64, buf: *mut c_void, bytes: usize) -> c_int,
+    >,
+    /// Write exactly `bytes` bytes (at most 2 MiB) at byte `offset`. A write past the end
+    /// extends the file, with zeros between.
+    pub pwrite: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            offset: u64,
+            buf: *const c_void,
+            bytes: usize,
+        ) -> c_int,
+    >,
+    /// A barrier: when it returns 0, earlier writes, truncates and discards are on stable
+    /// storage.
+    pub flush: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
+    /// The length in bytes, or -errno.
+    pub getlength: Option<unsafe extern "C" fn(opaque: *mut c_void) -> i64>,
+    /// Set the length to `length` bytes; growing adds zeros.
+    pub truncate: Option<unsafe extern "C" fn(opaque: *mut c_void, length: u64) -> c_int>,
+    /// Give back the space of `bytes` bytes at `offset`, which read as zeros from then on;
+    /// the length stays. May be NULL: nothing is given back.
+    pub discard: Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, bytes: u64) -> c_int>,
+    /// The handle is closed: the last call, exactly once. Not called if qcow2_open_io()
+    /// failed. May be NULL.
+    pub close: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
+}
+
+const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+    Ok(text) => text,
+    Err(_) => c"",
+};
+
+/// The version of the library that the program runs with, as "1.2.3". The one it was
+/// compiled with is QCOW2_SNAPSHOT_VERSION.
+///
+/// @return  a static string
+#[unsafe(no_mangle)]
+pub extern "C" fn qcow2_version() -> *const c_char {
+    VERSION.as_ptr()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flags::OpenFlags;
+    use crate::image::Outcome;
+
+    #[test]
+    fn the_flags_of_the_header_are_those_of_the_library() {
+        let pairs = [
+            (QCOW2_O_RDWR, OpenFlags::RDWR),
+            (QCOW2_O_NO_FLUSH, OpenFlags::NO_FLUSH),
+            (QCOW2_O_NO_LOCK, OpenFlags::NO_LOCK),
+            (QCOW2_O_FORCE_SHARE, OpenFlags::FORCE_SHARE),
+            (QCOW2_O_NO_DISCARD, OpenFlags::NO_DISCARD),
+            (QCOW2_O_COMPAT_2_1, OpenFlags::COMPAT_2_1),
+            (QCOW2_O_NO_BACKING, OpenFlags::NO_BACKING),
+        ];
+        for (bits, flag) in pairs {
+            assert_eq!(OpenFlags::from_bits(bits).expect("a known flag"), flag);
+        }
+    }
+
+    #[test]
+    fn the_outcomes_of_the_header_are_those_of_the_library() {
+        assert_eq!(QCOW2_OUTCOME_NONE, Outcome::None as c_int);
+        assert_eq!(QCOW2_OUTCOME_UNCHANGED, Outcome::Unchanged as c_int);
+        assert_eq!(QCOW2_OUTCOME_DONE, Outcome::Done as c_int);
+        assert_eq!(QCOW2_OUTCOME_UNKNOWN, Outcome::Unknown as c_int);
+    }
+}
