@@ -1,9 +1,26 @@
-//! An open image.
+//! An open image: its state in memory, and what every verb shares.
 
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
+use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
+use crate::format::header::{Extensions, Header, HEADER_BYTES};
+use crate::format::features;
+use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::Storage;
-use crate::snapshot::{NewSnapshot, Snapshot};
+use crate::snapshot::Snapshot;
+use device::Device;
+use overlap::{Kind, Overlap};
+use replay::Replay;
+use update::{Plan, Update};
+
+pub(crate) mod device;
+mod mapping;
+pub(crate) mod overlap;
+pub(crate) mod refcount;
+pub(crate) mod replay;
+mod resize;
+pub(crate) mod update;
+pub(crate) mod walk;
 
 /// What the last changing verb did to the image (`qcow2_last_outcome()`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,35 +36,274 @@ pub enum Outcome {
     Unknown = 3,
 }
 
-/// One open image.
-pub struct Image {}
-
-#[allow(unused_variables, missing_docs)]
-impl Image {
-    /// Open an image by path (takes QEMU's locks unless the flags say otherwise).
-    pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> { Err(Error::Unsupported("stub".into())) }
-    /// Open an image on any storage. No lock is taken here. When this fails, `storage.close()` is NOT called; it is dropped.
-    pub fn open_storage(storage: Box<dyn Storage>, flags: OpenFlags) -> Result<Image> { Err(Error::Unsupported("stub".into())) }
-    /// Close: error of close or unlock only; never writes.
-    pub fn close(self) -> Result<()> { Ok(()) }
-    pub fn read_snapshots(&mut self) -> Result<()> { Ok(()) }
-    pub fn free_snapshots(&mut self) {}
-    pub fn write_snapshots(&mut self) -> Result<()> { Ok(()) }
-    /// Returns the ID of the new snapshot.
-    pub fn snapshot_create(&mut self, new: &NewSnapshot) -> Result<Vec<u8>> { Err(Error::Unsupported("stub".into())) }
-    pub fn snapshot_goto(&mut self, id_or_name: &[u8]) -> Result<()> { Ok(()) }
-    pub fn snapshot_delete(&mut self, id: Option<&[u8]>, name: Option<&[u8]>) -> Result<()> { Ok(()) }
-    pub fn snapshot_list(&mut self) -> Result<&[Snapshot]> { Ok(&[]) }
-    pub fn snapshot_load_tmp(&mut self, id: Option<&[u8]>, name: Option<&[u8]>) -> Result<()> { Ok(()) }
-    /// Virtual size now seen, bytes.
-    pub fn length(&self) -> u64 { 0 }
-    /// Guest read.
-    pub fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> { Ok(()) }
-    pub fn last_outcome(&self) -> Outcome { Outcome::None }
-    /// A remark on the last successful verb, shown by qcow2_last_error().
-    pub fn remark(&self) -> Option<&str> { None }
-    /// Mark the handle as unusable for changes and reads (a caught panic).
-    pub fn poison(&mut self) {}
-    /// Flags given at open.
-    pub fn flags(&self) -> OpenFlags { OpenFlags::read_only() }
+/// What may still be done with a handle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    Good,
+    /// A write failed: only reading goes on.
+    NoChanges,
+    /// The state of the image is not known any more, or a panic was caught.
+    Spent,
 }
+
+/// What `load_tmp` put in front of the active disk.
+pub(crate) struct View {
+    pub(crate) l1: Vec<u64>,
+    pub(crate) size: u64,
+}
+
+/// The snapshot table in memory.
+#[derive(Default)]
+pub(crate) struct SnapshotList {
+    pub(crate) entries: Vec<Snapshot>,
+    /// Bytes of the table on disk.
+    pub(crate) size: u64,
+    /// False after `free_snapshots`: every verb loads the table again first.
+    pub(crate) loaded: bool,
+}
+
+/// One open image.
+pub struct Image {
+    pub(crate) dev: Device,
+    pub(crate) flags: OpenFlags,
+    pub(crate) header: Header,
+    pub(crate) extensions: Extensions,
+    pub(crate) backing_file: Vec<u8>,
+    pub(crate) l1: Vec<u64>,
+    pub(crate) reftable: Vec<u64>,
+    pub(crate) snapshots: SnapshotList,
+    pub(crate) view: Option<View>,
+    pub(crate) l2_cache: Option<(u64, Vec<u8>)>,
+    standing: Standing,
+    outcome: Outcome,
+    remark: Option<String>,
+}
+
+impl Image {
+    /// Open an image by path. QEMU's locks are taken before the header is read, unless the flags
+    /// say otherwise.
+    ///
+    /// # Errors
+    /// The system's, `InUse` when a guest, qemu-img or another handle has the image open, and those
+    /// of [`Image::open_storage`].
+    pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> {
+        let storage = FileStorage::open_path(path, &Image::file_options(flags))?;
+        Image::open_storage(Box::new(storage), flags)
+    }
+
+    /// How a file is to be opened for these flags.
+    pub fn file_options(flags: OpenFlags) -> FileOptions {
+        FileOptions {
+            write: flags.has(OpenFlags::RDWR),
+            no_flush: flags.has(OpenFlags::NO_FLUSH),
+            no_discard: flags.has(OpenFlags::NO_DISCARD),
+            lock: if flags.has(OpenFlags::NO_LOCK) {
+                LockMode::None
+            } else if flags.has(OpenFlags::FORCE_SHARE) {
+                LockMode::ForceShare
+            } else if flags.has(OpenFlags::RDWR) {
+                LockMode::ReadWrite
+            } else {
+                LockMode::ReadOnly
+            },
+        }
+    }
+
+    /// Open an image on any storage (`qcow2_do_open`). No lock is taken here and nothing is written.
+    /// When this fails the storage is dropped without [`Storage::close`].
+    ///
+    /// # Errors
+    /// `Invalid`, `TooBig` and `Corrupt` for damaged images, as QEMU answers; `Unsupported` for
+    /// features that are not known, and for the dirty bit read-write; `Access` for the corrupt bit
+    /// read-write.
+    pub fn open_storage(storage: Box<dyn Storage>, flags: OpenFlags) -> Result<Image> {
+        let read_write = flags.has(OpenFlags::RDWR);
+        let mut dev = Device::new(storage)?;
+        let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
+        // The extensions may fill the first cluster, whose size the header says.
+        let bits = first.get(20..24).map_or(0, byteorder::BigEndian::read_u32);
+        if (9..=21).contains(&bits) {
+            first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
+        }
+        let header = Header::parse(&first, read_write)?;
+        let l1 = dev.read_vec("Could not read L1 table", header.l1_offset, u64::from(header.l1_size) * TABLE_ENTRY)?;
+        let l1 = device::words(&l1)?;
+        debug_assert!(l1.len() as u64 * TABLE_ENTRY <= MAX_L1_BYTES);
+        let g = header.geometry;
+        let reftable = dev.read_vec(
+            "Could not read the refcount table",
+            header.reftable_offset,
+            u64::from(header.reftable_clusters) << g.cluster_bits,
+        )?;
+        let reftable = device::words(&reftable)?;
+        let extensions = header.extensions(&first)?;
+        let backing_file = header.backing_file(&first)?.to_vec();
+        let mut image = Image {
+            dev,
+            flags,
+            header,
+            extensions,
+            backing_file,
+            l1,
+            reftable,
+            snapshots: SnapshotList::default(),
+            view: None,
+            l2_cache: None,
+            standing: Standing::Good,
+            outcome: Outcome::None,
+            remark: None,
+        };
+        image.load_snapshots()?;
+        if read_write && image.header.incompatible & features::DIRTY != 0 {
+            return Err(Error::Unsupported(
+                "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qemu-img check -r all'"
+                    .into(),
+            ));
+        }
+        Ok(image)
+    }
+
+    /// Close the image. Nothing is written.
+    ///
+    /// # Errors
+    /// Those of closing or unlocking the file only; the handle is gone in any case.
+    pub fn close(self) -> Result<()> {
+        self.dev.close()
+    }
+
+    /// Virtual size of the disk now seen, in bytes (whole 512-byte sectors).
+    pub fn length(&self) -> u64 {
+        self.view.as_ref().map_or(self.header.disk_size(), |v| v.size)
+    }
+
+    /// What the last changing verb did.
+    pub fn last_outcome(&self) -> Outcome {
+        self.outcome
+    }
+
+    /// A remark on the last verb that succeeded.
+    pub fn remark(&self) -> Option<&str> {
+        self.remark.as_deref()
+    }
+
+    pub(crate) fn set_remark(&mut self, text: &str) {
+        self.remark = Some(text.to_owned());
+    }
+
+    /// Make the handle refuse everything but close, after a panic in the middle of a call.
+    pub fn poison(&mut self) {
+        if self.outcome != Outcome::None {
+            self.outcome = Outcome::Unknown;
+        }
+        self.standing = Standing::Spent;
+    }
+
+    /// The flags given at open.
+    pub fn flags(&self) -> OpenFlags {
+        self.flags
+    }
+
+    pub(crate) fn compat_2_1(&self) -> bool {
+        self.flags.has(OpenFlags::COMPAT_2_1)
+    }
+
+    /// May the handle still be used to read?
+    pub(crate) fn usable(&self) -> Result<()> {
+        if self.standing == Standing::Spent {
+            return Err(Error::Spent(
+                "An earlier failure left the state of the image unknown; close the handle and open it again".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Begin a changing verb: may this handle change the image at all?
+    pub(crate) fn begin_change(&mut self) -> Result<()> {
+        self.remark = None;
+        self.outcome = Outcome::Unchanged;
+        if !self.flags.has(OpenFlags::RDWR) {
+            return Err(Error::Access("The image is opened read-only".into()));
+        }
+        self.usable()?;
+        if self.standing == Standing::NoChanges {
+            return Err(Error::Spent(
+                "An earlier write failed; the image can be read but not changed until it is opened again".into(),
+            ));
+        }
+        if self.header.has_data_file() {
+            return Err(Error::Unsupported(
+                "Internal snapshots are not supported on images with an external data file".into(),
+            ));
+        }
+        if !self.snapshots.loaded {
+            self.load_snapshots()?;
+        }
+        Ok(())
+    }
+
+    /// The state that a verb replays on.
+    pub(crate) fn replay(&self) -> Replay {
+        let h = &self.header;
+        let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable);
+        overlap.protect(Kind::ActiveL1, h.l1_offset, u64::from(h.l1_size) * TABLE_ENTRY);
+        overlap.protect(Kind::Reftable, h.reftable_offset, u64::from(h.reftable_clusters) << h.geometry.cluster_bits);
+        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size);
+        for s in &self.snapshots.entries {
+            overlap.protect(Kind::InactiveL1, s.l1_table_offset, u64::from(s.l1_size) * TABLE_ENTRY);
+        }
+        if let Some((offset, bytes)) = self.extensions.bitmap_directory {
+            overlap.protect(Kind::BitmapDirectory, offset, bytes);
+        }
+        Replay::new(
+            h,
+            self.l1.clone(),
+            self.reftable.clone(),
+            overlap,
+            !self.backing_file.is_empty(),
+            self.dev.length(),
+        )
+    }
+
+    /// Write what a verb has found out, and make memory say what the disk says.
+    pub(crate) fn commit(&mut self, mut replay: Replay, plan: &Plan, list: Vec<Snapshot>, table_size: u64) -> Result<()> {
+        let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
+        let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
+        let mut update = Update { dev: &mut self.dev, outcome: Outcome::Unchanged, started: false };
+        let result = update.commit(&mut replay, plan, autoclear);
+        let (outcome, started) = (update.outcome, update.started);
+        self.outcome = outcome;
+        self.l2_cache = None;
+        if result.is_err() {
+            self.standing = match (outcome, started) {
+                (Outcome::Unknown, _) => Standing::Spent,
+                (_, true) => Standing::NoChanges,
+                _ => self.standing,
+            };
+        }
+        if outcome == Outcome::Done {
+            let h = &mut self.header;
+            h.size = replay.header.size;
+            h.l1_size = replay.header.l1_size;
+            h.l1_offset = replay.header.l1_offset;
+            h.nb_snapshots = replay.header.nb_snapshots;
+            h.snapshots_offset = replay.header.snapshots_offset;
+            let table = replay.refs.table();
+            h.reftable_offset = table.offset;
+            h.reftable_clusters = table.clusters as u32;
+            if let Some(bits) = autoclear {
+                h.autoclear = bits;
+            }
+            self.reftable = table.entries.clone();
+            self.l1 = replay.l1;
+            self.snapshots = crate::image::SnapshotList { entries: list, size: table_size, loaded: true };
+        }
+        result
+    }
+
+    /// Does the image have valid persistent bitmaps?
+    pub(crate) fn active_bitmaps(&self) -> bool {
+        Replay::active_bitmaps(&self.header, self.extensions.has_bitmaps)
+    }
+}
+
+use byteorder::ByteOrder;

@@ -1,4 +1,11 @@
-//! The verbs, in QEMU's words.
+//! The verbs, in QEMU's words. Each reads as three paragraphs: check, replay, write.
+
+mod create;
+mod delete;
+mod goto;
+mod list;
+mod load_tmp;
+mod table;
 
 /// One snapshot of the table in memory.
 #[derive(Clone, Debug, PartialEq, Eq)]

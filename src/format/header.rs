@@ -1,0 +1,543 @@
+//! The image header and its extensions.
+//!
+//! ```text
+//!   0 magic "QFI\xfb"   4 version             8 backing name offset (u64)  16 backing name size
+//!  20 cluster_bits     24 size (u64)         32 crypt_method               36 L1 entries
+//!  40 L1 offset (u64)  48 reftable offset    56 reftable clusters          60 nb_snapshots
+//!  64 snapshots offset 72 incompatible       80 compatible                 88 autoclear
+//!  96 refcount_order  100 header_length     104 compression type          105 padding
+//! ```
+//! Everything that a verb switches (bytes 24 to 71) lies in the first 512-byte sector, so one
+//! write of it lands whole or not at all.
+
+use super::features;
+use super::geometry::{
+    Geometry, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, TABLE_ENTRY,
+};
+use crate::error::{Error, Result};
+use byteorder::{BigEndian, ByteOrder};
+
+/// Bytes of the header that are read at once (QEMU's `sizeof(QCowHeader)`).
+pub const HEADER_BYTES: usize = 112;
+/// `"QFI\xfb"`.
+pub const MAGIC: u32 = 0x5146_49fb;
+
+/// Offset of the virtual disk size.
+pub const AT_SIZE: u64 = 24;
+/// Offset of the L1 entry count, which the L1 offset follows at 40.
+pub const AT_L1_SIZE: u64 = 36;
+/// Offset of the refcount table's offset; its cluster count follows at 56.
+pub const AT_REFTABLE: u64 = 48;
+/// Offset of the snapshot count; the table's offset follows at 64.
+pub const AT_SNAPSHOTS: u64 = 60;
+/// Offset behind the last field that a verb switches.
+pub const AFTER_SNAPSHOTS: u64 = 72;
+/// Offset of the autoclear feature bits.
+pub const AT_AUTOCLEAR: u64 = 88;
+
+const EXT_END: u32 = 0;
+const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+const EXT_FEATURE_TABLE: u32 = 0x6803_f857;
+const EXT_CRYPTO: u32 = 0x0537_be77;
+const EXT_BITMAPS: u32 = 0x2385_2875;
+const EXT_DATA_FILE: u32 = 0x4441_5441;
+
+const CRYPT_LUKS: u32 = 2;
+const MAX_BITMAPS: u32 = 65_535;
+const MAX_BITMAP_DIRECTORY: u64 = 1024 * MAX_BITMAPS as u64;
+
+/// A header whose fields QEMU would accept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Header {
+    /// 2 or 3.
+    pub version: u32,
+    /// Cluster size, refcount width, L2 entry size.
+    pub geometry: Geometry,
+    /// Virtual disk size in bytes, as stored.
+    pub size: u64,
+    /// 0 none, 1 AES, 2 LUKS.
+    pub crypt_method: u32,
+    /// Offset of the active L1 table.
+    pub l1_offset: u64,
+    /// Entries of the active L1 table.
+    pub l1_size: u32,
+    /// Offset of the refcount table.
+    pub reftable_offset: u64,
+    /// Clusters of the refcount table.
+    pub reftable_clusters: u32,
+    /// Snapshots in the table.
+    pub nb_snapshots: u32,
+    /// Offset of the snapshot table.
+    pub snapshots_offset: u64,
+    /// Incompatible feature bits.
+    pub incompatible: u64,
+    /// Compatible feature bits.
+    pub compatible: u64,
+    /// Autoclear feature bits.
+    pub autoclear: u64,
+    /// Bytes of the header, behind which the extensions begin.
+    pub header_length: u32,
+    /// Where the backing file's name stands, and its length; 0 for none.
+    pub backing_name: (u64, u32),
+}
+
+/// What the header extensions say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Extensions {
+    /// Format name of the backing file.
+    pub backing_format: Vec<u8>,
+    /// The bitmap directory (offset, bytes), where the extension is valid (autoclear bit 0).
+    pub bitmap_directory: Option<(u64, u64)>,
+    /// A bitmaps extension is there, valid or not.
+    pub has_bitmaps: bool,
+    /// Names of feature bits: (type, bit, name), for error messages.
+    pub feature_names: Vec<(u8, u8, Vec<u8>)>,
+}
+
+fn u32_at(b: &[u8], at: usize) -> u32 {
+    at.checked_add(4).and_then(|end| b.get(at..end)).map_or(0, BigEndian::read_u32)
+}
+
+fn u64_at(b: &[u8], at: usize) -> u64 {
+    at.checked_add(8).and_then(|end| b.get(at..end)).map_or(0, BigEndian::read_u64)
+}
+
+/// QEMU's check of a table's place and size (`qcow2_validate_table`).
+pub fn validate_table(
+    g: Geometry,
+    offset: u64,
+    entries: u64,
+    entry_size: u64,
+    max_bytes: u64,
+    what: &str,
+) -> Result<()> {
+    if entries > max_bytes.checked_div(entry_size).unwrap_or(0) {
+        return Err(Error::TooBig(format!("{what} too large")));
+    }
+    let bytes = entries.saturating_mul(entry_size);
+    if (i64::MAX as u64).saturating_sub(bytes) < offset || g.in_cluster(offset) != 0 {
+        return Err(Error::Invalid(format!("{what} offset invalid")));
+    }
+    Ok(())
+}
+
+impl Header {
+    /// Check and decode the first [`HEADER_BYTES`] bytes of a file, in QEMU's order
+    /// (`qcow2_do_open`). `first_cluster` holds the extensions for the names of unknown features;
+    /// it may be shorter than a cluster.
+    pub fn parse(first_cluster: &[u8], read_write: bool) -> Result<Header> {
+        let b = first_cluster;
+        if u32_at(b, 0) != MAGIC {
+            return Err(Error::Invalid("Image is not in qcow2 format".into()));
+        }
+        let version = u32_at(b, 4);
+        if !(2..=3).contains(&version) {
+            return Err(Error::Unsupported(format!("Unsupported qcow2 version {version}")));
+        }
+        let cluster_bits = u32_at(b, 20);
+        if !(9..=21).contains(&cluster_bits) {
+            return Err(Error::Invalid(format!("Unsupported cluster size: 2^{cluster_bits}")));
+        }
+        let v3 = version == 3;
+        let header_length = if v3 { u32_at(b, 100) } else { 72 };
+        if v3 && header_length < 104 {
+            return Err(Error::Invalid("qcow2 header too short".into()));
+        }
+        let plain = Geometry::new(cluster_bits, 4, false);
+        let cluster_size = plain.cluster_size();
+        if u64::from(header_length) > cluster_size {
+            return Err(Error::Invalid("qcow2 header exceeds cluster size".into()));
+        }
+        let backing_offset = u64_at(b, 8);
+        if backing_offset > cluster_size {
+            return Err(Error::Invalid("Invalid backing file offset".into()));
+        }
+        let (incompatible, compatible, autoclear, refcount_order) = if v3 {
+            (u64_at(b, 72), u64_at(b, 80), u64_at(b, 88), u32_at(b, 96))
+        } else {
+            (0, 0, 0, 4)
+        };
+        let compression = if header_length > 104 { b.get(104).copied().unwrap_or(0) } else { 0 };
+        check_compression(compression, incompatible)?;
+
+        let unknown = incompatible & !features::INCOMPATIBLE_KNOWN;
+        if unknown != 0 {
+            let names = Extensions::parse_area(b, header_length, ext_end(backing_offset, cluster_size))
+                .unwrap_or_default()
+                .feature_names;
+            return Err(Error::Unsupported(format!(
+                "Unsupported qcow2 feature(s): {}",
+                name_bits(unknown, &names)
+            )));
+        }
+        if incompatible & features::CORRUPT != 0 && read_write {
+            return Err(Error::Access("qcow2: Image is corrupt; cannot be opened read/write".into()));
+        }
+        let extended_l2 = incompatible & features::EXTENDED_L2 != 0;
+        if extended_l2 && cluster_bits < 14 {
+            return Err(Error::Invalid(format!(
+                "Unsupported subcluster size: {}",
+                cluster_size.checked_div(32).unwrap_or(0)
+            )));
+        }
+        if refcount_order > 6 {
+            return Err(Error::Invalid(
+                "Reference count entry width too large; may not exceed 64 bits".into(),
+            ));
+        }
+        let geometry = Geometry::new(cluster_bits, refcount_order, extended_l2);
+
+        let header = Header {
+            version,
+            geometry,
+            size: u64_at(b, 24),
+            crypt_method: u32_at(b, 32),
+            l1_offset: u64_at(b, 40),
+            l1_size: u32_at(b, 36),
+            reftable_offset: u64_at(b, 48),
+            reftable_clusters: u32_at(b, 56),
+            nb_snapshots: u32_at(b, 60),
+            snapshots_offset: u64_at(b, 64),
+            incompatible,
+            compatible,
+            autoclear,
+            header_length,
+            backing_name: (backing_offset, u32_at(b, 16)),
+        };
+        header.validate_tables()?;
+        Ok(header)
+    }
+
+    /// Places and sizes of the refcount table, the snapshot table and the active L1 table.
+    fn validate_tables(&self) -> Result<()> {
+        let g = self.geometry;
+        if self.reftable_clusters == 0 {
+            return Err(Error::Invalid("Image does not contain a reference count table".into()));
+        }
+        validate_table(
+            g,
+            self.reftable_offset,
+            self.reftable_clusters.into(),
+            g.cluster_size(),
+            MAX_REFTABLE_BYTES,
+            "Reference count table",
+        )?;
+        let entry = super::record::FIXED_BYTES;
+        validate_table(
+            g,
+            self.snapshots_offset,
+            self.nb_snapshots.into(),
+            entry,
+            entry.saturating_mul(MAX_SNAPSHOTS),
+            "Snapshot table",
+        )?;
+        validate_table(g, self.l1_offset, self.l1_size.into(), TABLE_ENTRY, MAX_L1_BYTES, "Active L1 table")?;
+        let needed = g.l1_entries_for(self.size);
+        if needed > i32::MAX as u64 {
+            return Err(Error::TooBig("Image is too big".into()));
+        }
+        if u64::from(self.l1_size) < needed {
+            return Err(Error::Invalid("L1 table is too small".into()));
+        }
+        Ok(())
+    }
+
+    /// The virtual disk size as QEMU uses it: whole 512-byte sectors.
+    pub fn disk_size(&self) -> u64 {
+        self.size & !511
+    }
+
+    /// Is guest data in another file?
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible & features::DATA_FILE != 0
+    }
+
+    /// Bytes at the start of the file that belong to header, extensions and backing file name.
+    pub fn extension_end(&self) -> u64 {
+        ext_end(self.backing_name.0, self.geometry.cluster_size())
+    }
+
+    /// Check and decode the extensions (`qcow2_read_extensions`); `first_cluster` is the whole
+    /// first cluster.
+    pub fn extensions(&self, first_cluster: &[u8]) -> Result<Extensions> {
+        let ext = Extensions::parse_area(first_cluster, self.header_length, self.extension_end())?;
+        ext.check(self, first_cluster)
+    }
+
+    /// The backing file's name, empty for none.
+    pub fn backing_file<'a>(&self, first_cluster: &'a [u8]) -> Result<&'a [u8]> {
+        let (offset, len) = self.backing_name;
+        if offset == 0 {
+            return Ok(&[]);
+        }
+        let room = self.geometry.cluster_size().saturating_sub(offset).min(1023);
+        if u64::from(len) > room {
+            return Err(Error::Invalid("Backing file name too long".into()));
+        }
+        let end = offset.saturating_add(len.into());
+        let bytes = first_cluster.get(offset as usize..end as usize).unwrap_or_default();
+        Ok(bytes.split(|b| *b == 0).next().unwrap_or_default())
+    }
+}
+
+fn ext_end(backing_offset: u64, cluster_size: u64) -> u64 {
+    if backing_offset != 0 {
+        backing_offset
+    } else {
+        cluster_size
+    }
+}
+
+/// Compression type and incompatible bit 3 must agree (`validate_compression_type`).
+fn check_compression(kind: u8, incompatible: u64) -> Result<()> {
+    if kind > 1 {
+        return Err(Error::Unsupported(format!("qcow2: unknown compression type: {kind}")));
+    }
+    let bit = incompatible & features::COMPRESSION != 0;
+    match (kind, bit) {
+        (0, true) => Err(Error::Invalid(
+            "qcow2: Compression type incompatible feature bit must not be set".into(),
+        )),
+        (1, false) => Err(Error::Invalid(
+            "qcow2: Compression type incompatible feature bit must be set".into(),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The names of unknown incompatible bits, as the image gives them.
+fn name_bits(bits: u64, names: &[(u8, u8, Vec<u8>)]) -> String {
+    let mut words = Vec::new();
+    for bit in 0u8..64 {
+        if bits.checked_shr(bit.into()).unwrap_or(0) & 1 == 0 {
+            continue;
+        }
+        let named = names.iter().find(|(kind, b, name)| *kind == 0 && *b == bit && !name.is_empty());
+        words.push(match named {
+            Some((_, _, name)) => String::from_utf8_lossy(name).into_owned(),
+            None => format!("Unknown incompatible feature: {:x}", 1u64.checked_shl(bit.into()).unwrap_or(0)),
+        });
+    }
+    words.join(", ")
+}
+
+impl Extensions {
+    /// Walk the area between `header_length` and `end`. Only lengths are checked here.
+    fn parse_area(cluster: &[u8], header_length: u32, end: u64) -> Result<Extensions> {
+        let mut ext = Extensions::default();
+        let mut at = u64::from(header_length);
+        while at < end {
+            let magic = u32_at(cluster, at as usize);
+            let len = u64::from(u32_at(cluster, at.saturating_add(4) as usize));
+            at = at.saturating_add(8);
+            if at > end || len > end.saturating_sub(at) {
+                return Err(Error::Invalid("Header extension too large".into()));
+            }
+            let body = cluster.get(at as usize..at.saturating_add(len) as usize).unwrap_or_default();
+            match magic {
+                EXT_END => break,
+                EXT_BACKING_FORMAT => {
+                    if len >= 16 {
+                        return Err(Error::Invalid(format!(
+                            "ERROR: ext_backing_format: len={len} too large (>=16)"
+                        )));
+                    }
+                    ext.backing_format = body.to_vec();
+                }
+                EXT_FEATURE_TABLE => {
+                    for entry in body.chunks_exact(48) {
+                        if let [kind, bit, name @ ..] = entry {
+                            let name = name.split(|b| *b == 0).next().unwrap_or_default();
+                            ext.feature_names.push((*kind, *bit, name.to_vec()));
+                        }
+                    }
+                }
+                EXT_CRYPTO if len != 16 => {
+                    return Err(Error::Invalid(format!(
+                        "CRYPTO header extension size {len}, but expected size 16"
+                    )));
+                }
+                EXT_BITMAPS => {
+                    if len != 24 {
+                        return Err(Error::Invalid("bitmaps_ext: Invalid extension length".into()));
+                    }
+                    ext.has_bitmaps = true;
+                    ext.bitmap_directory = Some((u64_at(body, 16), u64_at(body, 8)));
+                }
+                EXT_DATA_FILE => {}
+                _ => {}
+            }
+            // Each extension is padded to a multiple of 8 bytes.
+            at = at.saturating_add(len.saturating_add(7) & !7);
+        }
+        Ok(ext)
+    }
+
+    /// Checks that need the header's other fields.
+    fn check(mut self, header: &Header, cluster: &[u8]) -> Result<Extensions> {
+        let g = header.geometry;
+        let mut luks = false;
+        for_each_extension(cluster, header.header_length, header.extension_end(), |magic, body| {
+            match magic {
+                EXT_CRYPTO => {
+                    if header.crypt_method != CRYPT_LUKS {
+                        return Err(Error::Invalid(
+                            "CRYPTO header extension only expected with LUKS encryption method".into(),
+                        ));
+                    }
+                    let offset = u64_at(body, 0);
+                    if g.in_cluster(offset) != 0 {
+                        return Err(Error::Invalid(format!(
+                            "Encryption header offset '{offset}' is not a multiple of cluster size '{}'",
+                            g.cluster_size()
+                        )));
+                    }
+                    luks = true;
+                }
+                EXT_BITMAPS if header.autoclear & features::BITMAPS != 0 => check_bitmaps(g, body)?,
+                _ => {}
+            }
+            Ok(())
+        })?;
+        if header.autoclear & features::BITMAPS == 0 {
+            self.bitmap_directory = None;
+        }
+        if header.crypt_method > CRYPT_LUKS || (header.crypt_method == CRYPT_LUKS && !luks) {
+            return Err(Error::Invalid(format!(
+                "Missing CRYPTO header for crypt method {}",
+                header.crypt_method
+            )));
+        }
+        if header.autoclear & features::DATA_FILE_RAW != 0 && !header.has_data_file() {
+            return Err(Error::Invalid("data-file-raw requires a data file".into()));
+        }
+        Ok(self)
+    }
+}
+
+fn check_bitmaps(g: Geometry, body: &[u8]) -> Result<()> {
+    let nb = u32_at(body, 0);
+    let problem = if u32_at(body, 4) != 0 {
+        "bitmaps_ext: Reserved field is not zero".to_owned()
+    } else if nb > MAX_BITMAPS {
+        format!("bitmaps_ext: Image has {nb} bitmaps, exceeding the QEMU supported maximum of {MAX_BITMAPS}")
+    } else if nb == 0 {
+        "found bitmaps extension with zero bitmaps".to_owned()
+    } else if g.in_cluster(u64_at(body, 16)) != 0 {
+        "bitmaps_ext: invalid bitmap directory offset".to_owned()
+    } else if u64_at(body, 8) > MAX_BITMAP_DIRECTORY {
+        format!("bitmaps_ext: bitmap directory size ({}) exceeds the maximum supported size", u64_at(body, 8))
+    } else {
+        return Ok(());
+    };
+    Err(Error::Invalid(problem))
+}
+
+fn for_each_extension(
+    cluster: &[u8],
+    header_length: u32,
+    end: u64,
+    mut f: impl FnMut(u32, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let mut at = u64::from(header_length);
+    while at < end {
+        let magic = u32_at(cluster, at as usize);
+        let len = u64::from(u32_at(cluster, at.saturating_add(4) as usize));
+        at = at.saturating_add(8);
+        if magic == EXT_END || at > end || len > end.saturating_sub(at) {
+            break;
+        }
+        f(magic, cluster.get(at as usize..at.saturating_add(len) as usize).unwrap_or_default())?;
+        at = at.saturating_add(len.saturating_add(7) & !7);
+    }
+    Ok(())
+}
+
+/// Bytes 36 to 47: entries and offset of the L1 table.
+pub fn encode_l1(l1_size: u32, l1_offset: u64) -> [u8; 12] {
+    let mut b = [0; 12];
+    let (size, offset) = b.split_at_mut(4);
+    BigEndian::write_u32(size, l1_size);
+    BigEndian::write_u64(offset, l1_offset);
+    b
+}
+
+/// Bytes 48 to 59: offset and clusters of the refcount table.
+pub fn encode_reftable(offset: u64, clusters: u32) -> [u8; 12] {
+    let mut b = [0; 12];
+    let (o, c) = b.split_at_mut(8);
+    BigEndian::write_u64(o, offset);
+    BigEndian::write_u32(c, clusters);
+    b
+}
+
+/// Bytes 60 to 71: number of snapshots and offset of their table.
+pub fn encode_snapshots(nb: u32, offset: u64) -> [u8; 12] {
+    encode_l1(nb, offset)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+    use super::*;
+
+    fn v3() -> Vec<u8> {
+        let mut b = vec![0u8; 65536];
+        BigEndian::write_u32(&mut b[0..], MAGIC);
+        BigEndian::write_u32(&mut b[4..], 3);
+        BigEndian::write_u32(&mut b[20..], 16);
+        BigEndian::write_u64(&mut b[24..], 1 << 20);
+        BigEndian::write_u32(&mut b[36..], 1);
+        BigEndian::write_u64(&mut b[40..], 0x30000);
+        BigEndian::write_u64(&mut b[48..], 0x10000);
+        BigEndian::write_u32(&mut b[56..], 1);
+        BigEndian::write_u32(&mut b[96..], 4);
+        BigEndian::write_u32(&mut b[100..], 112);
+        b
+    }
+
+    #[test]
+    fn a_plain_header_is_accepted() {
+        let h = Header::parse(&v3(), true).unwrap();
+        assert_eq!((h.size, h.l1_size, h.reftable_clusters), (1 << 20, 1, 1));
+        assert!(!h.extensions(&v3()).unwrap().has_bitmaps);
+    }
+
+    #[test]
+    fn each_bad_field_gets_qemus_errno() {
+        let cases: &[(usize, u32, i32)] = &[
+            (0, 0, libc::EINVAL),
+            (4, 4, libc::ENOTSUP),
+            (20, 8, libc::EINVAL),
+            (20, 22, libc::EINVAL),
+            (100, 64, libc::EINVAL),
+            (100, 70000, libc::EINVAL),
+            (96, 7, libc::EINVAL),
+            (56, 0, libc::EINVAL),
+            (56, 1000, libc::EFBIG),
+            (60, 65537, libc::EFBIG),
+            (36, 0, libc::EINVAL),
+            (36, 5_000_000, libc::EFBIG),
+            (44, 0x30001, libc::EINVAL),
+            (76, 1 << 7, libc::ENOTSUP),
+            (76, 2, libc::EACCES),
+        ];
+        for (at, value, errno) in cases {
+            let mut b = v3();
+            BigEndian::write_u32(&mut b[*at..], *value);
+            assert_eq!(Header::parse(&b, true).unwrap_err().errno(), *errno, "field at {at}");
+        }
+    }
+
+    #[test]
+    fn unknown_features_are_named() {
+        let mut b = v3();
+        BigEndian::write_u64(&mut b[72..], (1 << 7) | (1 << 9));
+        BigEndian::write_u32(&mut b[112..], EXT_FEATURE_TABLE);
+        BigEndian::write_u32(&mut b[116..], 48);
+        b[121] = 7;
+        b[122..127].copy_from_slice(b"bells");
+        let text = Header::parse(&b, false).unwrap_err().to_string();
+        assert!(text.contains("bells") && text.contains("200"), "{text}");
+    }
+}

@@ -1,0 +1,162 @@
+//! Refcount blocks: arrays of 1 to 64 bit counts.
+//!
+//! Widths below 8 bits start at the least significant bit of each byte; wider ones are big endian.
+
+use super::geometry::Geometry;
+use byteorder::{BigEndian, ByteOrder};
+
+/// The count at `index`; 0 past the end of the block.
+#[inline]
+pub fn get(g: Geometry, block: &[u8], index: usize) -> u64 {
+    match g.refcount_order {
+        order @ 0..=2 => {
+            let (byte, shift, mask) = narrow(order, index);
+            block.get(byte).map_or(0, |b| u64::from((b >> shift) & mask))
+        }
+        3 => block.get(index).map_or(0, |b| u64::from(*b)),
+        4 => word(block, index, 2).map_or(0, |b| u64::from(BigEndian::read_u16(b))),
+        5 => word(block, index, 4).map_or(0, |b| u64::from(BigEndian::read_u32(b))),
+        _ => word(block, index, 8).map_or(0, BigEndian::read_u64),
+    }
+}
+
+/// Store `count` at `index`; the caller has checked the width. Past the end: nothing.
+#[inline]
+pub fn set(g: Geometry, block: &mut [u8], index: usize, count: u64) {
+    debug_assert!(count <= g.refcount_max());
+    match g.refcount_order {
+        order @ 0..=2 => {
+            let (byte, shift, mask) = narrow(order, index);
+            if let Some(b) = block.get_mut(byte) {
+                *b = (*b & !(mask << shift)) | ((count as u8 & mask) << shift);
+            }
+        }
+        3 => {
+            if let Some(b) = block.get_mut(index) {
+                *b = count as u8;
+            }
+        }
+        4 => {
+            if let Some(b) = word_mut(block, index, 2) {
+                BigEndian::write_u16(b, count as u16);
+            }
+        }
+        5 => {
+            if let Some(b) = word_mut(block, index, 4) {
+                BigEndian::write_u32(b, count as u32);
+            }
+        }
+        _ => {
+            if let Some(b) = word_mut(block, index, 8) {
+                BigEndian::write_u64(b, count);
+            }
+        }
+    }
+}
+
+/// The first index in `from..end` whose count is zero (`want_zero`) or not zero.
+pub fn find(g: Geometry, block: &[u8], from: usize, end: usize, want_zero: bool) -> Option<usize> {
+    let mut index = from;
+    while index < end {
+        // Whole zero bytes decide eight, four, two or one counts at a time; here only the common
+        // case of 16 bits gets a loop of its own, the others go count by count.
+        if (get(g, block, index) == 0) == want_zero {
+            return Some(index);
+        }
+        index = index.saturating_add(1);
+    }
+    None
+}
+
+/// Raise each count of `into` to that of `other` where that is higher.
+pub fn raise_to(g: Geometry, into: &mut [u8], other: &[u8], entries: usize) {
+    // Whole equal chunks are the rule; only chunks that differ are taken apart.
+    let per_chunk = usize::try_from(512u64 >> g.refcount_order).unwrap_or(1);
+    let mut first = 0usize;
+    for (a, b) in into.chunks_mut(64).zip(other.chunks(64)) {
+        if a != b {
+            for i in 0..per_chunk.min(entries.saturating_sub(first)) {
+                let (x, y) = (get(g, a, i), get(g, b, i));
+                if y > x {
+                    set(g, a, i, y);
+                }
+            }
+        }
+        first = first.saturating_add(per_chunk);
+    }
+}
+
+/// Byte, shift and mask of a count narrower than a byte.
+#[inline]
+#[allow(clippy::arithmetic_side_effects)] // order <= 2: shifts stay below 8
+fn narrow(order: u32, index: usize) -> (usize, u32, u8) {
+    let per_byte_bits = 3 - order;
+    let byte = index >> per_byte_bits;
+    let within = (index & ((1 << per_byte_bits) - 1)) as u32;
+    let mask = ((1u16 << (1 << order)) - 1) as u8;
+    (byte, within << order, mask)
+}
+
+#[inline]
+fn word(block: &[u8], index: usize, size: usize) -> Option<&[u8]> {
+    let start = index.checked_mul(size)?;
+    block.get(start..start.checked_add(size)?)
+}
+
+#[inline]
+fn word_mut(block: &mut [u8], index: usize, size: usize) -> Option<&mut [u8]> {
+    let start = index.checked_mul(size)?;
+    block.get_mut(start..start.checked_add(size)?)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
+    use super::*;
+
+    #[test]
+    fn every_width_stores_and_returns_each_count_without_touching_its_neighbours() {
+        for order in 0..=6 {
+            let g = Geometry::new(9, order, false);
+            let entries = g.refblock_entries() as usize;
+            let mut block = vec![0u8; 512];
+            let mut want = vec![0u64; entries];
+            for round in 1..40u64 {
+                let index = (round as usize * 37) % entries;
+                let count = round.wrapping_mul(0x9e37_79b9_7f4a_7c15) & g.refcount_max();
+                set(g, &mut block, index, count);
+                want[index] = count;
+                for (i, w) in want.iter().enumerate() {
+                    assert_eq!(get(g, &block, i), *w, "order {order} index {i}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_bit_counts_start_at_the_least_significant_bit() {
+        let g = Geometry::new(9, 0, false);
+        let mut block = vec![0u8; 512];
+        set(g, &mut block, 0, 1);
+        set(g, &mut block, 9, 1);
+        assert_eq!(&block[..2], &[0x01, 0x02]);
+    }
+
+    #[test]
+    fn raising_takes_the_higher_count_of_each_pair() {
+        for order in 0..=6 {
+            let g = Geometry::new(9, order, false);
+            let n = g.refblock_entries() as usize;
+            let (mut a, mut b) = (vec![0u8; 512], vec![0u8; 512]);
+            for i in 0..n {
+                set(g, &mut a, i, (i as u64 * 7) & g.refcount_max());
+                set(g, &mut b, i, (i as u64 * 11 + 3) & g.refcount_max());
+            }
+            let before = a.clone();
+            raise_to(g, &mut a, &b, n);
+            for i in 0..n {
+                assert_eq!(get(g, &a, i), get(g, &before, i).max(get(g, &b, i)));
+            }
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! The storage under an image, with errors that say what was being done and where.
+
+use crate::error::{Error, Result};
+use crate::io::{Storage, MAX_REQUEST};
+
+/// A [`Storage`] whose length is known and whose errors carry context.
+pub(crate) struct Device {
+    storage: Box<dyn Storage>,
+    length: u64,
+}
+
+impl Device {
+    pub(crate) fn new(mut storage: Box<dyn Storage>) -> Result<Device> {
+        let length = storage
+            .length()
+            .map_err(|source| Error::Io { op: "Could not get the length of the image", offset: 0, source })?;
+        Ok(Device { storage, length })
+    }
+
+    /// Length of the file in bytes.
+    pub(crate) fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Fill `buf` from `offset`, zeros past the end.
+    pub(crate) fn read(&mut self, op: &'static str, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let mut at = offset;
+        for part in buf.chunks_mut(MAX_REQUEST) {
+            if at >= self.length {
+                part.fill(0);
+            } else {
+                self.storage.read(at, part).map_err(|source| Error::Io { op, offset: at, source })?;
+            }
+            at = at.saturating_add(part.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// Read `bytes` into a new buffer.
+    pub(crate) fn read_vec(&mut self, op: &'static str, offset: u64, bytes: u64) -> Result<Vec<u8>> {
+        let mut buf = zeroed(bytes)?;
+        self.read(op, offset, &mut buf)?;
+        Ok(buf)
+    }
+
+    /// Write `data` at `offset`. `label` says which structure it is.
+    pub(crate) fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
+        let mut at = offset;
+        for part in data.chunks(MAX_REQUEST) {
+            self.storage
+                .write(label, at, part)
+                .map_err(|source| Error::Io { op: label, offset: at, source })?;
+            at = at.saturating_add(part.len() as u64);
+            self.length = self.length.max(at);
+        }
+        Ok(())
+    }
+
+    /// Set the file's length.
+    pub(crate) fn truncate(&mut self, length: u64) -> Result<()> {
+        self.storage
+            .truncate(length)
+            .map_err(|source| Error::Io { op: "Could not resize the image file", offset: length, source })?;
+        self.length = length;
+        Ok(())
+    }
+
+    /// Punch a hole; failures cost space only and are ignored, as QEMU does.
+    pub(crate) fn discard(&mut self, offset: u64, bytes: u64) {
+        let end = offset.saturating_add(bytes).min(self.length);
+        if offset < end {
+            let _ = self.storage.discard(offset, end - offset);
+        }
+    }
+
+    /// Wait until everything before is stable.
+    pub(crate) fn barrier(&mut self) -> Result<()> {
+        self.storage
+            .barrier()
+            .map_err(|source| Error::Io { op: "Could not flush the image file", offset: 0, source })
+    }
+
+    pub(crate) fn close(self) -> Result<()> {
+        self.storage
+            .close()
+            .map_err(|source| Error::Os { context: "Could not close the image file".into(), source })
+    }
+}
+
+/// A zeroed buffer whose allocation may fail.
+pub(crate) fn zeroed(bytes: u64) -> Result<Vec<u8>> {
+    let len = usize::try_from(bytes).map_err(|_| Error::NoMemory(bytes))?;
+    let mut buf = Vec::new();
+    buf.try_reserve_exact(len).map_err(|_| Error::NoMemory(bytes))?;
+    buf.resize(len, 0);
+    Ok(buf)
+}
+
+/// Big-endian words of a table.
+pub(crate) fn words(bytes: &[u8]) -> Result<Vec<u64>> {
+    let mut out = Vec::new();
+    out.try_reserve_exact(bytes.len() / 8).map_err(|_| Error::NoMemory(bytes.len() as u64))?;
+    out.extend(bytes.chunks_exact(8).map(byteorder::BigEndian::read_u64));
+    Ok(out)
+}
+
+/// Bytes of a table of words.
+pub(crate) fn bytes_of(words: &[u64]) -> Result<Vec<u8>> {
+    let mut out = zeroed(words.len() as u64 * 8)?;
+    byteorder::BigEndian::write_u64_into(words, &mut out);
+    Ok(out)
+}
+
+use byteorder::ByteOrder;

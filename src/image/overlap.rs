@@ -1,0 +1,119 @@
+//! What a write must not hit (`qcow2_check_metadata_overlap`, template "cached").
+
+use crate::error::{Error, Result};
+use crate::format::entry;
+use crate::format::geometry::Geometry;
+
+/// Structures that QEMU protects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Header,
+    ActiveL1,
+    ActiveL2,
+    Reftable,
+    Refblock,
+    SnapshotTable,
+    InactiveL1,
+    BitmapDirectory,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Header => "qcow2_header",
+            Kind::ActiveL1 => "active L1 table",
+            Kind::ActiveL2 => "active L2 table",
+            Kind::Reftable => "refcount table",
+            Kind::Refblock => "refcount block",
+            Kind::SnapshotTable => "snapshot table",
+            Kind::InactiveL1 => "inactive L1 table",
+            Kind::BitmapDirectory => "bitmap directory",
+        }
+    }
+}
+
+/// The protected ranges of an image, as they are before a verb.
+pub(crate) struct Overlap {
+    g: Geometry,
+    /// Few and long: (start, end, kind), end exclusive, whole clusters.
+    ranges: Vec<(u64, u64, Kind)>,
+    /// For each range the furthest end of it and those before it, so that a search can stop.
+    furthest: Vec<u64>,
+    /// Sorted offsets of active L2 tables and of refcount blocks, one cluster each.
+    active_l2: Vec<u64>,
+    refblocks: Vec<u64>,
+}
+
+impl Overlap {
+    pub(crate) fn new(g: Geometry, l1: &[u64], reftable: &[u64]) -> Overlap {
+        let mut active_l2: Vec<u64> =
+            l1.iter().map(|e| e & entry::OFFSET_MASK).filter(|o| *o != 0).collect();
+        active_l2.sort_unstable();
+        let mut refblocks: Vec<u64> =
+            reftable.iter().map(|e| e & entry::REFTABLE_OFFSET_MASK).filter(|o| *o != 0).collect();
+        refblocks.sort_unstable();
+        let ranges = vec![(0, g.cluster_size(), Kind::Header)];
+        Overlap { g, ranges, furthest: vec![g.cluster_size()], active_l2, refblocks }
+    }
+
+    /// Protect `bytes` at `offset`.
+    pub(crate) fn protect(&mut self, kind: Kind, offset: u64, bytes: u64) {
+        if bytes != 0 {
+            let end = self.g.round_up(offset.saturating_add(bytes));
+            self.ranges.push((offset - self.g.in_cluster(offset), end, kind));
+        }
+    }
+
+    /// No longer protect ranges of this kind that begin at `offset`.
+    pub(crate) fn release(&mut self, kind: Kind, offset: u64) {
+        self.ranges.retain(|(start, _, k)| !(*k == kind && *start == offset));
+        self.seal();
+    }
+
+    /// Sort the ranges for [`Overlap::check`]; call after the last `protect`.
+    pub(crate) fn seal(&mut self) {
+        self.ranges.sort_unstable_by_key(|(start, end, _)| (*start, *end));
+        let mut furthest = 0;
+        self.furthest.clear();
+        self.furthest.extend(self.ranges.iter().map(|(_, end, _)| {
+            furthest = furthest.max(*end);
+            furthest
+        }));
+    }
+
+    /// May `bytes` at `offset` be written? `ignore` is the structure being written.
+    pub(crate) fn check(&self, offset: u64, bytes: u64, ignore: Option<Kind>) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let start = offset - self.g.in_cluster(offset);
+        let end = self.g.round_up(offset.saturating_add(bytes));
+        if let Some(kind) = self.hit(start, end, ignore) {
+            return Err(Error::Corrupt(format!(
+                "Preventing invalid write on metadata (overlaps with {})",
+                kind.name()
+            )));
+        }
+        Ok(())
+    }
+
+    fn hit(&self, start: u64, end: u64, ignore: Option<Kind>) -> Option<Kind> {
+        let below = self.ranges.partition_point(|(s, _, _)| *s < end);
+        let candidates = self.ranges.iter().zip(&self.furthest).take(below).rev();
+        candidates
+            .take_while(|(_, furthest)| **furthest > start)
+            .find(|((_, e, k), _)| *e > start && Some(*k) != ignore)
+            .map(|((_, _, k), _)| *k)
+            .or_else(|| self.hit_list(&self.active_l2, start, end, Kind::ActiveL2, ignore))
+            .or_else(|| self.hit_list(&self.refblocks, start, end, Kind::Refblock, ignore))
+    }
+
+    fn hit_list(&self, list: &[u64], start: u64, end: u64, kind: Kind, ignore: Option<Kind>) -> Option<Kind> {
+        if ignore == Some(kind) {
+            return None;
+        }
+        // Unaligned offsets in damaged tables count with the cluster they begin in and the next.
+        let from = list.partition_point(|o| o.saturating_add(self.g.cluster_size()) <= start);
+        list.get(from).filter(|o| **o < end).map(|_| kind)
+    }
+}

@@ -1,0 +1,744 @@
+//! Refcounts in memory: QEMU's allocations and frees, replayed before anything is written.
+//!
+//! The look-first half of a verb runs QEMU's code path against [`Refcounts`]: first-fit search,
+//! refcount blocks and tables that grow in the middle, frees. Nothing reaches the disk. What the
+//! replay leaves behind is, for each refcount block, the *final* counts and, where more than one
+//! write publishes something, the *peak*: the highest count that any published state in between
+//! needs. The writing half brings the disk to the peak before the first publish and down to the
+//! final counts after the last, so that at no moment a count is below the references to a cluster.
+
+use super::device::{self, Device};
+use crate::error::{Error, Result};
+use crate::format::entry::REFTABLE_OFFSET_MASK;
+use crate::format::geometry::{Geometry, HostCluster, MAX_CLUSTER_OFFSET, TABLE_ENTRY};
+use crate::format::refblock;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// QEMU compares the number of refcount table entries with this (`QCOW_MAX_REFTABLE_SIZE`).
+const MAX_REFTABLE_ENTRIES: u64 = 8 << 20;
+
+/// A refcount block in memory.
+pub(crate) struct Block {
+    /// Where it lives in the file.
+    pub(crate) offset: u64,
+    /// Counts at the end of the replay.
+    pub(crate) counts: Vec<u8>,
+    /// Counts that published states in between need, where there is more than one publish.
+    pub(crate) peak: Option<Vec<u8>>,
+    /// QEMU would have written the block.
+    pub(crate) dirty: bool,
+    /// Made by this verb, in this epoch: nothing on disk yet.
+    pub(crate) born: Option<usize>,
+}
+
+/// One place where the refcount table has been during the verb.
+#[derive(Clone, Debug)]
+pub(crate) struct Table {
+    pub(crate) offset: u64,
+    pub(crate) clusters: u64,
+    /// All entries, zero tail included.
+    pub(crate) entries: Vec<u64>,
+    /// `None`: the table that was there before the verb; else the epoch that made it.
+    pub(crate) born: Option<usize>,
+}
+
+/// Does a caller have to look for clusters again?
+#[derive(PartialEq)]
+enum Reserved {
+    Done,
+    /// A refcount block was made where the caller may have wanted to put its data (QEMU's -EAGAIN).
+    Again,
+}
+
+/// How a freed cluster's bytes end up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Freed {
+    /// A hole is punched (QEMU's discard types ALWAYS and SNAPSHOT).
+    Punched,
+    /// The bytes stay (QEMU's discard types OTHER and NEVER).
+    Kept,
+}
+
+/// See the module's text.
+pub(crate) struct Refcounts {
+    g: Geometry,
+    /// Places of the refcount table, the current one last.
+    pub(crate) tables: Vec<Table>,
+    /// Loaded blocks by refcount table index.
+    blocks: Vec<Option<Box<Block>>>,
+    /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
+    pub(crate) next: u64,
+    /// The epoch that new structures belong to; see `update`.
+    pub(crate) epoch: usize,
+    /// Clusters that held something before the verb and were freed by an explicit free, with the
+    /// epoch whose publish makes the disk forget them.
+    pub(crate) forgotten: BTreeMap<u64, usize>,
+    /// Clusters freed without a hole.
+    pub(crate) kept: BTreeSet<u64>,
+    /// Clusters that were punched in QEMU's sequence although free before the verb.
+    pub(crate) punched: BTreeSet<u64>,
+    /// Clusters that explicit allocations of this verb have taken.
+    pub(crate) taken: BTreeSet<u64>,
+    /// Length that QEMU's writes of refcount structures give the file at least.
+    pub(crate) reach: u64,
+    /// Refcount blocks dropped by a shrinking resize.
+    pub(crate) dropped: Vec<Dropped>,
+    /// The last block read for its counts before the verb.
+    before: Option<(u64, Vec<u8>)>,
+}
+
+/// A refcount block that a shrinking resize takes out of the table.
+pub(crate) struct Dropped {
+    /// Its place in the refcount table.
+    pub(crate) index: u64,
+    /// Its place in the file.
+    pub(crate) offset: u64,
+    /// The counts it had at the end, if the verb changed them.
+    pub(crate) counts: Option<Vec<u8>>,
+}
+
+impl Refcounts {
+    pub(crate) fn new(g: Geometry, offset: u64, clusters: u64, entries: Vec<u64>) -> Refcounts {
+        Refcounts {
+            g,
+            tables: vec![Table { offset, clusters, entries, born: None }],
+            blocks: Vec::new(),
+            next: 0,
+            epoch: 0,
+            forgotten: BTreeMap::new(),
+            kept: BTreeSet::new(),
+            punched: BTreeSet::new(),
+            taken: BTreeSet::new(),
+            reach: 0,
+            dropped: Vec::new(),
+            before: None,
+        }
+    }
+
+    /// The refcount table as it is now.
+    pub(crate) fn table(&self) -> &Table {
+        // `tables` is never empty: made with one, only pushed to.
+        &self.tables[self.tables.len() - 1]
+    }
+
+    fn table_mut(&mut self) -> &mut Table {
+        let last = self.tables.len() - 1;
+        &mut self.tables[last]
+    }
+
+    fn entry(&self, index: u64) -> u64 {
+        self.table().entries.get(index as usize).copied().unwrap_or(0) & REFTABLE_OFFSET_MASK
+    }
+
+    /// Blocks that are loaded, by refcount table index.
+    pub(crate) fn loaded(&self) -> impl Iterator<Item = (u64, &Block)> {
+        self.blocks.iter().enumerate().filter_map(|(i, b)| Some((i as u64, b.as_deref()?)))
+    }
+
+    /// Load the block at `index`; false where the table has none.
+    fn load(&mut self, dev: &mut Device, index: u64) -> Result<bool> {
+        let slot = index as usize;
+        if self.blocks.get(slot).is_some_and(Option::is_some) {
+            return Ok(true);
+        }
+        let offset = self.entry(index);
+        if offset == 0 {
+            return Ok(false);
+        }
+        self.check_aligned(index, offset)?;
+        let counts = dev.read_vec("Could not read a refcount block", offset, self.g.cluster_size())?;
+        self.insert(index, Block { offset, counts, peak: None, dirty: false, born: None })?;
+        Ok(true)
+    }
+
+    fn insert(&mut self, index: u64, block: Block) -> Result<()> {
+        let slot = index as usize;
+        if slot >= self.blocks.len() {
+            let more = slot + 1 - self.blocks.len();
+            self.blocks.try_reserve(more).map_err(|_| Error::NoMemory(more as u64 * 8))?;
+            self.blocks.resize_with(slot + 1, || None);
+        }
+        self.blocks[slot] = Some(Box::new(block));
+        Ok(())
+    }
+
+    fn check_aligned(&self, index: u64, offset: u64) -> Result<()> {
+        if self.g.in_cluster(offset) != 0 {
+            return Err(Error::Corrupt(format!(
+                "Refblock offset {offset:#x} unaligned (reftable index: {index:#x})"
+            )));
+        }
+        Ok(())
+    }
+
+    fn block_mut(&mut self, index: u64) -> Option<&mut Block> {
+        self.blocks.get_mut(index as usize)?.as_deref_mut()
+    }
+
+    /// The block at `index`, if it is loaded.
+    pub(crate) fn block(&self, index: u64) -> Option<&Block> {
+        self.blocks.get(index as usize)?.as_deref()
+    }
+
+    /// The refcount of a cluster; 0 where no block describes it.
+    pub(crate) fn get(&mut self, dev: &mut Device, cluster: HostCluster) -> Result<u64> {
+        let index = self.g.reftable_index(cluster);
+        if !self.load(dev, index)? {
+            return Ok(0);
+        }
+        let at = self.g.refblock_index(cluster);
+        Ok(self.block(index).map_or(0, |b| refblock::get(self.g, &b.counts, at)))
+    }
+
+    /// Add 1 to or take 1 from a count during a walk and return it. The block must exist.
+    #[inline]
+    pub(crate) fn bump(&mut self, dev: &mut Device, cluster: HostCluster, up: bool) -> Result<u64> {
+        let g = self.g;
+        let index = g.reftable_index(cluster);
+        if !self.blocks.get(index as usize).is_some_and(Option::is_some) && !self.load(dev, index)? {
+            return Err(Error::Corrupt(format!(
+                "No refcount block describes the cluster at {:#x}, which is in use",
+                g.offset_of(cluster)
+            )));
+        }
+        let at = g.refblock_index(cluster);
+        let Some(block) = self.block_mut(index) else {
+            return Ok(0); // loaded above
+        };
+        let old = refblock::get(g, &block.counts, at);
+        let new = if up {
+            if old == g.refcount_max() {
+                return Err(overflow(g, cluster));
+            }
+            old + 1
+        } else {
+            old.checked_sub(1).ok_or_else(|| underflow(g, cluster))?
+        };
+        refblock::set(g, &mut block.counts, at, new);
+        block.dirty = true;
+        if new == 0 && cluster.0 < self.next {
+            self.next = cluster.0;
+        }
+        Ok(new)
+    }
+
+    /// QEMU's `qcow2_alloc_clusters`: first fit from where the search stands, all counted once.
+    /// Zero bytes reserve nothing and give the place of the search.
+    pub(crate) fn alloc(&mut self, dev: &mut Device, bytes: u64) -> Result<u64> {
+        let n = self.g.clusters_for(bytes);
+        loop {
+            let start = self.find(dev, n, MAX_CLUSTER_OFFSET)?;
+            if self.reserve(dev, start, n)? == Reserved::Done {
+                return Ok(self.g.offset_of(HostCluster(start)));
+            }
+        }
+    }
+
+    /// QEMU's `alloc_clusters_noref`: the first of `n` free clusters in a row.
+    fn find(&mut self, dev: &mut Device, n: u64, max_offset: u64) -> Result<u64> {
+        let g = self.g;
+        let mut scratch = Vec::new();
+        let (mut at, mut run) = (self.next, 0);
+        while run < n {
+            let index = g.reftable_index(HostCluster(at));
+            if index >= self.table().entries.len() as u64 {
+                at += n - run;
+                break;
+            }
+            let block_end = g.first_cluster_of_block(index + 1).0;
+            let offset = self.entry(index);
+            if offset == 0 {
+                let free = (n - run).min(block_end - at);
+                at += free;
+                run += free;
+                continue;
+            }
+            self.check_aligned(index, offset)?;
+            let counts = match self.block(index) {
+                Some(b) => &b.counts,
+                None => {
+                    scratch.resize(g.cluster_len(), 0);
+                    dev.read("Could not read a refcount block", offset, &mut scratch)?;
+                    &scratch
+                }
+            };
+            let entries = g.refblock_entries() as usize;
+            let mut i = g.refblock_index(HostCluster(at));
+            while i < entries && run < n {
+                if run == 0 {
+                    // Skip what is in use.
+                    i = refblock::find(g, counts, i, entries, true).unwrap_or(entries);
+                }
+                let limit = entries.min(i.saturating_add((n - run) as usize));
+                let stop = refblock::find(g, counts, i, limit, false);
+                run += (stop.unwrap_or(limit) - i) as u64;
+                i = stop.unwrap_or(limit);
+                if stop.is_some() && run < n {
+                    run = 0;
+                    i += 1;
+                }
+            }
+            at = block_end - (entries - i) as u64;
+        }
+        self.next = at;
+        if at > 0 && at - 1 > max_offset >> g.cluster_bits {
+            return Err(Error::TooBig("The image file would become too large".into()));
+        }
+        Ok(at - n)
+    }
+
+    /// QEMU's `update_refcount(+1)` for new clusters.
+    fn reserve(&mut self, dev: &mut Device, start: u64, n: u64) -> Result<Reserved> {
+        let g = self.g;
+        for c in start..start + n {
+            if self.ensure_block(dev, HostCluster(c))? == Reserved::Again {
+                // Undo, and try the same clusters first.
+                for undo in start..c {
+                    self.store(HostCluster(undo), 0);
+                    self.taken.remove(&undo);
+                }
+                self.next = self.next.min(start);
+                return Ok(Reserved::Again);
+            }
+            debug_assert_eq!(self.get(dev, HostCluster(c))?, 0);
+            self.store(HostCluster(c), 1);
+            self.taken.insert(c);
+        }
+        debug_assert!(g.refcount_max() >= 1);
+        Ok(Reserved::Done)
+    }
+
+    /// Store a count in a loaded block.
+    fn store(&mut self, cluster: HostCluster, count: u64) {
+        let g = self.g;
+        let at = g.refblock_index(cluster);
+        if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
+            refblock::set(g, &mut block.counts, at, count);
+            block.dirty = true;
+            let end = block.offset.saturating_add(g.cluster_size());
+            self.reach = self.reach.max(end);
+        }
+    }
+
+    /// QEMU's `alloc_refcount_block`.
+    fn ensure_block(&mut self, dev: &mut Device, cluster: HostCluster) -> Result<Reserved> {
+        let g = self.g;
+        let index = g.reftable_index(cluster);
+        if self.load(dev, index)? {
+            return Ok(Reserved::Done);
+        }
+        let new = HostCluster(self.find(dev, 1, i64::MAX as u64)?);
+        if new.0 == 0 {
+            return Err(Error::Corrupt(
+                "Preventing invalid allocation of refcount block at offset 0".into(),
+            ));
+        }
+        let own = g.reftable_index(new) == index;
+        if !own && self.reserve(dev, new.0, 1)? == Reserved::Again {
+            return Ok(Reserved::Again);
+        }
+        self.new_block(dev, index, g.offset_of(new))?;
+        if own {
+            self.store(new, 1);
+        }
+        self.taken.insert(new.0);
+        if index < self.table().entries.len() as u64 {
+            self.table_mut().entries[index as usize] = g.offset_of(new);
+        } else {
+            let used = (cluster.0 + 1).max(new.0 + 1).div_ceil(g.refblock_entries());
+            self.grow_table(dev, g.first_cluster_of_block(used), index, g.offset_of(new))?;
+        }
+        Ok(Reserved::Again)
+    }
+
+    /// An empty block at `offset`, to be entered at `index`.
+    fn new_block(&mut self, dev: &mut Device, index: u64, offset: u64) -> Result<()> {
+        let counts = device::zeroed(self.g.cluster_size())?;
+        self.forget_before_writing(dev, offset, self.g.cluster_size())?;
+        let epoch = self.epoch;
+        self.reach = self.reach.max(offset.saturating_add(self.g.cluster_size()));
+        self.insert(index, Block { offset, counts, peak: None, dirty: true, born: Some(epoch) })
+    }
+
+    /// QEMU's `qcow2_refcount_area`: a larger table, and the blocks that describe it, behind
+    /// everything that is described so far.
+    fn grow_table(&mut self, dev: &mut Device, start: HostCluster, new_index: u64, new_block: u64) -> Result<()> {
+        let g = self.g;
+        let total_blocks = blocks_with_metadata(g, start.0);
+        let per_cluster = g.reftable_entries_per_cluster();
+        let entries = (total_blocks + total_blocks.div_ceil(2)).next_multiple_of(per_cluster);
+        if total_blocks > MAX_REFTABLE_ENTRIES || entries > MAX_REFTABLE_ENTRIES {
+            return Err(Error::TooBig("The refcount table would become too large".into()));
+        }
+        let clusters = entries / per_cluster;
+
+        let mut table: Vec<u64> = Vec::new();
+        table.try_reserve_exact(entries as usize).map_err(|_| Error::NoMemory(entries * 8))?;
+        let old = self.table().clone();
+        table.extend(old.entries.iter().take(entries as usize));
+        table.resize(entries as usize, 0);
+        table[new_index as usize] = new_block;
+
+        // Which blocks are new, and where they and the table lie.
+        let first = g.reftable_index(start);
+        let missing = (first..total_blocks).filter(|i| table[*i as usize] == 0).count() as u64;
+        let table_cluster = start.0 + missing;
+        let end = table_cluster + clusters;
+        let mut next_block = start.0;
+        for index in first..total_blocks {
+            if table[index as usize] == 0 {
+                let offset = g.offset_of(HostCluster(next_block));
+                self.new_block(dev, index, offset)?;
+                table[index as usize] = offset;
+                next_block += 1;
+            }
+        }
+        let offset = g.offset_of(HostCluster(table_cluster));
+        self.forget_before_writing(dev, offset, clusters * g.cluster_size())?;
+        self.tables.push(Table { offset, clusters, entries: table, born: Some(self.epoch) });
+        for index in first..total_blocks {
+            self.load(dev, index)?;
+        }
+        for c in start.0..end {
+            if self.get(dev, HostCluster(c))? != 0 {
+                return Err(Error::Corrupt("Space behind the image's last refcount block is in use".into()));
+            }
+            self.store(HostCluster(c), 1);
+            self.taken.insert(c);
+        }
+        self.reach = self.reach.max(g.offset_of(HostCluster(end)));
+        // The old table is forgotten when the header names the new one.
+        self.free(dev, old.offset, old.clusters * g.cluster_size(), Freed::Kept, self.epoch)
+    }
+
+    /// QEMU's `qcow2_free_clusters`: an underflow leaves the counts as they are and is no error.
+    /// `forgotten_in` is the epoch whose publish removes the last reference on disk.
+    pub(crate) fn free(
+        &mut self,
+        dev: &mut Device,
+        offset: u64,
+        bytes: u64,
+        bytes_end_up: Freed,
+        forgotten_in: usize,
+    ) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let g = self.g;
+        let first = g.cluster_of(offset).0;
+        let last = g.cluster_of(offset.saturating_add(bytes - 1)).0;
+        for c in first..=last {
+            if self.get(dev, HostCluster(c))? == 0 {
+                return Ok(());
+            }
+        }
+        for c in first..=last {
+            let left = self.bump(dev, HostCluster(c), false)?;
+            self.store(HostCluster(c), left);
+            if left == 0 {
+                self.release(c, bytes_end_up, forgotten_in);
+            }
+        }
+        Ok(())
+    }
+
+    /// Take one reference from each cluster of a data range, holes punched, nothing remembered:
+    /// for the many clusters of a resize, none of which this verb writes to again.
+    pub(crate) fn free_data(&mut self, dev: &mut Device, offset: u64, bytes: u64) -> Result<()> {
+        let g = self.g;
+        let first = g.cluster_of(offset).0;
+        let last = g.cluster_of(offset.saturating_add(bytes.max(1) - 1)).0;
+        for c in first..=last {
+            if self.get(dev, HostCluster(c))? == 0 {
+                return Ok(());
+            }
+        }
+        for c in first..=last {
+            self.bump(dev, HostCluster(c), false)?;
+        }
+        Ok(())
+    }
+
+    /// Note what becomes of a cluster whose count has dropped to zero by an explicit free.
+    fn release(&mut self, c: u64, bytes_end_up: Freed, forgotten_in: usize) {
+        let born_here = self.taken.remove(&c);
+        if !born_here {
+            self.forgotten.insert(c, forgotten_in);
+        }
+        match bytes_end_up {
+            Freed::Kept => {
+                self.punched.remove(&c);
+                self.kept.insert(c);
+            }
+            Freed::Punched => {
+                self.kept.remove(&c);
+                self.punched.insert(c);
+            }
+        }
+    }
+
+    /// Make sure that the disk has forgotten what was in clusters that are about to get new
+    /// contents: if the write that forgets belongs to this epoch, a new epoch begins.
+    pub(crate) fn forget_before_writing(&mut self, dev: &mut Device, offset: u64, bytes: u64) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let first = self.g.cluster_of(offset).0;
+        let last = self.g.cluster_of(offset.saturating_add(bytes - 1)).0;
+        let mut wait_for = None;
+        for c in first..=last {
+            if self.count_before(dev, HostCluster(c))? != 0 {
+                wait_for = wait_for.max(Some(self.forgotten.get(&c).copied().unwrap_or(NEVER)));
+            }
+        }
+        match wait_for {
+            Some(NEVER) => Err(Error::Unsupported(
+                "The verb would have to write to clusters that the image still uses".into(),
+            )),
+            Some(epoch) if epoch >= self.epoch => {
+                self.next_epoch();
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The count that a cluster had before the verb.
+    fn count_before(&mut self, dev: &mut Device, cluster: HostCluster) -> Result<u64> {
+        let g = self.g;
+        let index = g.reftable_index(cluster);
+        if self.before.as_ref().is_none_or(|(i, _)| *i != index) {
+            let entries = self.tables.first().map(|t| &t.entries);
+            let offset = entries.and_then(|e| e.get(index as usize)).copied().unwrap_or(0);
+            let counts = if self.block(index).is_some_and(|b| b.born.is_some()) {
+                Vec::new()
+            } else if offset & REFTABLE_OFFSET_MASK != 0 {
+                dev.read_vec("Could not read a refcount block", offset & REFTABLE_OFFSET_MASK, g.cluster_size())?
+            } else {
+                Vec::new()
+            };
+            self.before = Some((index, counts));
+        }
+        let at = g.refblock_index(cluster);
+        Ok(self.before.as_ref().map_or(0, |(_, counts)| refblock::get(g, counts, at)))
+    }
+
+    /// What follows is written after the current epoch has been published.
+    pub(crate) fn next_epoch(&mut self) {
+        self.mark_published();
+        self.epoch += 1;
+    }
+
+    /// The counts as they are now are needed by a published state: keep them as part of the peak.
+    pub(crate) fn mark_published(&mut self) {
+        let g = self.g;
+        for block in self.blocks.iter_mut().flatten().filter(|b| b.dirty) {
+            match &mut block.peak {
+                Some(peak) => refblock::raise_to(g, peak, &block.counts, g.refblock_entries() as usize),
+                None => block.peak = Some(block.counts.clone()),
+            }
+        }
+    }
+
+    /// Count a cluster once in the peak only: it is used between two publishes and free again
+    /// afterwards. The block must be loaded.
+    pub(crate) fn count_temporarily(&mut self, cluster: HostCluster) {
+        let g = self.g;
+        let at = g.refblock_index(cluster);
+        if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
+            let peak = block.peak.get_or_insert_with(|| block.counts.clone());
+            refblock::set(g, peak, at, 1);
+            block.dirty = true;
+        }
+    }
+
+    /// A run of `n` clusters at or behind `from` that is free now, was free on disk, is described
+    /// by existing blocks and is not touched by the replay. For short-lived tables.
+    pub(crate) fn find_untouched(&mut self, dev: &mut Device, from: u64, n: u64) -> Result<Option<u64>> {
+        let g = self.g;
+        let (mut run, mut c) = (0, from);
+        let end = g.first_cluster_of_block(self.table().entries.len() as u64).0;
+        while c < end {
+            let index = g.reftable_index(HostCluster(c));
+            if !self.load(dev, index)? || self.block(index).is_some_and(|b| b.born.is_some()) {
+                run = 0;
+                c = g.first_cluster_of_block(index + 1).0;
+                continue;
+            }
+            let counted = self.get(dev, HostCluster(c))? != 0
+                || self.block(index).is_some_and(|b| {
+                    b.peak.as_ref().is_some_and(|p| refblock::get(g, p, g.refblock_index(HostCluster(c))) != 0)
+                });
+            let touched = self.forgotten.contains_key(&c)
+                || self.punched.contains(&c)
+                || self.kept.contains(&c)
+                || self.taken.contains(&c);
+            run = if counted || touched { 0 } else { run + 1 };
+            c += 1;
+            if run == n {
+                return Ok(Some(c - n));
+            }
+        }
+        Ok(None)
+    }
+
+    /// QEMU's `qcow2_shrink_reftable`: drop blocks that describe nothing but themselves.
+    pub(crate) fn shrink_table(&mut self, dev: &mut Device) -> Result<()> {
+        let g = self.g;
+        let mut scratch = Vec::new();
+        let mut unused = Vec::new();
+        for index in 0..self.table().entries.len() as u64 {
+            let offset = self.entry(index);
+            if offset == 0 {
+                continue;
+            }
+            self.check_aligned(index, offset)?;
+            let mut copy = match self.block(index) {
+                Some(b) => b.counts.clone(),
+                None => {
+                    scratch.resize(g.cluster_len(), 0);
+                    dev.read("Could not read a refcount block", offset, &mut scratch)?;
+                    std::mem::take(&mut scratch)
+                }
+            };
+            let itself = g.cluster_of(offset);
+            if g.reftable_index(itself) == index {
+                refblock::set(g, &mut copy, g.refblock_index(itself), 0);
+            }
+            if copy.iter().all(|b| *b == 0) {
+                unused.push((index, offset));
+            }
+            scratch = copy;
+        }
+        let end = self.table().offset.saturating_add(self.table().entries.len() as u64 * TABLE_ENTRY);
+        self.reach = self.reach.max(end);
+        for (index, offset) in unused {
+            // `qcow2_discard_refcount_block`
+            let cluster = g.cluster_of(offset);
+            if self.get(dev, cluster)? != 1 {
+                return Err(Error::Corrupt(format!("Invalid refcount: refblock offset {offset:#x}")));
+            }
+            self.store(cluster, 0);
+            self.next = self.next.min(cluster.0);
+            self.release(cluster.0, Freed::Punched, NEVER);
+            self.table_mut().entries[index as usize] = 0;
+            let block = self.blocks.get_mut(index as usize).and_then(Option::take);
+            if block.as_ref().is_none_or(|b| b.born.is_none()) {
+                self.dropped.push(Dropped { index, offset, counts: block.map(|b| b.counts) });
+            }
+        }
+        Ok(())
+    }
+
+    /// QEMU's `qcow2_get_last_cluster`: the last cluster in use below `length` bytes.
+    pub(crate) fn last_cluster(&mut self, dev: &mut Device, length: u64) -> Result<u64> {
+        let g = self.g;
+        let mut c = g.clusters_for(length);
+        while c > 0 {
+            c -= 1;
+            let index = g.reftable_index(HostCluster(c));
+            if !self.load(dev, index)? {
+                c = g.first_cluster_of_block(index).0;
+                continue;
+            }
+            if self.get(dev, HostCluster(c))? > 0 {
+                return Ok(c);
+            }
+        }
+        Err(Error::Corrupt("There are no references in the refcount table.".into()))
+    }
+}
+
+/// "Forgotten in" an epoch that never ends: the cluster may not be written by this verb.
+pub(crate) const NEVER: usize = usize::MAX;
+
+fn overflow(g: Geometry, cluster: HostCluster) -> Error {
+    Error::Invalid(format!(
+        "The refcount of the cluster at {:#x} exceeds {} bits",
+        g.offset_of(cluster),
+        g.refcount_bits()
+    ))
+}
+
+fn underflow(g: Geometry, cluster: HostCluster) -> Error {
+    Error::Invalid(format!(
+        "The refcount of the cluster at {:#x}, which is in use, is zero",
+        g.offset_of(cluster)
+    ))
+}
+
+/// Blocks that describe `clusters` and the table and blocks behind them, with QEMU's reserve of
+/// half the table (`qcow2_refcount_metadata_size`, generous).
+fn blocks_with_metadata(g: Geometry, mut clusters: u64) -> u64 {
+    let (mut table, mut blocks, mut total) = (0u64, 0u64, 0u64);
+    let mut generous = true;
+    loop {
+        let last = total;
+        blocks = (clusters + table + blocks).div_ceil(g.refblock_entries());
+        table = blocks.div_ceil(g.reftable_entries_per_cluster());
+        total = clusters + blocks + table;
+        if total == last {
+            if !generous {
+                return blocks;
+            }
+            clusters += table.div_ceil(2);
+            generous = false;
+            total = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::io::memory::MemoryStorage;
+
+    /// 512-byte clusters, a refcount table of one cluster at 1, a block at 2.
+    fn small() -> (Device, Refcounts) {
+        let g = Geometry::new(9, 4, false);
+        let mut file = vec![0u8; 3 * 512];
+        for c in 0..3 {
+            refblock::set(g, &mut file[1024..], c, 1);
+        }
+        let dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
+        let mut entries = vec![0; 64];
+        entries[0] = 1024;
+        (dev, Refcounts::new(g, 512, 1, entries))
+    }
+
+    #[test]
+    fn clusters_are_found_first_fit_and_search_goes_on_behind() {
+        let (mut dev, mut r) = small();
+        assert_eq!(r.alloc(&mut dev, 1).unwrap(), 3 * 512);
+        assert_eq!(r.alloc(&mut dev, 1025).unwrap(), 4 * 512);
+        assert_eq!(r.alloc(&mut dev, 0).unwrap(), 7 * 512);
+        r.free(&mut dev, 5 * 512, 1, Freed::Kept, 0).unwrap();
+        assert_eq!(r.alloc(&mut dev, 512).unwrap(), 5 * 512);
+    }
+
+    #[test]
+    fn a_new_block_leaves_the_first_free_cluster_to_the_data() {
+        let (mut dev, mut r) = small();
+        assert_eq!(r.alloc(&mut dev, 253 * 512).unwrap(), 3 * 512);
+        // Clusters 0 to 255 are full: QEMU puts the L1 copy at 256 and 257, the block at 258.
+        assert_eq!(r.alloc(&mut dev, 1024).unwrap(), 256 * 512);
+        assert_eq!(r.table().entries[1], 258 * 512);
+        assert_eq!(r.alloc(&mut dev, 512).unwrap(), 259 * 512);
+    }
+
+    #[test]
+    fn the_table_grows_behind_everything_described() {
+        let (mut dev, mut r) = small();
+        r.alloc(&mut dev, (64 * 256 - 3) * 512).unwrap();
+        assert_eq!(r.tables.len(), 1);
+        let at = r.alloc(&mut dev, 512).unwrap();
+        assert_eq!(r.tables.len(), 2);
+        assert!(r.table().entries.len() > 64);
+        // The old table's cluster is free and below everything: QEMU takes it at once.
+        assert_eq!(at, 512);
+        assert_eq!(r.forgotten.get(&1), Some(&0));
+        r.forget_before_writing(&mut dev, at, 512).unwrap();
+        assert_eq!(r.epoch, 1);
+    }
+}

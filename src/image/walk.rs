@@ -1,0 +1,299 @@
+//! **The** traversal of everything that an L1 table reaches
+//! (QEMU's `qcow2_update_snapshot_refcount`).
+//!
+//! [`Replay::walk`] looks: it counts in memory, checks what it meets and notes which L2 tables
+//! would change. [`rewrite_tables`] writes those tables later, when the counts are final.
+
+use super::device::Device;
+use super::overlap::Kind;
+use super::replay::Replay;
+use super::refcount::Refcounts;
+use crate::error::{Error, Result};
+use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
+use crate::format::geometry::{Geometry, HostCluster};
+use crate::io::MAX_REQUEST;
+use byteorder::{BigEndian, ByteOrder};
+
+/// Changed tables are written in pieces of this many bytes, so that a flag does not cost a cluster.
+const PIECE: usize = 4096;
+
+/// What a walk does to the counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Addend {
+    Plus,
+    Minus,
+    Zero,
+}
+
+/// What a walk found.
+#[derive(Default)]
+pub(crate) struct Walked {
+    /// The L1 table with bit 63 as the counts demand, reserved bits cleared.
+    pub(crate) l1: Vec<u64>,
+    /// `l1` differs from what was walked.
+    pub(crate) l1_changed: bool,
+    /// Offsets of L2 tables that remain and in which some bit 63 differs from what the counts demand.
+    pub(crate) tables: Vec<u64>,
+    /// Some count became one.
+    pub(crate) dropped_to_one: bool,
+}
+
+impl Replay {
+    /// Walk `l1`, in QEMU's order: the clusters of an L2 table, then the table itself.
+    pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], addend: Addend) -> Result<Walked> {
+        let g = self.g;
+        let mut out = Walked::default();
+        out.l1.try_reserve_exact(l1.len()).map_err(|_| Error::NoMemory(l1.len() as u64 * 8))?;
+        out.l1.extend_from_slice(l1);
+
+        let mut tables = TableReader::new(g, l1)?;
+        for (index, slot) in out.l1.iter_mut().enumerate() {
+            let old = *slot;
+            if old == 0 {
+                continue;
+            }
+            let offset = old & OFFSET_MASK;
+            check_l2_offset(g, offset, index)?;
+            let table = match self.tables.get(&offset) {
+                Some(changed) => changed.as_slice(),
+                None => tables.get(dev, index, offset)?,
+            };
+            let changed = count_table(&mut self.refs, dev, g, table, offset, addend, &mut out.dropped_to_one)?;
+
+            let own = g.cluster_of(offset);
+            let count = match addend {
+                Addend::Zero => self.refs.get(dev, own)?,
+                _ => self.refs.bump(dev, own, addend == Addend::Plus)?,
+            };
+            out.dropped_to_one |= addend == Addend::Minus && count == 1;
+            if let Some(end) = changed {
+                // QEMU drops the first slice of a table that is freed, and writes the others.
+                let slice = g.l2_slice_bytes(self.header.size);
+                if count != 0 || end > slice {
+                    self.reach = self.reach.max(offset.saturating_add(end.div_ceil(slice) * slice));
+                }
+                if count != 0 {
+                    self.overlap.check(offset, g.cluster_size(), Some(Kind::ActiveL2))?;
+                    out.tables.push(offset);
+                }
+            }
+            let new = offset | if count == 1 { COPIED } else { 0 };
+            if new != old {
+                *slot = new;
+                out.l1_changed = true;
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// An L2 table must be at a cluster boundary and not in the header's cluster.
+fn check_l2_offset(g: Geometry, offset: u64, l1_index: usize) -> Result<()> {
+    if g.in_cluster(offset) != 0 {
+        return Err(Error::Corrupt(format!("L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})")));
+    }
+    if offset == 0 {
+        return Err(Error::Corrupt(format!("L1 entry {l1_index:#x} has flags but no offset")));
+    }
+    Ok(())
+}
+
+/// Count the clusters of one L2 table. Returns the end of the last entry whose bit 63 changes, in
+/// bytes from the table's start.
+fn count_table(
+    refs: &mut Refcounts,
+    dev: &mut Device,
+    g: Geometry,
+    table: &[u8],
+    offset: u64,
+    addend: Addend,
+    dropped_to_one: &mut bool,
+) -> Result<Option<u64>> {
+    let size = g.l2_entry_size();
+    let mut changed = None;
+    for (j, word) in table.chunks_exact(size).enumerate() {
+        let old = BigEndian::read_u64(word);
+        if old == 0 {
+            continue;
+        }
+        let count = match entry::cluster(g, old & !COPIED) {
+            Cluster::Compressed { offset, length } => {
+                if addend != Addend::Zero {
+                    let first = g.cluster_of(offset).0;
+                    let last = g.cluster_of(offset.saturating_add(length - 1)).0;
+                    for c in first..=last {
+                        let count = refs.bump(dev, HostCluster(c), addend == Addend::Plus)?;
+                        *dropped_to_one |= addend == Addend::Minus && count == 1;
+                    }
+                }
+                2
+            }
+            Cluster::Standard(at) | Cluster::ZeroAllocated(at) => {
+                if g.in_cluster(at) != 0 {
+                    return Err(Error::Corrupt(format!(
+                        "Cluster allocation offset {at:#x} unaligned (L2 offset: {offset:#x}, L2 index: {j:#x})"
+                    )));
+                }
+                let count = match addend {
+                    Addend::Zero => refs.get(dev, g.cluster_of(at))?,
+                    _ => refs.bump(dev, g.cluster_of(at), addend == Addend::Plus)?,
+                };
+                *dropped_to_one |= addend == Addend::Minus && count == 1;
+                count
+            }
+            Cluster::ZeroPlain | Cluster::Unallocated => 0,
+        };
+        if (old & COPIED != 0) != (count == 1) {
+            changed = Some((j as u64 + 1) * size as u64);
+        }
+    }
+    Ok(changed)
+}
+
+/// May bit 63 be set when the tables are written?
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Flags {
+    /// Before the publish: only cleared.
+    OnlyClear,
+    /// After it: as the final counts demand.
+    AsCounted,
+}
+
+/// Bit 63 of one L2 entry as the final counts demand.
+fn wanted(refs: &mut Refcounts, dev: &mut Device, g: Geometry, old: u64) -> Result<bool> {
+    Ok(match entry::cluster(g, old & !COPIED) {
+        Cluster::Standard(at) | Cluster::ZeroAllocated(at) => refs.get(dev, g.cluster_of(at))? == 1,
+        _ => false,
+    })
+}
+
+/// Set or clear bit 63 in the entries of one table.
+pub(crate) fn set_copied(
+    refs: &mut Refcounts,
+    dev: &mut Device,
+    g: Geometry,
+    table: &mut [u8],
+    flags: Flags,
+) -> Result<bool> {
+    let mut changed = false;
+    for word in table.chunks_exact_mut(g.l2_entry_size()) {
+        let old = BigEndian::read_u64(word);
+        if old == 0 {
+            continue;
+        }
+        let copied = wanted(refs, dev, g, old)?;
+        if (old & COPIED != 0) != copied && (flags == Flags::AsCounted || !copied) {
+            BigEndian::write_u64(word, (old & !COPIED) | if copied { COPIED } else { 0 });
+            changed = true;
+        }
+    }
+    Ok(changed)
+}
+
+/// Write bit 63 of the entries of `tables` as the final counts demand; changed 4 KiB pieces only,
+/// adjacent ones in one request.
+pub(crate) fn rewrite_tables(
+    refs: &mut Refcounts,
+    dev: &mut Device,
+    g: Geometry,
+    tables: &[u64],
+    flags: Flags,
+) -> Result<()> {
+    let mut reader = TableReader::new(g, tables)?;
+    let mut out = Pieces::new("L2 table");
+    for (index, offset) in tables.iter().enumerate() {
+        let table = reader.get(dev, index, *offset)?;
+        let mut new = table.to_vec();
+        if set_copied(refs, dev, g, &mut new, flags)? {
+            out.write_changes(dev, *offset, table, &new)?;
+        }
+    }
+    out.finish(dev)
+}
+
+/// Collects changed pieces and writes adjacent ones together.
+pub(crate) struct Pieces {
+    label: &'static str,
+    offset: u64,
+    data: Vec<u8>,
+}
+
+impl Pieces {
+    pub(crate) fn new(label: &'static str) -> Pieces {
+        Pieces { label, offset: 0, data: Vec::new() }
+    }
+
+    /// Write the 4 KiB pieces in which `new` differs from `old`.
+    pub(crate) fn write_changes(&mut self, dev: &mut Device, offset: u64, old: &[u8], new: &[u8]) -> Result<()> {
+        let mut at = offset;
+        for (a, b) in old.chunks(PIECE).zip(new.chunks(PIECE)) {
+            if a != b {
+                self.push(dev, at, b)?;
+            }
+            at = at.saturating_add(b.len() as u64);
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, dev: &mut Device, offset: u64, piece: &[u8]) -> Result<()> {
+        let adjacent = self.offset.saturating_add(self.data.len() as u64) == offset;
+        if !adjacent || self.data.len() + piece.len() > MAX_REQUEST {
+            self.finish(dev)?;
+            self.offset = offset;
+        }
+        self.data.extend_from_slice(piece);
+        Ok(())
+    }
+
+    /// Write what is left.
+    pub(crate) fn finish(&mut self, dev: &mut Device) -> Result<()> {
+        if !self.data.is_empty() {
+            dev.write(self.label, self.offset, &self.data)?;
+            self.data.clear();
+        }
+        Ok(())
+    }
+}
+
+/// Reads the L2 tables of an L1 in order, neighbours in the file in one request.
+struct TableReader<'a> {
+    g: Geometry,
+    l1: &'a [u64],
+    /// Tables `first..first + n` of `l1` are in `buf`, one behind the other.
+    first: usize,
+    n: usize,
+    buf: Vec<u8>,
+}
+
+impl<'a> TableReader<'a> {
+    fn new(g: Geometry, l1: &'a [u64]) -> Result<TableReader<'a>> {
+        Ok(TableReader { g, l1, first: 0, n: 0, buf: Vec::new() })
+    }
+
+    /// The table at `offset`, which `l1[index]` names.
+    fn get(&mut self, dev: &mut Device, index: usize, offset: u64) -> Result<&[u8]> {
+        let cs = self.g.cluster_len();
+        if !(self.first..self.first + self.n).contains(&index) {
+            let most = (MAX_REQUEST / cs).max(1);
+            let mut next = offset;
+            let ahead = self.l1.iter().skip(index).take(most);
+            let n = ahead
+                .take_while(|e| {
+                    let here = **e & OFFSET_MASK == next;
+                    next = next.saturating_add(cs as u64);
+                    here
+                })
+                .count()
+                .max(1);
+            let bytes = n * cs;
+            if self.buf.len() < bytes {
+                self.buf = super::device::zeroed(bytes as u64)?;
+            }
+            self.n = 0;
+            dev.read("Could not read an L2 table", offset, &mut self.buf[..bytes])?;
+            (self.first, self.n) = (index, n);
+        }
+        let at = (index - self.first) * cs;
+        Ok(&self.buf[at..at + cs])
+    }
+}

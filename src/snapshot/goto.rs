@@ -1,0 +1,204 @@
+//! `qcow2_snapshot_goto`.
+
+use super::delete::merged;
+use super::Snapshot;
+use crate::error::{Error, Result};
+use crate::format::entry::COPIED;
+use crate::format::geometry::{HostCluster, TABLE_ENTRY};
+use crate::image::device::bytes_of;
+use crate::image::overlap::Kind;
+use crate::image::refcount::Refcounts;
+use crate::image::replay::Replay;
+use crate::image::update::{L1Change, Plan};
+use crate::image::walk::{Addend, Walked};
+use crate::image::Image;
+
+impl Image {
+    /// Make the active disk what the snapshot with this ID, else with this name, holds.
+    ///
+    /// ```text
+    /// prepare  counts of all that the snapshot's L1 reaches + 1; COPIED cleared there
+    /// publish  the active L1 (one sector in place, or by way of a temporary L1), and the disk size
+    /// reclaim  counts of all that the old L1 reached - 1; COPIED as the counts say
+    /// ```
+    /// QEMU writes the active L1 with the snapshot's stale COPIED flags and mends them later; here
+    /// it is written without them, and no moment lets a guest write into the snapshot.
+    ///
+    /// # Errors
+    /// `NotFound`; `Busy` with valid dirty bitmaps; `Unsupported` for another disk size in a version 2
+    /// image or with `COMPAT_2_1`; `TooBig`, `Invalid`, `Corrupt` for damaged tables.
+    pub fn snapshot_goto(&mut self, id_or_name: &[u8]) -> Result<()> {
+        self.begin_change()?;
+        if self.active_bitmaps() {
+            return Err(Error::Busy("Device has active dirty bitmaps".into()));
+        }
+        let index = self.find(Some(id_or_name), None).or_else(|| self.find(None, Some(id_or_name)));
+        let Some(snapshot) = index.and_then(|i| self.snapshots.entries.get(i)).cloned() else {
+            return Err(Error::NotFound("Can't find the snapshot".into()));
+        };
+        let stored_l1 = self.snapshot_l1(snapshot.l1_table_offset, snapshot.l1_size)?;
+        self.check_apart_from_active(&snapshot)?;
+
+        let (mut replay, mut plan) = (self.replay(), Plan::new());
+        self.replay_resize(&mut replay, &snapshot)?;
+        replay.grow_l1(&mut self.dev, stored_l1.len() as u64)?;
+        let up = replay.walk(&mut self.dev, &stored_l1, Addend::Plus)?;
+        if up.l1_changed {
+            let end = snapshot.l1_table_offset.saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
+            replay.reach = replay.reach.max(end);
+            plan.copied.push((snapshot.l1_table_offset, stored_l1.clone(), up.l1.clone()));
+        }
+        let mut new_l1 = up.l1;
+        new_l1.resize(replay.l1.len(), 0);
+        let change = self.choose_publish(&mut replay, &new_l1)?;
+        let old_l1 = std::mem::take(&mut replay.l1);
+        let down = replay.walk(&mut self.dev, &old_l1, Addend::Minus)?;
+        self.check_after_resize(&mut replay)?;
+        let last = if down.dropped_to_one {
+            replay.walk(&mut self.dev, &new_l1, Addend::Zero)?
+        } else {
+            Walked { l1: new_l1, ..Walked::default() }
+        };
+        replay.l1 = last.l1;
+        (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables));
+        plan.decisive = replay.refs.epoch;
+        self.place_l1(&mut replay, &mut plan, change)?;
+
+        let (list, table_size) = (self.snapshots.entries.clone(), self.snapshots.size);
+        let torn = matches!(plan.l1.0, L1Change::InPlace);
+        self.commit(replay, &plan, list, table_size)?;
+        if torn {
+            self.set_remark(
+                "The active L1 table was written in place, as QEMU does: no free clusters were there to do it atomically",
+            );
+        }
+        Ok(())
+    }
+
+    /// Bring the disk to the snapshot's size, in memory.
+    fn replay_resize(&mut self, replay: &mut Replay, snapshot: &Snapshot) -> Result<()> {
+        let (old, new) = (self.header.disk_size(), snapshot.disk_size);
+        if old == new {
+            return Ok(());
+        }
+        if self.compat_2_1() {
+            return Err(Error::Unsupported("The snapshot has another disk size, which is not supported".into()));
+        }
+        if new % 512 != 0 {
+            return Err(Error::Invalid("The new size must be a multiple of 512".into()));
+        }
+        if self.header.version < 3 {
+            return Err(Error::Unsupported("Can't resize a v2 image which has snapshots".into()));
+        }
+        if self.extensions.has_bitmaps && self.active_bitmaps() {
+            return Err(Error::Unsupported("Can't resize an image with bitmaps".into()));
+        }
+        if new < old {
+            replay.shrink(&mut self.dev, old, new)?;
+        } else {
+            if !self.backing_file.is_empty() {
+                return Err(Error::Unsupported(
+                    "Growing the disk of an image with a backing file is not supported yet".into(),
+                ));
+            }
+            let entries = replay.g.l1_entries_for(new);
+            replay.grow_l1(&mut self.dev, entries)?;
+        }
+        replay.switch(|h| h.size = new);
+        Ok(())
+    }
+
+    /// How the new L1 table can be published. Called when all allocations have been replayed and
+    /// before counts go down: a table written in place needs both disks counted.
+    fn choose_publish(&mut self, replay: &mut Replay, new_l1: &[u64]) -> Result<L1Change> {
+        let bytes = new_l1.len() as u64 * TABLE_ENTRY;
+        let offset = replay.header.l1_offset;
+        replay.overlap.check(offset, bytes, Some(Kind::ActiveL1))?;
+        replay.reach = replay.reach.max(offset.saturating_add(bytes));
+        if offset != self.header.l1_offset {
+            return Ok(L1Change::Moved);
+        }
+        // Entries beyond the old end are zero on disk or were never looked at: QEMU writes them too.
+        let old = self.l1.iter().copied().chain(std::iter::repeat(0));
+        let differs = |(new, old): (&u64, u64)| new & !COPIED != old & !COPIED;
+        let mut changed = new_l1.iter().zip(old).enumerate().filter(|(_, pair)| differs(*pair)).map(|(i, _)| i as u64);
+        let resized = replay.header.size != self.header.size;
+        match (changed.next(), changed.last()) {
+            (None, _) => return Ok(L1Change::OneSector),
+            (Some(_), None) if !resized => return Ok(L1Change::OneSector),
+            (Some(first), Some(last)) if !resized && same_sector(offset, first, last) => return Ok(L1Change::OneSector),
+            _ => {}
+        }
+        let clusters = replay.g.clusters_for(bytes);
+        let end = replay.g.clusters_for(self.dev.length().max(replay.length()));
+        let place = match replay.refs.find_untouched(&mut self.dev, end, clusters)? {
+            Some(c) => Some(c),
+            None => replay.refs.find_untouched(&mut self.dev, 1, clusters)?,
+        };
+        match place {
+            Some(c) => Ok(L1Change::Through(replay.g.offset_of(HostCluster(c)))),
+            None => {
+                replay.refs.mark_published();
+                Ok(L1Change::InPlace)
+            }
+        }
+    }
+
+    /// Tables that the resize made are free again, with a hole where they were; none of the tables
+    /// that it emptied may have survived in a snapshot.
+    fn check_after_resize(&mut self, replay: &mut Replay) -> Result<()> {
+        for offset in std::mem::take(&mut replay.temporary_tables) {
+            let cluster = replay.g.cluster_of(offset);
+            if replay.refs.get(&mut self.dev, cluster)? == 0 {
+                replay.refs.punched.insert(cluster.0);
+            }
+        }
+        let changed: Vec<u64> = replay.tables.keys().copied().collect();
+        for offset in changed {
+            if replay.refs.get(&mut self.dev, replay.g.cluster_of(offset))? != 0 {
+                return Err(Error::Corrupt(format!("L2 table {offset:#x} is shared but flagged as COPIED")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Say where the new contents of the active L1 go.
+    fn place_l1(&mut self, replay: &mut Replay, plan: &mut Plan, change: L1Change) -> Result<()> {
+        let before = match &change {
+            L1Change::Moved => Vec::new(),
+            _ => self.l1.clone(),
+        };
+        match &change {
+            L1Change::Through(offset) => {
+                let bytes = replay.l1.len() as u64 * TABLE_ENTRY;
+                count_temporary(&mut replay.refs, replay.g.cluster_of(*offset), replay.g.clusters_for(bytes));
+            }
+            L1Change::Moved => {
+                // The table that the growth allocated takes the snapshot's contents at once.
+                let bare: Vec<u64> = replay.l1.iter().map(|e| e & !COPIED).collect();
+                let (offset, epoch) = (replay.header.l1_offset, replay.refs.epoch);
+                let grown = replay.new_data.iter_mut().find(|w| w.offset == offset && w.epoch == epoch);
+                let Some(grown) = grown else {
+                    return Err(Error::Corrupt("The grown L1 table is not in the last epoch".into()));
+                };
+                let bare = bytes_of(&bare)?;
+                grown.data.splice(..bare.len().min(grown.data.len()), bare);
+            }
+            _ => {}
+        }
+        plan.l1 = (change, before, replay.l1.clone());
+        Ok(())
+    }
+}
+
+/// Do two entries of a table lie in the same 512-byte sector?
+fn same_sector(offset: u64, first: u64, last: u64) -> bool {
+    let sector = |i: u64| offset.saturating_add(i * TABLE_ENTRY) / 512;
+    sector(first) == sector(last)
+}
+
+fn count_temporary(refs: &mut Refcounts, first: HostCluster, n: u64) {
+    for c in first.0..first.0.saturating_add(n) {
+        refs.count_temporarily(HostCluster(c));
+    }
+}

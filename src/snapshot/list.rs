@@ -1,0 +1,21 @@
+//! `qcow2_snapshot_list`.
+
+use super::Snapshot;
+use crate::error::{Error, Result};
+use crate::image::Image;
+
+impl Image {
+    /// The snapshots in the order of the table; none after [`Image::free_snapshots`].
+    ///
+    /// # Errors
+    /// `Unsupported` for images with an external data file, as QEMU answers.
+    pub fn snapshot_list(&mut self) -> Result<&[Snapshot]> {
+        self.usable()?;
+        if self.header.has_data_file() {
+            return Err(Error::Unsupported(
+                "Internal snapshots are not supported on images with an external data file".into(),
+            ));
+        }
+        Ok(&self.snapshots.entries)
+    }
+}
