@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: MIT */
+/* While a QEMU program has the image open read-write, opening it is -EAGAIN. */
+#include <signal.h>
+
+#include "harness.h"
+
+int main(void)
+{
+    const char *path = fixture("v3-4k/after-1");
+    Qcow2Image *bs = NULL;
+    Qcow2Error *err = NULL;
+    Bytes before = slurp(path);
+    char line[64];
+    FILE *qemu;
+
+    need("qemu-io");
+    /* `length` answers once the image is open; then it sleeps with the image open. */
+    qemu = popen("exec qemu-io -f qcow2 -c length -c 'sleep 600000' image.qcow2 & echo $!; wait 2>/dev/null", "r");
+    CHECK(qemu && fgets(line, sizeof(line), qemu));
+    for (int i = 0; i < 500 && qcow2_open(path, QCOW2_O_RDWR, &bs, NULL) == 0; i++) {
+        qcow2_close(bs);
+        usleep(20000);
+    }
+    CHECK_RET(qcow2_open(path, QCOW2_O_RDWR, &bs, &err), -EAGAIN);
+    take_message(&err);
+    CHECK_RET(qcow2_open(path, 0, &bs, &err), -EAGAIN);
+    take_message(&err);
+    CHECK(!bs);
+    bs = must_open(path, QCOW2_O_FORCE_SHARE);
+    CHECK_RET(qcow2_close(bs), 0);
+    kill((pid_t)atol(line), SIGTERM);
+    pclose(qemu);
+    CHECK_FILE(path, before);
+    drop(&before);
+    bs = must_open(path, QCOW2_O_RDWR);
+    CHECK_RET(qcow2_close(bs), 0);
+    return done();
+}
