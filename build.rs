@@ -22,7 +22,10 @@ fn main() {
     // The source tree stays as it is (it may be read-only): `make header` copies the result
     // to include/, and tests/header.rs compares the two.
     fs::write(out.join("qcow2_snapshot.h"), header(&root)).expect("OUT_DIR is writable");
-    for file in SOURCES.iter().chain(&["cbindgen.toml", "build.rs", "examples/list.c"]) {
+    for file in SOURCES
+        .iter()
+        .chain(&["cbindgen.toml", "build.rs", "examples/list.c"])
+    {
         println!("cargo::rerun-if-changed={file}");
     }
 
@@ -36,15 +39,21 @@ fn main() {
 }
 
 fn header(root: &Path) -> String {
-    let mut config = cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml is valid");
-    config.header = config.header.map(|text| with_example(&text, &root.join("examples/list.c")));
+    let mut config =
+        cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml is valid");
+    config.header = config
+        .header
+        .map(|text| with_example(&text, &root.join("examples/list.c")));
     config.after_includes = Some(version_macros());
     let mut builder = cbindgen::Builder::new().with_config(config);
     for file in SOURCES {
         builder = builder.with_src(root.join(file));
     }
     let mut text = Vec::new();
-    builder.generate().expect("cbindgen understands src/capi").write(&mut text);
+    builder
+        .generate()
+        .expect("cbindgen understands src/capi")
+        .write(&mut text);
     let text = String::from_utf8(text).expect("cbindgen writes UTF-8");
     // cbindgen puts the semicolon of a conditional member behind the #endif, which leaves a
     // stray one where the member is left out: not C99.

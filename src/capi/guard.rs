@@ -135,7 +135,10 @@ enum Ran<R> {
 ///
 /// # Safety
 /// `errp` is null or points to a writable pointer.
-pub(super) unsafe fn guard(errp: *mut *mut Qcow2Error, body: impl FnOnce() -> Result<c_int>) -> c_int {
+pub(super) unsafe fn guard(
+    errp: *mut *mut Qcow2Error,
+    body: impl FnOnce() -> Result<c_int>,
+) -> c_int {
     let (errno, text) = match run(body) {
         Ran::Value(value) => return value,
         Ran::Failed { errno, text } => (errno, text),
@@ -250,12 +253,18 @@ pub(super) unsafe fn guard_close(bs: *mut Qcow2Image) -> c_int {
 
 /// A message as C text. Snapshot names may hold a NUL; what follows it must not be lost.
 fn to_c_text(message: &str) -> CString {
-    let bytes: Vec<u8> = message.bytes().map(|b| if b == 0 { b' ' } else { b }).collect();
+    let bytes: Vec<u8> = message
+        .bytes()
+        .map(|b| if b == 0 { b' ' } else { b })
+        .collect();
     CString::new(bytes).unwrap_or_default()
 }
 
 fn panic_text(payload: Box<dyn Any + Send>) -> CString {
-    let words = match (payload.downcast_ref::<&str>(), payload.downcast_ref::<String>()) {
+    let words = match (
+        payload.downcast_ref::<&str>(),
+        payload.downcast_ref::<String>(),
+    ) {
         (Some(s), _) => s,
         (_, Some(s)) => s.as_str(),
         _ => "no details",
@@ -282,7 +291,9 @@ mod tests {
         let ran = run::<()>(|| panic!("seven {}", 7));
         std::panic::set_hook(hook);
         match ran {
-            Ran::Panicked(text) => assert_eq!(text.to_bytes(), b"Internal error, please report: seven 7"),
+            Ran::Panicked(text) => {
+                assert_eq!(text.to_bytes(), b"Internal error, please report: seven 7")
+            }
             _ => panic!("not caught"),
         }
     }

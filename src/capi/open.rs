@@ -56,7 +56,10 @@ pub unsafe extern "C" fn qcow2_open(
         }
         // SAFETY: not null, and text ending in NUL as the header demands.
         let name = unsafe { CStr::from_ptr(filename) };
-        Image::open(Path::new(OsStr::from_bytes(name.to_bytes())), OpenFlags::from_bits(flags)?)
+        Image::open(
+            Path::new(OsStr::from_bytes(name.to_bytes())),
+            OpenFlags::from_bits(flags)?,
+        )
     };
     // SAFETY: the header demands writable pointers or NULL.
     unsafe { open(pbs, errp, body) }
@@ -281,7 +284,8 @@ impl Callbacks for CallerFunctions {
 
     fn discard(&mut self, offset: u64, bytes: u64) -> Option<i32> {
         // SAFETY: nothing but the caller's pointer is handed over.
-        self.discard.map(|discard| unsafe { discard(self.opaque, offset, bytes) })
+        self.discard
+            .map(|discard| unsafe { discard(self.opaque, offset, bytes) })
     }
 
     fn close(&mut self) {

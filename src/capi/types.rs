@@ -67,7 +67,12 @@ pub struct Qcow2IoOps {
     /// Read exactly `bytes` bytes (at most 2 MiB) at byte `offset`. What lies past the end
     /// reads as zeros.
     pub pread: Option<
-        unsafe extern "C" fn(opaque: *mut c_void, offset: u64, buf: *mut c_void, bytes: usize) -> c_int,
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            offset: u64,
+            buf: *mut c_void,
+            bytes: usize,
+        ) -> c_int,
     >,
     /// Write exactly `bytes` bytes (at most 2 MiB) at byte `offset`. A write past the end
     /// extends the file, with zeros between.
@@ -88,16 +93,18 @@ pub struct Qcow2IoOps {
     pub truncate: Option<unsafe extern "C" fn(opaque: *mut c_void, length: u64) -> c_int>,
     /// Give back the space of `bytes` bytes at `offset`, which read as zeros from then on;
     /// the length stays. May be NULL: nothing is given back.
-    pub discard: Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, bytes: u64) -> c_int>,
+    pub discard:
+        Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, bytes: u64) -> c_int>,
     /// The handle is closed: the last call, exactly once. Not called if qcow2_open_io()
     /// failed. May be NULL.
     pub close: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
 }
 
-const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
-    Ok(text) => text,
-    Err(_) => c"",
-};
+const VERSION: &CStr =
+    match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+        Ok(text) => text,
+        Err(_) => c"",
+    };
 
 /// The version of the library that the program runs with, as "1.2.3". The one it was
 /// compiled with is QCOW2_SNAPSHOT_VERSION.

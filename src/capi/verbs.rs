@@ -157,10 +157,14 @@ pub unsafe extern "C" fn qcow2_snapshot_create(
 ///
 /// QEMU: qcow2_snapshot_goto() of block/qcow2-snapshot.c; -EBUSY is bdrv_snapshot_goto()'s
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qcow2_snapshot_goto(bs: *mut Qcow2Image, snapshot_id: *const c_char) -> c_int {
+pub unsafe extern "C" fn qcow2_snapshot_goto(
+    bs: *mut Qcow2Image,
+    snapshot_id: *const c_char,
+) -> c_int {
     let body = |it: &mut Entered| {
         // SAFETY: NULL or text, as the header demands.
-        let wanted = unsafe { bytes(snapshot_id) }.ok_or_else(|| no_such("Can't find the snapshot"))?;
+        let wanted =
+            unsafe { bytes(snapshot_id) }.ok_or_else(|| no_such("Can't find the snapshot"))?;
         it.image().snapshot_goto(wanted).map(|()| 0)
     };
     // SAFETY: the header demands an open handle or NULL.
@@ -238,7 +242,8 @@ pub unsafe extern "C" fn qcow2_snapshot_list(
         let out = out.ok_or_else(|| null("psn_tab"))?;
         let compat_2_1 = it.compat_2_1;
         let snapshots = it.image().snapshot_list()?;
-        let count = c_int::try_from(snapshots.len()).map_err(|_| Error::TooBig("Too many snapshots".into()))?;
+        let count = c_int::try_from(snapshots.len())
+            .map_err(|_| Error::TooBig("Too many snapshots".into()))?;
         if let Some(array) = malloc_list(snapshots, compat_2_1)? {
             // SAFETY: as above.
             unsafe { out.write(array.as_ptr()) };
@@ -309,7 +314,8 @@ pub unsafe extern "C" fn qcow2_snapshot_load_tmp(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_getlength(bs: *const Qcow2Image) -> i64 {
     let body = |it: &mut Entered| {
-        i64::try_from(it.image().length()).map_err(|_| Error::TooBig("The disk is too large".into()))
+        i64::try_from(it.image().length())
+            .map_err(|_| Error::TooBig("The disk is too large".into()))
     };
     // SAFETY: the header demands an open handle or NULL.
     unsafe { guard_image(bs, ptr::null_mut(), Kind::Reads, body) }
@@ -342,7 +348,11 @@ pub unsafe extern "C" fn qcow2_pread(
     errp: *mut *mut Qcow2Error,
 ) -> c_int {
     let body = |it: &mut Entered| {
-        let outside = || Error::Corrupt(format!("The range {offset} + {bytes} is not within the disk"));
+        let outside = || {
+            Error::Corrupt(format!(
+                "The range {offset} + {bytes} is not within the disk"
+            ))
+        };
         let start = u64::try_from(offset).map_err(|_| outside())?;
         let length = it.image().length();
         if isize::try_from(bytes).is_err() || start > length || (bytes as u64) > length - start {
@@ -428,14 +438,19 @@ fn put_text(array: &mut [c_char], text: &[u8]) {
 }
 
 /// The array that `qcow2_snapshot_list()` returns, from malloc; None for an empty list.
-fn malloc_list(snapshots: &[Snapshot], compat_2_1: bool) -> Result<Option<NonNull<Qcow2SnapshotInfo>>> {
+fn malloc_list(
+    snapshots: &[Snapshot],
+    compat_2_1: bool,
+) -> Result<Option<NonNull<Qcow2SnapshotInfo>>> {
     if snapshots.is_empty() {
         return Ok(None);
     }
     let stride = info_size(compat_2_1);
     // SAFETY: no precondition; calloc checks the product.
     let array = unsafe { libc::calloc(snapshots.len(), stride) }.cast::<u8>();
-    let array = NonNull::new(array).ok_or(Error::NoMemory((snapshots.len() as u64).saturating_mul(stride as u64)))?;
+    let array = NonNull::new(array).ok_or(Error::NoMemory(
+        (snapshots.len() as u64).saturating_mul(stride as u64),
+    ))?;
     for (i, sn) in snapshots.iter().enumerate() {
         let mut info = Qcow2SnapshotInfo {
             id_str: [0; 128],
