@@ -1,0 +1,494 @@
+//! One image in two copies: a verb by qemu-img on one, by the library on the other, and the
+//! comparison of the two files after it.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::files::{self, at, R};
+use super::generate::QEMU;
+use super::ours::{Lib, Listed, Side, Verb};
+use super::qemu::{Failure, Tools};
+use super::qimg::{self, Qcow, COMPRESSED, OFFSET};
+
+/// What every run shares.
+pub struct Ctx {
+    pub lib: Option<Lib>,
+    pub scratch: PathBuf,
+    pub keep: PathBuf,
+}
+
+#[derive(Default, Clone)]
+pub struct Stats {
+    pub creates: u64,
+    pub gotos: u64,
+    pub deletes: u64,
+    /// Verbs that failed on both sides with the same errno and left our file as it was.
+    pub same_errors: BTreeMap<i32, u64>,
+    pub on_kept_handle: u64,
+    pub not_compared: BTreeMap<String, u64>,
+    /// Rounds of guest activity and of crafted changes.
+    pub guest: u64,
+    pub crafts: BTreeMap<&'static str, u64>,
+}
+
+impl Stats {
+    pub fn verbs(&self) -> u64 {
+        self.creates + self.gotos + self.deletes
+    }
+
+    pub fn add(&mut self, o: &Stats) {
+        self.creates += o.creates;
+        self.gotos += o.gotos;
+        self.deletes += o.deletes;
+        self.on_kept_handle += o.on_kept_handle;
+        self.guest += o.guest;
+        for (k, v) in &o.same_errors {
+            *self.same_errors.entry(*k).or_default() += v;
+        }
+        for (k, v) in &o.not_compared {
+            *self.not_compared.entry(k.clone()).or_default() += v;
+        }
+        for (k, v) in &o.crafts {
+            *self.crafts.entry(k).or_default() += v;
+        }
+    }
+}
+
+pub struct Run<'a> {
+    ctx: &'a Ctx,
+    label: String,
+    pub tools: Tools,
+    side: Side,
+    pub qemu: PathBuf,
+    before: PathBuf,
+    /// Keep our handle open between verbs.
+    pub keep_handle: bool,
+    pub stats: Stats,
+    verb_no: u64,
+}
+
+impl<'a> Run<'a> {
+    pub fn new(ctx: &'a Ctx, label: &str) -> R<Run<'a>> {
+        let dir = ctx.scratch.join(label.replace(' ', "-"));
+        let _ = std::fs::remove_dir_all(&dir);
+        at("create scratch folder", std::fs::create_dir_all(&dir))?;
+        Ok(Run {
+            ctx,
+            label: label.to_string(),
+            tools: Tools::new(&dir),
+            side: Side::new(dir.join("ours.qcow2"), ctx.lib),
+            qemu: dir.join(QEMU),
+            before: dir.join("before.qcow2"),
+            keep_handle: false,
+            stats: Stats::default(),
+            verb_no: 0,
+        })
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.tools.dir
+    }
+
+    pub fn self_mode(&self) -> bool {
+        self.ctx.lib.is_none()
+    }
+
+    /// Close our handle and make our copy equal to qemu-img's (after guest writes or crafts).
+    pub fn sync(&mut self) -> R<()> {
+        self.side.close()?;
+        files::copy(&self.qemu, &self.side.path)
+    }
+
+    /// The verb that deletes the first entry of that name as qemu-img does, asked of ours in one
+    /// of the equivalent ways: 0 by ID and name, 1 by ID, 2 by name.
+    pub fn delete_verb(&self, name: &[u8], way: u64) -> R<Verb> {
+        let q = Qcow::open(&self.qemu)?;
+        let cut = |b: &[u8], n: usize| b[..b.len().min(n)].to_vec();
+        let name = cut(name, 255);
+        let Some(e) = q.snaps.iter().find(|e| cut(&e.name, 255) == name) else {
+            return Ok(Verb::Delete {
+                id: None,
+                by_name: Some(name.clone()),
+                name,
+            });
+        };
+        let unique = q.snaps.iter().filter(|o| o.id == e.id).count() == 1;
+        let (id, by_name) = match way {
+            1 if unique && e.id.len() < 128 && e.name.len() < 255 => (Some(e.id.clone()), None),
+            2 if e.id.len() < 128 && e.name.len() < 255 => (None, Some(name.clone())),
+            _ => (Some(cut(&e.id, 127)), Some(name.clone())),
+        };
+        Ok(Verb::Delete { name, id, by_name })
+    }
+
+    pub fn create(&mut self, name: &[u8]) -> R<bool> {
+        self.verb(&Verb::Create {
+            name: name.to_vec(),
+        })
+    }
+
+    pub fn goto(&mut self, what: &[u8]) -> R<bool> {
+        self.verb(&Verb::Goto {
+            what: what.to_vec(),
+        })
+    }
+
+    pub fn delete(&mut self, name: &[u8]) -> R<bool> {
+        let v = self.delete_verb(name, self.verb_no % 3)?;
+        self.verb(&v)
+    }
+
+    /// Run one verb on both copies. `Ok(true)`: both did it; `Ok(false)`: both failed alike, or the
+    /// case was counted as not compared. `Err`: the report of a difference.
+    pub fn verb(&mut self, v: &Verb) -> R<bool> {
+        self.verb_no += 1;
+        match v {
+            Verb::Create { .. } => self.stats.creates += 1,
+            Verb::Goto { .. } => self.stats.gotos += 1,
+            Verb::Delete { .. } => self.stats.deletes += 1,
+        }
+        files::copy(&self.qemu, &self.before)?;
+        self.tools.note(format!(
+            "verb {}{}: {v}",
+            self.verb_no,
+            if self.keep_handle {
+                " (kept handle)"
+            } else {
+                ""
+            }
+        ));
+        let r = self.both(v);
+        if !self.keep_handle {
+            self.side.close()?;
+        }
+        r.map_err(|why| self.report(v, &why))
+    }
+
+    fn both(&mut self, v: &Verb) -> R<bool> {
+        let kept = self.keep_handle && self.side.is_open();
+        self.stats.on_kept_handle += u64::from(kept);
+        let before = Qcow::open(&self.before)?;
+        let by_qemu = v.by_qemu(&mut self.tools, QEMU)?;
+        let mut date = (0, 0);
+        if let (Verb::Create { .. }, Ok(())) = (v, &by_qemu) {
+            let e = Qcow::open(&self.qemu)?
+                .snaps
+                .pop()
+                .ok_or("qemu-img created no snapshot")?;
+            date = (e.date_sec, e.date_nsec);
+        }
+        let by_us = match self.side.open() {
+            Ok(()) => self.side.verb(v, date, &mut self.tools, &self.qemu)?,
+            Err(f) => Err(f),
+        };
+        if let (Err(f), false) = (&by_us, self.self_mode()) {
+            let d = files::compare(&self.before, &self.side.path)?;
+            if !d.is_none() {
+                return Err(format!(
+                    "ours failed ({}) and changed the file (\"qemu\" is the file before):\n{}",
+                    f.text,
+                    qimg::explain(&self.before, &self.side.path, &d)
+                ));
+            }
+        }
+        match (&by_qemu, &by_us) {
+            (Ok(()), Ok(())) => {
+                self.check_list()?;
+                if before.h.bitmaps.is_some() && !self.self_mode() {
+                    self.bitmap_rules()?;
+                    self.side.close()?;
+                    files::copy(&self.side.path, &self.qemu)?;
+                    return Ok(true);
+                }
+                let d = files::compare(&self.qemu, &self.side.path)?;
+                if !d.is_none() {
+                    return Err(format!(
+                        "the files differ:\n{}",
+                        qimg::explain(&self.qemu, &self.side.path, &d)
+                    ));
+                }
+                Ok(true)
+            }
+            (Err(q), Err(o)) if q.errno == o.errno && q.errno != 0 => {
+                *self.stats.same_errors.entry(q.errno).or_default() += 1;
+                // QEMU may leak clusters where it fails: go on from ours, which is the file before.
+                if self.self_mode() {
+                    let d = files::compare(&self.qemu, &self.side.path)?;
+                    if !d.is_none() {
+                        return Err(format!(
+                            "qemu-img failed in two ways:\n{}",
+                            qimg::explain(&self.qemu, &self.side.path, &d)
+                        ));
+                    }
+                    files::copy(&self.before, &self.side.path)?;
+                }
+                files::copy(&self.side.path, &self.qemu)?;
+                Ok(false)
+            }
+            (Ok(()), Err(o)) => match self.agreed_refusal(v, &before, o)? {
+                Some(why) => {
+                    *self.stats.not_compared.entry(why.into()).or_default() += 1;
+                    self.tools.note(format!(
+                        "NOT COMPARED: {why}; going on from qemu-img's file"
+                    ));
+                    self.sync()?;
+                    Ok(false)
+                }
+                None => Err(format!(
+                    "qemu-img did it, ours failed with errno {}: {}",
+                    o.errno, o.text
+                )),
+            },
+            (Err(q), Ok(())) => Err(format!(
+                "qemu-img failed with errno {}: {}\nours did it",
+                q.errno, q.text
+            )),
+            (Err(q), Err(o)) => Err(format!(
+                "both failed, with different errnos: qemu-img {}: {}\nours {}: {}",
+                q.errno, q.text, o.errno, o.text
+            )),
+        }
+    }
+
+    /// Reasons for which ours may refuse today what qemu-img does. Each is counted and printed.
+    fn agreed_refusal(&self, v: &Verb, before: &Qcow, f: &Failure) -> R<Option<&'static str>> {
+        if f.errno != libc::ENOTSUP {
+            return Ok(None);
+        }
+        if let Verb::Goto { what } = v {
+            let s = &before.snaps;
+            let to = s
+                .iter()
+                .find(|e| e.id == *what)
+                .or_else(|| s.iter().find(|e| e.name == *what));
+            let to = to.and_then(|e| e.disk_size()).unwrap_or(before.h.size);
+            if let Some(b) = before.backing_size(self.dir())? {
+                if to > before.h.size && b > before.h.size {
+                    return Ok(Some("growing goto over a longer backing file (part E)"));
+                }
+            }
+        }
+        if before.h.incompat & 1 != 0 {
+            return Ok(Some("dirty bit set: ours refuses, QEMU repairs"));
+        }
+        Ok(None)
+    }
+
+    /// Our list must say what stands in our file.
+    fn check_list(&mut self) -> R<()> {
+        let Some((list, length)) = self.side.list()? else {
+            return Ok(());
+        };
+        let q = Qcow::open(&self.side.path)?;
+        let cut = |b: &[u8], n: usize| b[..b.len().min(n)].to_vec();
+        let want: Vec<Listed> = q
+            .snaps
+            .iter()
+            .map(|e| Listed {
+                id: cut(&e.id, 127),
+                name: cut(&e.name, 255),
+                vm_state_size: e.vm_size(),
+                date: (e.date_sec, e.date_nsec),
+                vm_clock: e.vm_clock,
+                icount: e.icount(),
+            })
+            .collect();
+        if list != want {
+            let i = (0..).find(|i| list.get(*i) != want.get(*i)).unwrap_or(0);
+            return Err(format!(
+                "qcow2_snapshot_list: entry {i} is {:?}, the file has {:?}",
+                list.get(i),
+                want.get(i)
+            ));
+        }
+        if length != q.h.size as i64 {
+            return Err(format!(
+                "qcow2_getlength gives {length}, the file has {}",
+                q.h.size
+            ));
+        }
+        Ok(())
+    }
+
+    /// The contract's exception: with persistent bitmaps QEMU moves them, ours leaves them. So the
+    /// meaning must be equal, and every byte of the bitmaps as it was.
+    fn bitmap_rules(&mut self) -> R<()> {
+        let (b, q, o) = (
+            Qcow::open(&self.before)?,
+            Qcow::open(&self.qemu)?,
+            Qcow::open(&self.side.path)?,
+        );
+        if o.h.bitmaps != b.h.bitmaps || o.h.autoclear != b.h.autoclear {
+            return Err(format!(
+                "bitmap extension or autoclear bits changed: {:?} {:?}",
+                b.h.bitmaps, o.h.bitmaps
+            ));
+        }
+        let mut header = (b.bytes(0, b.cs() as usize)?, o.bytes(0, o.cs() as usize)?);
+        header.0[48..72].fill(0);
+        header.1[48..72].fill(0);
+        if header.0 != header.1 {
+            return Err(
+                "header bytes beside the snapshot and refcount table fields changed".into(),
+            );
+        }
+        let mut ranges = vec![];
+        if let Some((off, n, _)) = b.h.bitmaps {
+            ranges.push((off, n));
+        }
+        for (table, n) in b.bitmap_tables()? {
+            ranges.push((table, n * 8));
+            ranges.extend(
+                b.words(table, n as usize)?
+                    .iter()
+                    .filter(|w| **w & OFFSET != 0)
+                    .map(|w| (w & OFFSET, b.cs())),
+            );
+        }
+        for (off, n) in ranges {
+            if b.bytes(off, n as usize)? != o.bytes(off, n as usize)? {
+                return Err(format!("bitmap bytes at {off:#x}+{n:#x} changed"));
+            }
+        }
+        let (sq, so) = (&q.snaps, &o.snaps);
+        let strip = |s: &[qimg::Entry]| -> Vec<qimg::Entry> {
+            s.iter()
+                .map(|e| qimg::Entry {
+                    pos: 0,
+                    l1_off: 0,
+                    ..e.clone()
+                })
+                .collect()
+        };
+        if strip(sq) != strip(so) {
+            return Err("snapshot tables differ beside the L1 offsets".into());
+        }
+        let disks = |q: &Qcow| -> R<Vec<u64>> {
+            let mut v = vec![digest(q, q.h.l1_off, q.h.l1_size)?];
+            for s in &q.snaps {
+                v.push(digest(q, s.l1_off, s.l1_size)?);
+            }
+            Ok(v)
+        };
+        if disks(&q)? != disks(&o)? {
+            return Err("L1 and L2 contents or data differ".into());
+        }
+        let ours = self
+            .side
+            .path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        self.side.close()?;
+        let check = |t: &mut Tools, f: &str| {
+            t.run(
+                "qemu-img",
+                &[b"check".to_vec(), b"-q".to_vec(), f.as_bytes().to_vec()],
+            )
+        };
+        let (x, y) = (
+            check(&mut self.tools, QEMU)?,
+            check(&mut self.tools, &ours)?,
+        );
+        // QEMU leaks a cluster now and then when it moves bitmaps; ours must not be worse.
+        if !y.ok && x.ok {
+            return Err(format!(
+                "qemu-img check: QEMU's file {} {}; ours {} {}",
+                x.ok, x.stderr, y.ok, y.stderr
+            ));
+        }
+        let info = |t: &mut Tools, f: &str| -> R<String> {
+            let o = t.run(
+                "qemu-img",
+                &[b"info".to_vec(), b"-U".to_vec(), f.as_bytes().to_vec()],
+            )?;
+            Ok(o.stdout
+                .split("Format specific")
+                .nth(1)
+                .and_then(|s| s.split("Child node").next())
+                .unwrap_or("")
+                .to_string())
+        };
+        let (x, y) = (info(&mut self.tools, QEMU)?, info(&mut self.tools, &ours)?);
+        if x != y {
+            return Err(format!("qemu-img info differs:\n{x}\n{y}"));
+        }
+        Ok(())
+    }
+
+    /// Keep the files and make the text of a failure.
+    fn report(&mut self, v: &Verb, why: &str) -> String {
+        let keep = self.ctx.keep.join(format!(
+            "{}-verb-{}",
+            self.label.replace(' ', "-"),
+            self.verb_no
+        ));
+        let mut text = format!(
+            "{}, verb {} ({v}{}): {why}\n",
+            self.label,
+            self.verb_no,
+            if self.keep_handle {
+                ", kept handle"
+            } else {
+                ""
+            }
+        );
+        let _ = self.side.close();
+        let _ = std::fs::create_dir_all(&keep);
+        for name in [QEMU, "ours.qcow2", "before.qcow2", "base.img"] {
+            let from = self.dir().join(name);
+            if from.exists() {
+                if let Err(e) = files::copy(&from, &keep.join(name)) {
+                    text += &format!("  (not kept: {e})\n");
+                }
+            }
+        }
+        text += &format!(
+            "  files and the commands that made them: {}\n",
+            keep.display()
+        );
+        let _ = std::fs::write(
+            keep.join("report.txt"),
+            format!("{text}\n{}\n", self.tools.log.join("\n")),
+        );
+        text
+    }
+}
+
+impl Drop for Run<'_> {
+    fn drop(&mut self) {
+        let _ = self.side.close();
+        let _ = std::fs::remove_dir_all(&self.tools.dir);
+    }
+}
+
+/// FNV over everything an L1 reaches: the entries and the contents of the clusters.
+fn digest(q: &Qcow, off: u64, n: u32) -> R<u64> {
+    let mut h = 0xcbf2_9ce4_8422_2325u64;
+    let mut mix = |w: u64| h = (h ^ w).wrapping_mul(0x0000_0100_0000_01b3);
+    let step = if q.ext_l2() { 2 } else { 1 };
+    for (i, l1) in q.words(off, n as usize)?.into_iter().enumerate() {
+        if l1 == 0 {
+            continue;
+        }
+        mix(i as u64);
+        mix(l1);
+        for (j, w) in q
+            .words(l1 & OFFSET, (q.cs() / 8) as usize)?
+            .into_iter()
+            .enumerate()
+        {
+            if w != 0 {
+                mix(j as u64);
+                mix(w);
+                if j % step == 0 && w & COMPRESSED == 0 && w & OFFSET != 0 {
+                    q.words(w & OFFSET, (q.cs() / 8) as usize)?
+                        .into_iter()
+                        .for_each(&mut mix);
+                }
+            }
+        }
+    }
+    Ok(h)
+}
