@@ -189,11 +189,14 @@ pub(super) unsafe fn guard_image<R: From<c_int>>(
     }
     if kind == Kind::Changes {
         let before = handle.outcome();
-        let after = match (reached, panicked) {
-            (true, true) => Outcome::Unknown as c_int,
-            (true, false) => image.last_outcome() as c_int,
-            (false, _) if before == Outcome::Unknown as c_int => before,
-            (false, _) => Outcome::Unchanged as c_int,
+        let after = if before == Outcome::Unknown as c_int {
+            before // until the image is opened again, whatever is refused meanwhile
+        } else if !reached {
+            Outcome::Unchanged as c_int
+        } else if panicked {
+            Outcome::Unknown as c_int
+        } else {
+            image.last_outcome() as c_int
         };
         handle.outcome.store(after, Ordering::Relaxed);
     }
@@ -283,18 +286,89 @@ pub(super) fn null(what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::io::memory::MemoryStorage;
 
     #[test]
     fn a_panic_becomes_text() {
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(|_| {}));
-        let ran = run::<()>(|| panic!("seven {}", 7));
-        std::panic::set_hook(hook);
+        let ran = run::<()>(|| std::panic::resume_unwind(Box::new("seven 7".to_owned())));
         match ran {
             Ran::Panicked(text) => {
                 assert_eq!(text.to_bytes(), b"Internal error, please report: seven 7")
             }
             _ => panic!("not caught"),
+        }
+    }
+
+    /// An open handle on an empty disk of 64 KiB: header, refcount table, block, L1 table.
+    fn open_empty_disk() -> *mut Qcow2Image {
+        let mut bytes = vec![0; 4 << 16];
+        let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+        put(0, b"QFI\xfb\0\0\0\x03");
+        put(23, &[16]); // cluster bits
+        put(29, &[1, 0, 0]); // disk size
+        put(39, &[1]); // L1 entries
+        put(45, &[3, 0, 0]); // L1 table
+        put(53, &[1, 0, 0]); // refcount table
+        put(59, &[1]); // its clusters
+        put(99, &[4]); // refcount order
+        put(103, &[104]); // length of the header
+        put((1 << 16) + 5, &[2, 0, 0]);
+        put(2 << 16, &[0, 1, 0, 1, 0, 1, 0, 1]);
+        let storage = Box::new(MemoryStorage::new(bytes));
+        let image = Image::open_storage(storage, OpenFlags::RDWR).expect("a valid image");
+        Box::into_raw(Box::new(Qcow2Image::new(image)))
+    }
+
+    fn panic_quietly(it: &mut Entered) -> Result<c_int> {
+        it.image();
+        // As `panic!`, without the hook that prints.
+        std::panic::resume_unwind(Box::new("on purpose"))
+    }
+
+    #[test]
+    fn a_panic_is_eio_and_spends_the_handle() {
+        let bs = open_empty_disk();
+        let mut err = std::ptr::null_mut();
+        // SAFETY: the handle is open until `guard_close`, `err` is writable and freed once.
+        unsafe {
+            let ret = guard_image(bs, &mut err, Kind::Changes, panic_quietly);
+            assert_eq!(ret, -libc::EIO);
+            let text = CStr::from_ptr(super::super::qcow2_error_get_pretty(err));
+            assert_eq!(
+                text.to_bytes(),
+                b"Internal error, please report: on purpose"
+            );
+            super::super::qcow2_error_free(err);
+            assert_eq!((*bs).outcome(), Outcome::Unknown as c_int);
+
+            let ret = super::super::qcow2_write_snapshots(bs);
+            assert_eq!(ret, -libc::EIO);
+            assert_eq!((*bs).outcome(), Outcome::Unknown as c_int);
+            assert_eq!(guard_close(bs), 0);
+        }
+    }
+
+    #[test]
+    fn a_call_within_a_call_is_ebusy_and_leaves_the_outer_one_alone() {
+        let bs = open_empty_disk();
+        let mut err = std::ptr::null_mut();
+        // SAFETY: as above.
+        unsafe {
+            let ret: c_int = guard_image(bs, std::ptr::null_mut(), Kind::Reads, |_| {
+                assert_eq!(super::super::qcow2_write_snapshots(bs), -libc::EBUSY);
+                assert_eq!(super::super::qcow2_getlength(bs), -i64::from(libc::EBUSY));
+                let none = std::ptr::null();
+                let ret = super::super::qcow2_snapshot_delete(bs, none, none, &mut err);
+                assert_eq!(ret, -libc::EBUSY);
+                super::super::qcow2_error_free(err);
+                assert_eq!((*bs).last_error(), BUSY.as_ptr());
+                assert_eq!(guard_close(bs), -libc::EBUSY);
+                Ok(7)
+            });
+            assert_eq!(ret, 7);
+            assert!((*bs).last_error().is_null());
+            assert_eq!(super::super::qcow2_getlength(bs), 1 << 16);
+            assert_eq!(guard_close(bs), 0);
         }
     }
 

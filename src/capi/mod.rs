@@ -7,7 +7,7 @@
 //!
 //! Three rules keep the functions short and alike:
 //!
-//! * Every body runs inside [`guard`]: it turns NULL, re-entrancy, errors and panics into
+//! * Every body runs inside `guard`: it turns NULL, re-entrancy, errors and panics into
 //!   an errno, an error object and the text of `qcow2_last_error()`.
 //! * Out-pointers are cleared before anything else and set only on success.
 //! * The handle is never behind a `&mut`: a caller's I/O function may hold the same

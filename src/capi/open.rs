@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::image::Image;
 use crate::io::callbacks::{CallbackStorage, Callbacks};
-use crate::io::file::{FileOptions, FileStorage, LockMode};
+use crate::io::file::FileStorage;
 
 /// Open the image at a path. The descriptor is close-on-exec. Opening writes nothing.
 ///
@@ -92,7 +92,7 @@ pub unsafe extern "C" fn qcow2_open_fd(
 ) -> c_int {
     let body = || {
         let flags = OpenFlags::from_bits(flags)?;
-        let storage = FileStorage::open_fd(fd, &file_options(flags))?;
+        let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
         Image::open_storage(Box::new(storage), flags)
     };
     // SAFETY: the header demands writable pointers or NULL.
@@ -177,23 +177,6 @@ unsafe fn open(
     };
     // SAFETY: passed on from our caller.
     unsafe { guard(errp, body) }
-}
-
-fn file_options(flags: OpenFlags) -> FileOptions {
-    FileOptions {
-        write: flags.has(OpenFlags::RDWR),
-        no_flush: flags.has(OpenFlags::NO_FLUSH),
-        no_discard: flags.has(OpenFlags::NO_DISCARD),
-        lock: if flags.has(OpenFlags::NO_LOCK) {
-            LockMode::None
-        } else if flags.has(OpenFlags::RDWR) {
-            LockMode::ReadWrite
-        } else if flags.has(OpenFlags::FORCE_SHARE) {
-            LockMode::ForceShare
-        } else {
-            LockMode::ReadOnly
-        },
-    }
 }
 
 /// The bytes of the table that every caller must give: up to the last function that is
