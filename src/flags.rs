@@ -22,7 +22,8 @@ impl OpenFlags {
     /// Never open a backing file.
     pub const NO_BACKING: OpenFlags = OpenFlags(0x2000_0000);
 
-    const ALL: u32 = 0x0002 | 0x0200 | 0x0100_0000 | 0x0200_0000 | 0x0400_0000 | 0x0800_0000 | 0x2000_0000;
+    const ALL: u32 =
+        0x0002 | 0x0200 | 0x0100_0000 | 0x0200_0000 | 0x0400_0000 | 0x0800_0000 | 0x2000_0000;
 
     /// No flag: read-only.
     pub const fn read_only() -> OpenFlags {
@@ -36,13 +37,23 @@ impl OpenFlags {
     pub fn from_bits(bits: i32) -> Result<OpenFlags> {
         let bits = bits as u32;
         if bits & !Self::ALL != 0 {
-            return Err(Error::Invalid(format!("Unknown open flags {:#x}", bits & !Self::ALL)));
+            return Err(Error::Invalid(format!(
+                "Unknown open flags {:#x}",
+                bits & !Self::ALL
+            )));
         }
         let flags = OpenFlags(bits);
         if flags.has(Self::FORCE_SHARE) && flags.has(Self::RDWR) {
-            return Err(Error::Invalid("force-share=on can only be used with read-only images".into()));
+            return Err(Error::Invalid(
+                "force-share=on can only be used with read-only images".into(),
+            ));
         }
         Ok(flags)
+    }
+
+    /// The flags for files behind an image: read-only, locked as it is.
+    pub(crate) const fn for_layers(self) -> OpenFlags {
+        OpenFlags(self.0 & (Self::NO_LOCK.0 | Self::FORCE_SHARE.0))
     }
 
     /// Are all bits of `other` set?

@@ -13,7 +13,6 @@ use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::image::Image;
 use crate::io::callbacks::{CallbackStorage, Callbacks};
-use crate::io::file::FileStorage;
 
 /// Open the image at a path. The descriptor is close-on-exec. Opening writes nothing.
 ///
@@ -90,11 +89,7 @@ pub unsafe extern "C" fn qcow2_open_fd(
     pbs: *mut *mut Qcow2Image,
     errp: *mut *mut Qcow2Error,
 ) -> c_int {
-    let body = || {
-        let flags = OpenFlags::from_bits(flags)?;
-        let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
-        Image::open_storage(Box::new(storage), flags)
-    };
+    let body = || Image::open_fd(fd, OpenFlags::from_bits(flags)?);
     // SAFETY: the header demands writable pointers or NULL.
     unsafe { open(pbs, errp, body) }
 }

@@ -37,7 +37,11 @@ impl Geometry {
     /// `cluster_bits` must be 9..=21 and `refcount_order` 0..=6, which the header check ensures.
     pub fn new(cluster_bits: u32, refcount_order: u32, extended_l2: bool) -> Geometry {
         debug_assert!((9..=21).contains(&cluster_bits) && refcount_order <= 6);
-        Geometry { cluster_bits, refcount_order, extended_l2 }
+        Geometry {
+            cluster_bits,
+            refcount_order,
+            extended_l2,
+        }
     }
 
     /// Bytes of a cluster.
@@ -68,7 +72,7 @@ impl Geometry {
     #[inline]
     pub fn offset_of(self, cluster: HostCluster) -> u64 {
         if cluster.0 >> (64 - self.cluster_bits) != 0 {
-            return u64::MAX & !(self.cluster_size() - 1);
+            return !(self.cluster_size() - 1);
         }
         cluster.0 << self.cluster_bits
     }

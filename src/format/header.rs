@@ -10,10 +10,9 @@
 //! Everything that a verb switches (bytes 24 to 71) lies in the first 512-byte sector, so one
 //! write of it lands whole or not at all.
 
+use super::compress::Compression;
 use super::features;
-use super::geometry::{
-    Geometry, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, TABLE_ENTRY,
-};
+use super::geometry::{Geometry, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::error::{Error, Result};
 use byteorder::{BigEndian, ByteOrder};
 
@@ -77,6 +76,8 @@ pub struct Header {
     pub autoclear: u64,
     /// Bytes of the header, behind which the extensions begin.
     pub header_length: u32,
+    /// How compressed clusters are packed.
+    pub compression: Compression,
     /// Where the backing file's name stands, and its length; 0 for none.
     pub backing_name: (u64, u32),
 }
@@ -90,16 +91,22 @@ pub struct Extensions {
     pub bitmap_directory: Option<(u64, u64)>,
     /// A bitmaps extension is there, valid or not.
     pub has_bitmaps: bool,
+    /// Name of the external data file.
+    pub data_file: Vec<u8>,
     /// Names of feature bits: (type, bit, name), for error messages.
     pub feature_names: Vec<(u8, u8, Vec<u8>)>,
 }
 
 fn u32_at(b: &[u8], at: usize) -> u32 {
-    at.checked_add(4).and_then(|end| b.get(at..end)).map_or(0, BigEndian::read_u32)
+    at.checked_add(4)
+        .and_then(|end| b.get(at..end))
+        .map_or(0, BigEndian::read_u32)
 }
 
 fn u64_at(b: &[u8], at: usize) -> u64 {
-    at.checked_add(8).and_then(|end| b.get(at..end)).map_or(0, BigEndian::read_u64)
+    at.checked_add(8)
+        .and_then(|end| b.get(at..end))
+        .map_or(0, BigEndian::read_u64)
 }
 
 /// QEMU's check of a table's place and size (`qcow2_validate_table`).
@@ -132,11 +139,15 @@ impl Header {
         }
         let version = u32_at(b, 4);
         if !(2..=3).contains(&version) {
-            return Err(Error::Unsupported(format!("Unsupported qcow2 version {version}")));
+            return Err(Error::Unsupported(format!(
+                "Unsupported qcow2 version {version}"
+            )));
         }
         let cluster_bits = u32_at(b, 20);
         if !(9..=21).contains(&cluster_bits) {
-            return Err(Error::Invalid(format!("Unsupported cluster size: 2^{cluster_bits}")));
+            return Err(Error::Invalid(format!(
+                "Unsupported cluster size: 2^{cluster_bits}"
+            )));
         }
         let v3 = version == 3;
         let header_length = if v3 { u32_at(b, 100) } else { 72 };
@@ -157,21 +168,28 @@ impl Header {
         } else {
             (0, 0, 0, 4)
         };
-        let compression = if header_length > 104 { b.get(104).copied().unwrap_or(0) } else { 0 };
+        let compression = if header_length > 104 {
+            b.get(104).copied().unwrap_or(0)
+        } else {
+            0
+        };
         check_compression(compression, incompatible)?;
 
         let unknown = incompatible & !features::INCOMPATIBLE_KNOWN;
         if unknown != 0 {
-            let names = Extensions::parse_area(b, header_length, ext_end(backing_offset, cluster_size))
-                .unwrap_or_default()
-                .feature_names;
+            let names =
+                Extensions::parse_area(b, header_length, ext_end(backing_offset, cluster_size))
+                    .unwrap_or_default()
+                    .feature_names;
             return Err(Error::Unsupported(format!(
                 "Unsupported qcow2 feature(s): {}",
                 name_bits(unknown, &names)
             )));
         }
         if incompatible & features::CORRUPT != 0 && read_write {
-            return Err(Error::Access("qcow2: Image is corrupt; cannot be opened read/write".into()));
+            return Err(Error::Access(
+                "qcow2: Image is corrupt; cannot be opened read/write".into(),
+            ));
         }
         let extended_l2 = incompatible & features::EXTENDED_L2 != 0;
         if extended_l2 && cluster_bits < 14 {
@@ -202,6 +220,11 @@ impl Header {
             compatible,
             autoclear,
             header_length,
+            compression: if compression == 1 {
+                Compression::Zstd
+            } else {
+                Compression::Zlib
+            },
             backing_name: (backing_offset, u32_at(b, 16)),
         };
         header.validate_tables()?;
@@ -212,7 +235,9 @@ impl Header {
     fn validate_tables(&self) -> Result<()> {
         let g = self.geometry;
         if self.reftable_clusters == 0 {
-            return Err(Error::Invalid("Image does not contain a reference count table".into()));
+            return Err(Error::Invalid(
+                "Image does not contain a reference count table".into(),
+            ));
         }
         validate_table(
             g,
@@ -231,7 +256,14 @@ impl Header {
             entry.saturating_mul(MAX_SNAPSHOTS),
             "Snapshot table",
         )?;
-        validate_table(g, self.l1_offset, self.l1_size.into(), TABLE_ENTRY, MAX_L1_BYTES, "Active L1 table")?;
+        validate_table(
+            g,
+            self.l1_offset,
+            self.l1_size.into(),
+            TABLE_ENTRY,
+            MAX_L1_BYTES,
+            "Active L1 table",
+        )?;
         let needed = g.l1_entries_for(self.size);
         if needed > i32::MAX as u64 {
             return Err(Error::TooBig("Image is too big".into()));
@@ -270,12 +302,18 @@ impl Header {
         if offset == 0 {
             return Ok(&[]);
         }
-        let room = self.geometry.cluster_size().saturating_sub(offset).min(1023);
+        let room = self
+            .geometry
+            .cluster_size()
+            .saturating_sub(offset)
+            .min(1023);
         if u64::from(len) > room {
             return Err(Error::Invalid("Backing file name too long".into()));
         }
         let end = offset.saturating_add(len.into());
-        let bytes = first_cluster.get(offset as usize..end as usize).unwrap_or_default();
+        let bytes = first_cluster
+            .get(offset as usize..end as usize)
+            .unwrap_or_default();
         Ok(bytes.split(|b| *b == 0).next().unwrap_or_default())
     }
 }
@@ -291,7 +329,9 @@ fn ext_end(backing_offset: u64, cluster_size: u64) -> u64 {
 /// Compression type and incompatible bit 3 must agree (`validate_compression_type`).
 fn check_compression(kind: u8, incompatible: u64) -> Result<()> {
     if kind > 1 {
-        return Err(Error::Unsupported(format!("qcow2: unknown compression type: {kind}")));
+        return Err(Error::Unsupported(format!(
+            "qcow2: unknown compression type: {kind}"
+        )));
     }
     let bit = incompatible & features::COMPRESSION != 0;
     match (kind, bit) {
@@ -312,10 +352,15 @@ fn name_bits(bits: u64, names: &[(u8, u8, Vec<u8>)]) -> String {
         if bits.checked_shr(bit.into()).unwrap_or(0) & 1 == 0 {
             continue;
         }
-        let named = names.iter().find(|(kind, b, name)| *kind == 0 && *b == bit && !name.is_empty());
+        let named = names
+            .iter()
+            .find(|(kind, b, name)| *kind == 0 && *b == bit && !name.is_empty());
         words.push(match named {
             Some((_, _, name)) => String::from_utf8_lossy(name).into_owned(),
-            None => format!("Unknown incompatible feature: {:x}", 1u64.checked_shl(bit.into()).unwrap_or(0)),
+            None => format!(
+                "Unknown incompatible feature: {:x}",
+                1u64.checked_shl(bit.into()).unwrap_or(0)
+            ),
         });
     }
     words.join(", ")
@@ -333,7 +378,9 @@ impl Extensions {
             if at > end || len > end.saturating_sub(at) {
                 return Err(Error::Invalid("Header extension too large".into()));
             }
-            let body = cluster.get(at as usize..at.saturating_add(len) as usize).unwrap_or_default();
+            let body = cluster
+                .get(at as usize..at.saturating_add(len) as usize)
+                .unwrap_or_default();
             match magic {
                 EXT_END => break,
                 EXT_BACKING_FORMAT => {
@@ -359,12 +406,14 @@ impl Extensions {
                 }
                 EXT_BITMAPS => {
                     if len != 24 {
-                        return Err(Error::Invalid("bitmaps_ext: Invalid extension length".into()));
+                        return Err(Error::Invalid(
+                            "bitmaps_ext: Invalid extension length".into(),
+                        ));
                     }
                     ext.has_bitmaps = true;
                     ext.bitmap_directory = Some((u64_at(body, 16), u64_at(body, 8)));
                 }
-                EXT_DATA_FILE => {}
+                EXT_DATA_FILE => ext.data_file = body.to_vec(),
                 _ => {}
             }
             // Each extension is padded to a multiple of 8 bytes.
@@ -377,28 +426,36 @@ impl Extensions {
     fn check(mut self, header: &Header, cluster: &[u8]) -> Result<Extensions> {
         let g = header.geometry;
         let mut luks = false;
-        for_each_extension(cluster, header.header_length, header.extension_end(), |magic, body| {
-            match magic {
-                EXT_CRYPTO => {
-                    if header.crypt_method != CRYPT_LUKS {
-                        return Err(Error::Invalid(
-                            "CRYPTO header extension only expected with LUKS encryption method".into(),
-                        ));
-                    }
-                    let offset = u64_at(body, 0);
-                    if g.in_cluster(offset) != 0 {
-                        return Err(Error::Invalid(format!(
+        for_each_extension(
+            cluster,
+            header.header_length,
+            header.extension_end(),
+            |magic, body| {
+                match magic {
+                    EXT_CRYPTO => {
+                        if header.crypt_method != CRYPT_LUKS {
+                            return Err(Error::Invalid(
+                                "CRYPTO header extension only expected with LUKS encryption method"
+                                    .into(),
+                            ));
+                        }
+                        let offset = u64_at(body, 0);
+                        if g.in_cluster(offset) != 0 {
+                            return Err(Error::Invalid(format!(
                             "Encryption header offset '{offset}' is not a multiple of cluster size '{}'",
                             g.cluster_size()
                         )));
+                        }
+                        luks = true;
                     }
-                    luks = true;
+                    EXT_BITMAPS if header.autoclear & features::BITMAPS != 0 => {
+                        check_bitmaps(g, body)?
+                    }
+                    _ => {}
                 }
-                EXT_BITMAPS if header.autoclear & features::BITMAPS != 0 => check_bitmaps(g, body)?,
-                _ => {}
-            }
-            Ok(())
-        })?;
+                Ok(())
+            },
+        )?;
         if header.autoclear & features::BITMAPS == 0 {
             self.bitmap_directory = None;
         }
@@ -426,7 +483,10 @@ fn check_bitmaps(g: Geometry, body: &[u8]) -> Result<()> {
     } else if g.in_cluster(u64_at(body, 16)) != 0 {
         "bitmaps_ext: invalid bitmap directory offset".to_owned()
     } else if u64_at(body, 8) > MAX_BITMAP_DIRECTORY {
-        format!("bitmaps_ext: bitmap directory size ({}) exceeds the maximum supported size", u64_at(body, 8))
+        format!(
+            "bitmaps_ext: bitmap directory size ({}) exceeds the maximum supported size",
+            u64_at(body, 8)
+        )
     } else {
         return Ok(());
     };
@@ -447,7 +507,12 @@ fn for_each_extension(
         if magic == EXT_END || at > end || len > end.saturating_sub(at) {
             break;
         }
-        f(magic, cluster.get(at as usize..at.saturating_add(len) as usize).unwrap_or_default())?;
+        f(
+            magic,
+            cluster
+                .get(at as usize..at.saturating_add(len) as usize)
+                .unwrap_or_default(),
+        )?;
         at = at.saturating_add(len.saturating_add(7) & !7);
     }
     Ok(())
@@ -525,7 +590,11 @@ mod tests {
         for (at, value, errno) in cases {
             let mut b = v3();
             BigEndian::write_u32(&mut b[*at..], *value);
-            assert_eq!(Header::parse(&b, true).unwrap_err().errno(), *errno, "field at {at}");
+            assert_eq!(
+                Header::parse(&b, true).unwrap_err().errno(),
+                *errno,
+                "field at {at}"
+            );
         }
     }
 

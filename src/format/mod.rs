@@ -5,6 +5,7 @@
 
 #![deny(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
 
+pub mod compress;
 pub mod entry;
 pub mod features;
 pub mod geometry;

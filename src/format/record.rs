@@ -38,19 +38,25 @@ pub fn decode(bytes: &[u8], index: u64, disk_size: u64) -> Result<Option<(Snapsh
     let u64_at = |at: usize| fixed.get(at..).map_or(0, BigEndian::read_u64);
     let extra_len = u32_at(36);
     if extra_len > MAX_EXTRA_DATA {
-        return Err(Error::TooBig(format!("Too much extra metadata in snapshot table entry {index}")));
+        return Err(Error::TooBig(format!(
+            "Too much extra metadata in snapshot table entry {index}"
+        )));
     }
     let extra_end = FIXED_BYTES.saturating_add(extra_len.into());
     let id_end = extra_end.saturating_add(u16_at(12).into());
     let end = id_end.saturating_add(u16_at(14).into());
     let part = |from: u64, to: u64| bytes.get(from as usize..to as usize);
-    let (Some(extra), Some(id), Some(name)) =
-        (part(FIXED_BYTES, extra_end), part(extra_end, id_end), part(id_end, end))
-    else {
+    let (Some(extra), Some(id), Some(name)) = (
+        part(FIXED_BYTES, extra_end),
+        part(extra_end, id_end),
+        part(id_end, end),
+    ) else {
         return Ok(None);
     };
     let known = |at: usize| {
-        at.checked_add(8).and_then(|to| extra.get(at..to)).map(BigEndian::read_u64)
+        at.checked_add(8)
+            .and_then(|to| extra.get(at..to))
+            .map(BigEndian::read_u64)
     };
     let snapshot = Snapshot {
         l1_table_offset: u64_at(0),
@@ -64,7 +70,10 @@ pub fn decode(bytes: &[u8], index: u64, disk_size: u64) -> Result<Option<(Snapsh
         disk_size: known(8).unwrap_or(disk_size),
         icount: known(16).unwrap_or(u64::MAX),
         extra_data_size: extra_len,
-        unknown_extra_data: extra.get(KNOWN_EXTRA as usize..).unwrap_or_default().to_vec(),
+        unknown_extra_data: extra
+            .get(KNOWN_EXTRA as usize..)
+            .unwrap_or_default()
+            .to_vec(),
     };
     Ok(Some((snapshot, end)))
 }
@@ -95,7 +104,10 @@ fn extra_len(s: &Snapshot, compat_2_1: bool) -> u32 {
 pub fn encode(s: &Snapshot, compat_2_1: bool, out: &mut Vec<u8>) {
     let mut fixed = [0u8; FIXED_BYTES as usize];
     let mut put = |at: usize, bytes: &[u8]| {
-        if let Some(slot) = at.checked_add(bytes.len()).and_then(|end| fixed.get_mut(at..end)) {
+        if let Some(slot) = at
+            .checked_add(bytes.len())
+            .and_then(|end| fixed.get_mut(at..end))
+        {
             slot.copy_from_slice(bytes);
         }
     };
@@ -122,13 +134,23 @@ pub fn encode(s: &Snapshot, compat_2_1: bool, out: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+    #![allow(
+        clippy::unwrap_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )]
     use super::*;
     use proptest::prelude::*;
 
     fn any_snapshot() -> impl Strategy<Value = Snapshot> {
         let text = || proptest::collection::vec(1u8..=255, 0..300);
-        (any::<[u64; 4]>(), any::<[u32; 3]>(), text(), text(), proptest::collection::vec(any::<u8>(), 0..1000))
+        (
+            any::<[u64; 4]>(),
+            any::<[u32; 3]>(),
+            text(),
+            text(),
+            proptest::collection::vec(any::<u8>(), 0..1000),
+        )
             .prop_map(|(q, w, id, name, unknown)| Snapshot {
                 l1_table_offset: q[0],
                 l1_size: w[0],
@@ -168,12 +190,30 @@ mod tests {
     #[test]
     fn short_extra_data_falls_back_field_by_field() {
         let s = Snapshot {
-            l1_table_offset: 0, l1_size: 0, id: b"1".to_vec(), name: b"n".to_vec(), date_sec: 0, date_nsec: 0,
-            vm_clock_nsec: 0, vm_state_size: 5, disk_size: 512, icount: 9, extra_data_size: 16, unknown_extra_data: vec![],
+            l1_table_offset: 0,
+            l1_size: 0,
+            id: b"1".to_vec(),
+            name: b"n".to_vec(),
+            date_sec: 0,
+            date_nsec: 0,
+            vm_clock_nsec: 0,
+            vm_state_size: 5,
+            disk_size: 512,
+            icount: 9,
+            extra_data_size: 16,
+            unknown_extra_data: vec![],
         };
         let mut bytes = Vec::new();
         encode(&s, true, &mut bytes);
         let (back, _) = decode(&bytes, 0, 7).unwrap().unwrap();
-        assert_eq!((back.vm_state_size, back.disk_size, back.icount, back.extra_data_size), (5, 512, u64::MAX, 16));
+        assert_eq!(
+            (
+                back.vm_state_size,
+                back.disk_size,
+                back.icount,
+                back.extra_data_size
+            ),
+            (5, 512, u64::MAX, 16)
+        );
     }
 }

@@ -11,7 +11,9 @@ pub fn get(g: Geometry, block: &[u8], index: usize) -> u64 {
     match g.refcount_order {
         order @ 0..=2 => {
             let (byte, shift, mask) = narrow(order, index);
-            block.get(byte).map_or(0, |b| u64::from((b >> shift) & mask))
+            block
+                .get(byte)
+                .map_or(0, |b| u64::from((b >> shift) & mask))
         }
         3 => block.get(index).map_or(0, |b| u64::from(*b)),
         4 => word(block, index, 2).map_or(0, |b| u64::from(BigEndian::read_u16(b))),

@@ -11,9 +11,11 @@ pub(crate) struct Device {
 
 impl Device {
     pub(crate) fn new(mut storage: Box<dyn Storage>) -> Result<Device> {
-        let length = storage
-            .length()
-            .map_err(|source| Error::Io { op: "Could not get the length of the image", offset: 0, source })?;
+        let length = storage.length().map_err(|source| Error::Io {
+            op: "Could not get the length of the image",
+            offset: 0,
+            source,
+        })?;
         Ok(Device { storage, length })
     }
 
@@ -29,7 +31,11 @@ impl Device {
             if at >= self.length {
                 part.fill(0);
             } else {
-                self.storage.read(at, part).map_err(|source| Error::Io { op, offset: at, source })?;
+                self.storage.read(at, part).map_err(|source| Error::Io {
+                    op,
+                    offset: at,
+                    source,
+                })?;
             }
             at = at.saturating_add(part.len() as u64);
         }
@@ -37,7 +43,12 @@ impl Device {
     }
 
     /// Read `bytes` into a new buffer.
-    pub(crate) fn read_vec(&mut self, op: &'static str, offset: u64, bytes: u64) -> Result<Vec<u8>> {
+    pub(crate) fn read_vec(
+        &mut self,
+        op: &'static str,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Vec<u8>> {
         let mut buf = zeroed(bytes)?;
         self.read(op, offset, &mut buf)?;
         Ok(buf)
@@ -49,7 +60,11 @@ impl Device {
         for part in data.chunks(MAX_REQUEST) {
             self.storage
                 .write(label, at, part)
-                .map_err(|source| Error::Io { op: label, offset: at, source })?;
+                .map_err(|source| Error::Io {
+                    op: label,
+                    offset: at,
+                    source,
+                })?;
             at = at.saturating_add(part.len() as u64);
             self.length = self.length.max(at);
         }
@@ -58,9 +73,11 @@ impl Device {
 
     /// Set the file's length.
     pub(crate) fn truncate(&mut self, length: u64) -> Result<()> {
-        self.storage
-            .truncate(length)
-            .map_err(|source| Error::Io { op: "Could not resize the image file", offset: length, source })?;
+        self.storage.truncate(length).map_err(|source| Error::Io {
+            op: "Could not resize the image file",
+            offset: length,
+            source,
+        })?;
         self.length = length;
         Ok(())
     }
@@ -75,15 +92,18 @@ impl Device {
 
     /// Wait until everything before is stable.
     pub(crate) fn barrier(&mut self) -> Result<()> {
-        self.storage
-            .barrier()
-            .map_err(|source| Error::Io { op: "Could not flush the image file", offset: 0, source })
+        self.storage.barrier().map_err(|source| Error::Io {
+            op: "Could not flush the image file",
+            offset: 0,
+            source,
+        })
     }
 
     pub(crate) fn close(self) -> Result<()> {
-        self.storage
-            .close()
-            .map_err(|source| Error::Os { context: "Could not close the image file".into(), source })
+        self.storage.close().map_err(|source| Error::Os {
+            context: "Could not close the image file".into(),
+            source,
+        })
     }
 }
 
@@ -91,7 +111,8 @@ impl Device {
 pub(crate) fn zeroed(bytes: u64) -> Result<Vec<u8>> {
     let len = usize::try_from(bytes).map_err(|_| Error::NoMemory(bytes))?;
     let mut buf = Vec::new();
-    buf.try_reserve_exact(len).map_err(|_| Error::NoMemory(bytes))?;
+    buf.try_reserve_exact(len)
+        .map_err(|_| Error::NoMemory(bytes))?;
     buf.resize(len, 0);
     Ok(buf)
 }
@@ -99,7 +120,8 @@ pub(crate) fn zeroed(bytes: u64) -> Result<Vec<u8>> {
 /// Big-endian words of a table.
 pub(crate) fn words(bytes: &[u8]) -> Result<Vec<u64>> {
     let mut out = Vec::new();
-    out.try_reserve_exact(bytes.len() / 8).map_err(|_| Error::NoMemory(bytes.len() as u64))?;
+    out.try_reserve_exact(bytes.len() / 8)
+        .map_err(|_| Error::NoMemory(bytes.len() as u64))?;
     out.extend(bytes.chunks_exact(8).map(byteorder::BigEndian::read_u64));
     Ok(out)
 }

@@ -1,22 +1,54 @@
-//! Where guest data is: reading the disk now seen.
+//! Where guest data is: extents, and reading the disk now seen.
 
+use super::chain::Layer;
+use super::device::Device;
 use super::{device, Image};
 use crate::error::{Error, Result};
+use crate::format::compress;
 use crate::format::entry::{self, Cluster, OFFSET_MASK};
+use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
+use crate::format::header::validate_table;
 use byteorder::{BigEndian, ByteOrder};
 
-/// What a run of guest bytes is.
-enum Source {
-    Zeros,
-    File(u64),
+/// Subclusters of a cluster with extended L2 entries.
+const SUBCLUSTERS: u64 = 32;
+
+/// What a run of guest bytes is in one image, backing files left aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// Nothing here: the backing file shows through, or zeros.
+    Unallocated,
+    /// Zeros; a cluster may be held at this offset.
+    Zero(Option<u64>),
+    /// The file's bytes from this offset (of the external data file, if there is one).
+    Data(u64),
+    /// Within one compressed cluster: the entry, and the first byte's place in the cluster.
+    Compressed { entry: u64, at: u64 },
+}
+
+impl Extent {
+    /// The extent `by` bytes further on.
+    fn advanced(self, by: u64) -> Extent {
+        match self {
+            Extent::Data(host) => Extent::Data(host.saturating_add(by)),
+            Extent::Zero(Some(host)) => Extent::Zero(Some(host.saturating_add(by))),
+            other => other,
+        }
+    }
+}
+
+/// An unpacked compressed cluster.
+pub(crate) struct Unpacked {
+    entry: u64,
+    bytes: Vec<u8>,
 }
 
 impl Image {
     /// Read `buf.len()` bytes of the disk now seen, from `offset` (QEMU's `qcow2_co_preadv`).
     ///
     /// # Errors
-    /// `EIO` past the end of the disk; `ENOTSUP` for compressed or encrypted clusters, external data
-    /// files and clusters of a backing file, which this version does not read yet.
+    /// `EIO` past the end of the disk and for damaged tables or compressed clusters; `ENOTSUP` for
+    /// encrypted guest data and for backing files that cannot or must not be opened.
     pub fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.usable()?;
         let end = offset.checked_add(buf.len() as u64);
@@ -27,122 +59,276 @@ impl Image {
                 source: std::io::Error::from_raw_os_error(libc::EIO),
             });
         }
-        if self.header.has_data_file() {
-            return Err(Error::Unsupported("Reading from an external data file is not supported yet".into()));
-        }
-        if self.header.crypt_method != 0 {
-            return Err(Error::Unsupported("Reading encrypted guest data is not supported".into()));
-        }
+        self.read_through(offset, buf)
+    }
+
+    /// Read VM state from `pos` on: of the snapshot that `load_tmp` shows, or of the one that goto made
+    /// current (QEMU's `qcow2_load_vmstate`). It stands behind the disk in the L1 table.
+    ///
+    /// # Errors
+    /// `TooBig` (EFBIG) for a position beyond what an L1 table can reach; else as [`Image::read`].
+    pub fn load_vmstate(&mut self, pos: u64, buf: &mut [u8]) -> Result<()> {
+        self.usable()?;
         let g = self.header.geometry;
-        let (mut at, mut rest) = (offset, buf);
-        while !rest.is_empty() {
-            let in_cluster = g.in_cluster(at);
-            let n = rest.len().min((g.cluster_size() - in_cluster) as usize);
-            let (part, behind) = rest.split_at_mut(n);
-            if g.extended_l2 {
-                self.read_subclusters(at, part)?;
-            } else {
-                let entry = self.l2_entry(at)?;
-                match self.source(entry.0, in_cluster, at)? {
-                    Source::Zeros => part.fill(0),
-                    Source::File(host) => self.dev.read("Could not read guest data", host, part)?,
+        let start = g.guest_of_l1(g.l1_entries_for(self.length()));
+        let offset = start.and_then(|s| s.checked_add(pos));
+        let end = offset
+            .and_then(|o| o.checked_add(buf.len() as u64))
+            .filter(|e| *e <= i64::MAX as u64);
+        match (offset, end) {
+            (Some(offset), Some(_)) => self.read_through(offset, buf),
+            _ => Err(Error::TooBig(
+                "The VM state position is out of range".into(),
+            )),
+        }
+    }
+
+    /// Read, whatever the disk's size, through the backing chain.
+    fn read_through(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        if self.header.crypt_method != 0 {
+            return Err(Error::Unsupported(
+                "Reading encrypted guest data is not supported".into(),
+            ));
+        }
+        // Pieces still to read: (layer, offset, from, to); layer 0 is the image itself.
+        let mut todo = vec![(0usize, offset, 0usize, buf.len())];
+        while let Some((layer, at, from, to)) = todo.pop() {
+            let Some(part) = buf.get_mut(from..to).filter(|p| !p.is_empty()) else {
+                continue;
+            };
+            match self.read_layer(layer, at, part)? {
+                // What the layer has is read; what it leaves to those behind follows.
+                Some((done, through)) => {
+                    let mid = from + done;
+                    if mid + through < to {
+                        todo.push((layer, at + (done + through) as u64, mid + through, to));
+                    }
+                    todo.push((layer + 1, at + done as u64, mid, mid + through));
                 }
+                None => continue,
             }
-            at += n as u64;
-            rest = behind;
         }
         Ok(())
     }
 
-    /// The L2 entry for a guest offset, and its subcluster bitmap.
-    fn l2_entry(&mut self, guest: u64) -> Result<(u64, u64)> {
+    /// Read from one layer until something is not allocated there: returns how many bytes were read
+    /// and how many behind them belong to the layers behind. `None`: all read.
+    fn read_layer(
+        &mut self,
+        layer: usize,
+        at: u64,
+        part: &mut [u8],
+    ) -> Result<Option<(usize, usize)>> {
+        if layer == 0 {
+            return self.read_own(at, part);
+        }
+        self.open_chain()?;
+        let found = self.chain.as_mut().and_then(|c| c.get_mut(layer - 1));
+        let Some(found) = found else {
+            part.fill(0);
+            return Ok(None);
+        };
+        let inside = found.length().saturating_sub(at).min(part.len() as u64) as usize;
+        let (part, beyond) = part.split_at_mut(inside);
+        beyond.fill(0);
+        match found {
+            Layer::Raw(dev) => dev
+                .read("Could not read the backing file", at, part)
+                .map(|()| None),
+            Layer::Qcow2(image) => {
+                if image.header.crypt_method != 0 {
+                    return Err(Error::Unsupported(
+                        "Reading encrypted guest data is not supported".into(),
+                    ));
+                }
+                image.read_own(at, part)
+            }
+        }
+    }
+
+    /// The part of [`Image::read_layer`] that concerns this image alone.
+    fn read_own(&mut self, at: u64, part: &mut [u8]) -> Result<Option<(usize, usize)>> {
+        let mut done = 0;
+        while done < part.len() {
+            let rest = part.get_mut(done..).unwrap_or_default();
+            let (extent, n) = self.extent(at + done as u64, rest.len() as u64)?;
+            let n = n as usize;
+            let piece = rest.get_mut(..n).unwrap_or_default();
+            match extent {
+                Extent::Unallocated if self.backing_file.is_empty() => piece.fill(0),
+                Extent::Unallocated => return Ok(Some((done, n))),
+                Extent::Zero(_) => piece.fill(0),
+                Extent::Data(host) => {
+                    self.data_device()?
+                        .read("Could not read guest data", host, piece)?
+                }
+                Extent::Compressed { entry, at } => self.read_compressed(entry, at, piece)?,
+            }
+            done += n;
+        }
+        Ok(None)
+    }
+
+    fn data_device(&mut self) -> Result<&mut Device> {
+        if self.header.has_data_file() {
+            return self.data_file();
+        }
+        Ok(&mut self.dev)
+    }
+
+    fn read_compressed(&mut self, entry: u64, at: u64, piece: &mut [u8]) -> Result<()> {
+        let g = self.header.geometry;
+        if self.unpacked.as_ref().is_none_or(|u| u.entry != entry) {
+            let Cluster::Compressed { offset, length } = entry::cluster(g, entry) else {
+                return Err(Error::Corrupt("Not a compressed cluster".into()));
+            };
+            if self.header.has_data_file() {
+                return Err(Error::Corrupt(
+                    "Compressed cluster entry found in an image with an external data file".into(),
+                ));
+            }
+            self.unpacked = None;
+            let packed =
+                self.dev
+                    .read_vec("Could not read a compressed cluster", offset, length)?;
+            let mut bytes = device::zeroed(g.cluster_size())?;
+            compress::unpack(self.header.compression, &packed, &mut bytes)?;
+            self.unpacked = Some(Unpacked { entry, bytes });
+        }
+        let from = at as usize;
+        let bytes = self
+            .unpacked
+            .as_ref()
+            .and_then(|u| u.bytes.get(from..from + piece.len()));
+        piece.copy_from_slice(
+            bytes.ok_or_else(|| Error::Corrupt("Read behind a compressed cluster".into()))?,
+        );
+        Ok(())
+    }
+
+    /// What the guest bytes from `guest` on are, and for how many of `max` bytes that holds. Runs
+    /// that go on in the file are given whole, within one L2 table.
+    pub(crate) fn extent(&mut self, guest: u64, max: u64) -> Result<(Extent, u64)> {
+        let (first, mut n) = self.extent_at(guest)?;
+        let g = self.header.geometry;
+        let l1_index = g.l1_index(guest);
+        while n < max {
+            let next = guest.saturating_add(n);
+            if g.l1_index(next) != l1_index || matches!(first, Extent::Compressed { .. }) {
+                break;
+            }
+            let (extent, more) = self.extent_at(next)?;
+            if extent != first.advanced(n) {
+                break;
+            }
+            n += more;
+        }
+        Ok((first, n.min(max)))
+    }
+
+    /// The extent at `guest` up to the end of its cluster or subcluster; up to the end of the L2
+    /// table's range where there is no table.
+    fn extent_at(&mut self, guest: u64) -> Result<(Extent, u64)> {
         let g = self.header.geometry;
         let l1 = self.view.as_ref().map_or(&self.l1, |v| &v.l1);
         let slot = l1.get(g.l1_index(guest) as usize).copied().unwrap_or(0);
         let table = slot & OFFSET_MASK;
         if table == 0 {
-            return Ok((0, 0));
+            let end = g
+                .guest_of_l1(g.l1_index(guest).saturating_add(1))
+                .unwrap_or(u64::MAX);
+            return Ok((Extent::Unallocated, end - guest));
         }
+        let (word, bitmap) = self.l2_entry(table, guest)?;
+        let at = g.in_cluster(guest);
+        let cluster = entry::cluster(g, word);
+        let host = match cluster {
+            Cluster::Standard(host) | Cluster::ZeroAllocated(host) if g.in_cluster(host) != 0 => {
+                return Err(Error::Corrupt(format!(
+                    "Cluster allocation offset {host:#x} unaligned (guest offset: {guest:#x})"
+                )));
+            }
+            Cluster::Standard(host) | Cluster::ZeroAllocated(host) => Some(host + at),
+            // In an external data file offset 0 is a place like any other.
+            Cluster::Unallocated if self.header.has_data_file() && word & entry::COPIED != 0 => {
+                Some(at)
+            }
+            _ => None,
+        };
+        if self.header.version < 3
+            && matches!(cluster, Cluster::ZeroPlain | Cluster::ZeroAllocated(_))
+        {
+            return Err(Error::Corrupt(format!(
+                "Zero cluster entry found in pre-v3 image (guest offset: {guest:#x})"
+            )));
+        }
+        if let Cluster::Compressed { .. } = cluster {
+            return Ok((
+                Extent::Compressed { entry: word, at },
+                g.cluster_size() - at,
+            ));
+        }
+        if !g.extended_l2 {
+            let extent = match (cluster, host) {
+                (Cluster::ZeroPlain | Cluster::ZeroAllocated(_), host) => Extent::Zero(host),
+                (_, Some(host)) => Extent::Data(host),
+                (_, None) => Extent::Unallocated,
+            };
+            return Ok((extent, g.cluster_size() - at));
+        }
+        let size = g.cluster_size() / SUBCLUSTERS;
+        let (allocated, zero) = (bitmap & 0xffff_ffff, bitmap >> 32);
+        if allocated & zero != 0 || (host.is_none() && allocated != 0) {
+            return Err(Error::Corrupt(format!(
+                "Invalid subcluster bitmap {bitmap:#x} (guest offset: {guest:#x})"
+            )));
+        }
+        let index = at / size;
+        let extent = match (allocated >> index & 1, zero >> index & 1, host) {
+            (_, 1, host) => Extent::Zero(host),
+            (1, _, Some(host)) => Extent::Data(host),
+            _ => Extent::Unallocated,
+        };
+        Ok((extent, size - at % size))
+    }
+
+    /// The L2 entry for a guest offset in the table at `table`, and its subcluster bitmap.
+    fn l2_entry(&mut self, table: u64, guest: u64) -> Result<(u64, u64)> {
+        let g = self.header.geometry;
         if g.in_cluster(table) != 0 {
-            return Err(Error::Corrupt(format!("L2 table offset {table:#x} unaligned")));
+            return Err(Error::Corrupt(format!(
+                "L2 table offset {table:#x} unaligned"
+            )));
         }
-        if self.l2_cache.as_ref().is_none_or(|(offset, _)| *offset != table) {
+        if self
+            .l2_cache
+            .as_ref()
+            .is_none_or(|(offset, _)| *offset != table)
+        {
             self.l2_cache = None;
-            let bytes = self.dev.read_vec("Could not read an L2 table", table, g.cluster_size())?;
+            let bytes = self
+                .dev
+                .read_vec("Could not read an L2 table", table, g.cluster_size())?;
             self.l2_cache = Some((table, bytes));
         }
         let at = g.l2_index(guest) as usize * g.l2_entry_size();
-        let word = self.l2_cache.as_ref().and_then(|(_, t)| t.get(at..at + g.l2_entry_size())).unwrap_or_default();
-        let bitmap = if g.extended_l2 { word.get(8..).map_or(0, BigEndian::read_u64) } else { 0 };
+        let word = self
+            .l2_cache
+            .as_ref()
+            .and_then(|(_, t)| t.get(at..at + g.l2_entry_size()))
+            .unwrap_or_default();
+        let bitmap = if g.extended_l2 {
+            word.get(8..).map_or(0, BigEndian::read_u64)
+        } else {
+            0
+        };
         Ok((word.get(..8).map_or(0, BigEndian::read_u64), bitmap))
-    }
-
-    fn source(&self, entry: u64, in_cluster: u64, guest: u64) -> Result<Source> {
-        let g = self.header.geometry;
-        match entry::cluster(g, entry) {
-            Cluster::ZeroPlain | Cluster::ZeroAllocated(_) => Ok(Source::Zeros),
-            Cluster::Unallocated => self.from_backing(),
-            Cluster::Standard(host) => {
-                if g.in_cluster(host) != 0 {
-                    return Err(Error::Corrupt(format!(
-                        "Cluster allocation offset {host:#x} unaligned (guest offset: {guest:#x})"
-                    )));
-                }
-                Ok(Source::File(host + in_cluster))
-            }
-            Cluster::Compressed { .. } => {
-                Err(Error::Unsupported("Reading compressed clusters is not supported yet".into()))
-            }
-        }
-    }
-
-    /// Nothing is allocated: zeros, unless a backing file shows through.
-    fn from_backing(&self) -> Result<Source> {
-        if self.backing_file.is_empty() {
-            return Ok(Source::Zeros);
-        }
-        Err(Error::Unsupported("Reading from a backing file is not supported yet".into()))
-    }
-
-    /// Extended L2: each of 32 subclusters is allocated, zero or neither.
-    fn read_subclusters(&mut self, guest: u64, part: &mut [u8]) -> Result<()> {
-        let g = self.header.geometry;
-        let (entry, bitmap) = self.l2_entry(guest)?;
-        let sub = g.cluster_size() / 32;
-        let (mut at, mut rest) = (g.in_cluster(guest), part);
-        while !rest.is_empty() {
-            let index = at / sub;
-            let n = rest.len().min((sub - at % sub) as usize);
-            let (piece, behind) = rest.split_at_mut(n);
-            let (allocated, zero) = (bitmap >> index & 1 != 0, bitmap >> (32 + index) & 1 != 0);
-            if entry & entry::COMPRESSED != 0 {
-                self.source(entry, at, guest)?;
-            } else if allocated && zero {
-                return Err(Error::Corrupt(format!("Invalid subcluster bitmap (guest offset: {guest:#x})")));
-            }
-            let from = match (allocated, zero) {
-                (_, true) => Source::Zeros,
-                (true, _) if entry & OFFSET_MASK != 0 => self.source(entry, at, guest)?,
-                (true, _) => {
-                    return Err(Error::Corrupt(format!("Subcluster without a cluster (guest offset: {guest:#x})")))
-                }
-                (false, false) => self.from_backing()?,
-            };
-            match from {
-                Source::Zeros => piece.fill(0),
-                Source::File(host) => self.dev.read("Could not read guest data", host, piece)?,
-            }
-            at += n as u64;
-            rest = behind;
-        }
-        Ok(())
     }
 
     /// The L1 table of a snapshot, checked as QEMU checks it (`qcow2_validate_table`).
     pub(crate) fn snapshot_l1(&mut self, offset: u64, entries: u32) -> Result<Vec<u64>> {
-        use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
         let g = self.header.geometry;
-        crate::format::header::validate_table(
+        validate_table(
             g,
             offset,
             entries.into(),
@@ -150,8 +336,11 @@ impl Image {
             MAX_L1_BYTES,
             "Snapshot L1 table",
         )?;
-        let bytes =
-            self.dev.read_vec("Failed to read l1 table for snapshot", offset, u64::from(entries) * TABLE_ENTRY)?;
+        let bytes = self.dev.read_vec(
+            "Failed to read l1 table for snapshot",
+            offset,
+            u64::from(entries) * TABLE_ENTRY,
+        )?;
         device::words(&bytes)
     }
 }

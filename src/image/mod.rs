@@ -2,9 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
+use crate::format::features;
 use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Extensions, Header, HEADER_BYTES};
-use crate::format::features;
 use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::Storage;
 use crate::snapshot::Snapshot;
@@ -13,6 +13,7 @@ use overlap::{Kind, Overlap};
 use replay::Replay;
 use update::{Plan, Update};
 
+mod chain;
 pub(crate) mod device;
 mod mapping;
 pub(crate) mod overlap;
@@ -74,6 +75,11 @@ pub struct Image {
     pub(crate) snapshots: SnapshotList,
     pub(crate) view: Option<View>,
     pub(crate) l2_cache: Option<(u64, Vec<u8>)>,
+    unpacked: Option<mapping::Unpacked>,
+    /// Where the image is, for names in it that are relative; unknown behind callbacks.
+    path: Option<std::path::PathBuf>,
+    chain: Option<Vec<chain::Layer>>,
+    data_file: Option<Device>,
     standing: Standing,
     outcome: Outcome,
     remark: Option<String>,
@@ -88,7 +94,23 @@ impl Image {
     /// of [`Image::open_storage`].
     pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> {
         let storage = FileStorage::open_path(path, &Image::file_options(flags))?;
-        Image::open_storage(Box::new(storage), flags)
+        let mut image = Image::open_storage(Box::new(storage), flags)?;
+        image.path = Some(path.to_owned());
+        Ok(image)
+    }
+
+    /// Open the image that a descriptor refers to; the descriptor stays the caller's.
+    ///
+    /// # Errors
+    /// Those of [`FileStorage::open_fd`] and [`Image::open_storage`].
+    pub fn open_fd(fd: std::os::fd::RawFd, flags: OpenFlags) -> Result<Image> {
+        let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
+        let mut image = Image::open_storage(Box::new(storage), flags)?;
+        // Names in the image are relative to the folder that the file is in, if it still has one.
+        image.path = std::fs::read_link(format!("/proc/self/fd/{fd}"))
+            .ok()
+            .filter(|p| p.is_absolute());
+        Ok(image)
     }
 
     /// How a file is to be opened for these flags.
@@ -117,8 +139,11 @@ impl Image {
     /// features that are not known, and for the dirty bit read-write; `Access` for the corrupt bit
     /// read-write.
     pub fn open_storage(storage: Box<dyn Storage>, flags: OpenFlags) -> Result<Image> {
+        Image::on_device(Device::new(storage)?, flags)
+    }
+
+    fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
         let read_write = flags.has(OpenFlags::RDWR);
-        let mut dev = Device::new(storage)?;
         let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
         // The extensions may fill the first cluster, whose size the header says.
         let bits = first.get(20..24).map_or(0, byteorder::BigEndian::read_u32);
@@ -126,7 +151,11 @@ impl Image {
             first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
         }
         let header = Header::parse(&first, read_write)?;
-        let l1 = dev.read_vec("Could not read L1 table", header.l1_offset, u64::from(header.l1_size) * TABLE_ENTRY)?;
+        let l1 = dev.read_vec(
+            "Could not read L1 table",
+            header.l1_offset,
+            u64::from(header.l1_size) * TABLE_ENTRY,
+        )?;
         let l1 = device::words(&l1)?;
         debug_assert!(l1.len() as u64 * TABLE_ENTRY <= MAX_L1_BYTES);
         let g = header.geometry;
@@ -149,6 +178,10 @@ impl Image {
             snapshots: SnapshotList::default(),
             view: None,
             l2_cache: None,
+            unpacked: None,
+            path: None,
+            chain: None,
+            data_file: None,
             standing: Standing::Good,
             outcome: Outcome::None,
             remark: None,
@@ -173,7 +206,9 @@ impl Image {
 
     /// Virtual size of the disk now seen, in bytes (whole 512-byte sectors).
     pub fn length(&self) -> u64 {
-        self.view.as_ref().map_or(self.header.disk_size(), |v| v.size)
+        self.view
+            .as_ref()
+            .map_or(self.header.disk_size(), |v| v.size)
     }
 
     /// What the last changing verb did.
@@ -245,11 +280,23 @@ impl Image {
     pub(crate) fn replay(&self) -> Replay {
         let h = &self.header;
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable);
-        overlap.protect(Kind::ActiveL1, h.l1_offset, u64::from(h.l1_size) * TABLE_ENTRY);
-        overlap.protect(Kind::Reftable, h.reftable_offset, u64::from(h.reftable_clusters) << h.geometry.cluster_bits);
+        overlap.protect(
+            Kind::ActiveL1,
+            h.l1_offset,
+            u64::from(h.l1_size) * TABLE_ENTRY,
+        );
+        overlap.protect(
+            Kind::Reftable,
+            h.reftable_offset,
+            u64::from(h.reftable_clusters) << h.geometry.cluster_bits,
+        );
         overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size);
         for s in &self.snapshots.entries {
-            overlap.protect(Kind::InactiveL1, s.l1_table_offset, u64::from(s.l1_size) * TABLE_ENTRY);
+            overlap.protect(
+                Kind::InactiveL1,
+                s.l1_table_offset,
+                u64::from(s.l1_size) * TABLE_ENTRY,
+            );
         }
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
             overlap.protect(Kind::BitmapDirectory, offset, bytes);
@@ -265,14 +312,24 @@ impl Image {
     }
 
     /// Write what a verb has found out, and make memory say what the disk says.
-    pub(crate) fn commit(&mut self, mut replay: Replay, plan: &Plan, list: Vec<Snapshot>, table_size: u64) -> Result<()> {
+    pub(crate) fn commit(
+        &mut self,
+        mut replay: Replay,
+        plan: &Plan,
+        list: Vec<Snapshot>,
+        table_size: u64,
+    ) -> Result<()> {
         let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
-        let mut update = Update { dev: &mut self.dev, outcome: Outcome::Unchanged, started: false };
+        let mut update = Update {
+            dev: &mut self.dev,
+            outcome: Outcome::Unchanged,
+            started: false,
+        };
         let result = update.commit(&mut replay, plan, autoclear);
         let (outcome, started) = (update.outcome, update.started);
         self.outcome = outcome;
-        self.l2_cache = None;
+        self.forget_reads();
         if result.is_err() {
             self.standing = match (outcome, started) {
                 (Outcome::Unknown, _) => Standing::Spent,
@@ -295,9 +352,18 @@ impl Image {
             }
             self.reftable = table.entries.clone();
             self.l1 = replay.l1;
-            self.snapshots = crate::image::SnapshotList { entries: list, size: table_size, loaded: true };
+            self.snapshots = crate::image::SnapshotList {
+                entries: list,
+                size: table_size,
+                loaded: true,
+            };
         }
         result
+    }
+
+    /// Drop what was cached of the disk seen so far.
+    pub(crate) fn forget_reads(&mut self) {
+        (self.l2_cache, self.unpacked) = (None, None);
     }
 
     /// Does the image have valid persistent bitmaps?

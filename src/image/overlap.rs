@@ -46,33 +46,48 @@ pub(crate) struct Overlap {
 
 impl Overlap {
     pub(crate) fn new(g: Geometry, l1: &[u64], reftable: &[u64]) -> Overlap {
-        let mut active_l2: Vec<u64> =
-            l1.iter().map(|e| e & entry::OFFSET_MASK).filter(|o| *o != 0).collect();
+        let mut active_l2: Vec<u64> = l1
+            .iter()
+            .map(|e| e & entry::OFFSET_MASK)
+            .filter(|o| *o != 0)
+            .collect();
         active_l2.sort_unstable();
-        let mut refblocks: Vec<u64> =
-            reftable.iter().map(|e| e & entry::REFTABLE_OFFSET_MASK).filter(|o| *o != 0).collect();
+        let mut refblocks: Vec<u64> = reftable
+            .iter()
+            .map(|e| e & entry::REFTABLE_OFFSET_MASK)
+            .filter(|o| *o != 0)
+            .collect();
         refblocks.sort_unstable();
         let ranges = vec![(0, g.cluster_size(), Kind::Header)];
-        Overlap { g, ranges, furthest: vec![g.cluster_size()], active_l2, refblocks }
+        Overlap {
+            g,
+            ranges,
+            furthest: vec![g.cluster_size()],
+            active_l2,
+            refblocks,
+        }
     }
 
     /// Protect `bytes` at `offset`.
     pub(crate) fn protect(&mut self, kind: Kind, offset: u64, bytes: u64) {
         if bytes != 0 {
             let end = self.g.round_up(offset.saturating_add(bytes));
-            self.ranges.push((offset - self.g.in_cluster(offset), end, kind));
+            self.ranges
+                .push((offset - self.g.in_cluster(offset), end, kind));
         }
     }
 
     /// No longer protect ranges of this kind that begin at `offset`.
     pub(crate) fn release(&mut self, kind: Kind, offset: u64) {
-        self.ranges.retain(|(start, _, k)| !(*k == kind && *start == offset));
+        self.ranges
+            .retain(|(start, _, k)| !(*k == kind && *start == offset));
         self.seal();
     }
 
     /// Sort the ranges for [`Overlap::check`]; call after the last `protect`.
     pub(crate) fn seal(&mut self) {
-        self.ranges.sort_unstable_by_key(|(start, end, _)| (*start, *end));
+        self.ranges
+            .sort_unstable_by_key(|(start, end, _)| (*start, *end));
         let mut furthest = 0;
         self.furthest.clear();
         self.furthest.extend(self.ranges.iter().map(|(_, end, _)| {
@@ -108,7 +123,14 @@ impl Overlap {
             .or_else(|| self.hit_list(&self.refblocks, start, end, Kind::Refblock, ignore))
     }
 
-    fn hit_list(&self, list: &[u64], start: u64, end: u64, kind: Kind, ignore: Option<Kind>) -> Option<Kind> {
+    fn hit_list(
+        &self,
+        list: &[u64],
+        start: u64,
+        end: u64,
+        kind: Kind,
+        ignore: Option<Kind>,
+    ) -> Option<Kind> {
         if ignore == Some(kind) {
             return None;
         }

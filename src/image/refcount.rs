@@ -101,7 +101,12 @@ impl Refcounts {
     pub(crate) fn new(g: Geometry, offset: u64, clusters: u64, entries: Vec<u64>) -> Refcounts {
         Refcounts {
             g,
-            tables: vec![Table { offset, clusters, entries, born: None }],
+            tables: vec![Table {
+                offset,
+                clusters,
+                entries,
+                born: None,
+            }],
             blocks: Vec::new(),
             next: 0,
             epoch: 0,
@@ -127,12 +132,20 @@ impl Refcounts {
     }
 
     fn entry(&self, index: u64) -> u64 {
-        self.table().entries.get(index as usize).copied().unwrap_or(0) & REFTABLE_OFFSET_MASK
+        self.table()
+            .entries
+            .get(index as usize)
+            .copied()
+            .unwrap_or(0)
+            & REFTABLE_OFFSET_MASK
     }
 
     /// Blocks that are loaded, by refcount table index.
     pub(crate) fn loaded(&self) -> impl Iterator<Item = (u64, &Block)> {
-        self.blocks.iter().enumerate().filter_map(|(i, b)| Some((i as u64, b.as_deref()?)))
+        self.blocks
+            .iter()
+            .enumerate()
+            .filter_map(|(i, b)| Some((i as u64, b.as_deref()?)))
     }
 
     /// Load the block at `index`; false where the table has none.
@@ -146,8 +159,21 @@ impl Refcounts {
             return Ok(false);
         }
         self.check_aligned(index, offset)?;
-        let counts = dev.read_vec("Could not read a refcount block", offset, self.g.cluster_size())?;
-        self.insert(index, Block { offset, counts, peak: None, dirty: false, born: None })?;
+        let counts = dev.read_vec(
+            "Could not read a refcount block",
+            offset,
+            self.g.cluster_size(),
+        )?;
+        self.insert(
+            index,
+            Block {
+                offset,
+                counts,
+                peak: None,
+                dirty: false,
+                born: None,
+            },
+        )?;
         Ok(true)
     }
 
@@ -155,7 +181,9 @@ impl Refcounts {
         let slot = index as usize;
         if slot >= self.blocks.len() {
             let more = slot + 1 - self.blocks.len();
-            self.blocks.try_reserve(more).map_err(|_| Error::NoMemory(more as u64 * 8))?;
+            self.blocks
+                .try_reserve(more)
+                .map_err(|_| Error::NoMemory(more as u64 * 8))?;
             self.blocks.resize_with(slot + 1, || None);
         }
         self.blocks[slot] = Some(Box::new(block));
@@ -187,7 +215,9 @@ impl Refcounts {
             return Ok(0);
         }
         let at = self.g.refblock_index(cluster);
-        Ok(self.block(index).map_or(0, |b| refblock::get(self.g, &b.counts, at)))
+        Ok(self
+            .block(index)
+            .map_or(0, |b| refblock::get(self.g, &b.counts, at)))
     }
 
     /// Add 1 to or take 1 from a count during a walk and return it. The block must exist.
@@ -195,7 +225,9 @@ impl Refcounts {
     pub(crate) fn bump(&mut self, dev: &mut Device, cluster: HostCluster, up: bool) -> Result<u64> {
         let g = self.g;
         let index = g.reftable_index(cluster);
-        if !self.blocks.get(index as usize).is_some_and(Option::is_some) && !self.load(dev, index)? {
+        if !self.blocks.get(index as usize).is_some_and(Option::is_some)
+            && !self.load(dev, index)?
+        {
             return Err(Error::Corrupt(format!(
                 "No refcount block describes the cluster at {:#x}, which is in use",
                 g.offset_of(cluster)
@@ -282,7 +314,9 @@ impl Refcounts {
         }
         self.next = at;
         if at > 0 && at - 1 > max_offset >> g.cluster_bits {
-            return Err(Error::TooBig("The image file would become too large".into()));
+            return Err(Error::TooBig(
+                "The image file would become too large".into(),
+            ));
         }
         Ok(at - n)
     }
@@ -345,7 +379,9 @@ impl Refcounts {
         if index < self.table().entries.len() as u64 {
             self.table_mut().entries[index as usize] = g.offset_of(new);
         } else {
-            let used = (cluster.0 + 1).max(new.0 + 1).div_ceil(g.refblock_entries());
+            let used = (cluster.0 + 1)
+                .max(new.0 + 1)
+                .div_ceil(g.refblock_entries());
             self.grow_table(dev, g.first_cluster_of_block(used), index, g.offset_of(new))?;
         }
         Ok(Reserved::Again)
@@ -357,23 +393,42 @@ impl Refcounts {
         self.forget_before_writing(dev, offset, self.g.cluster_size())?;
         let epoch = self.epoch;
         self.reach = self.reach.max(offset.saturating_add(self.g.cluster_size()));
-        self.insert(index, Block { offset, counts, peak: None, dirty: true, born: Some(epoch) })
+        self.insert(
+            index,
+            Block {
+                offset,
+                counts,
+                peak: None,
+                dirty: true,
+                born: Some(epoch),
+            },
+        )
     }
 
     /// QEMU's `qcow2_refcount_area`: a larger table, and the blocks that describe it, behind
     /// everything that is described so far.
-    fn grow_table(&mut self, dev: &mut Device, start: HostCluster, new_index: u64, new_block: u64) -> Result<()> {
+    fn grow_table(
+        &mut self,
+        dev: &mut Device,
+        start: HostCluster,
+        new_index: u64,
+        new_block: u64,
+    ) -> Result<()> {
         let g = self.g;
         let total_blocks = blocks_with_metadata(g, start.0);
         let per_cluster = g.reftable_entries_per_cluster();
         let entries = (total_blocks + total_blocks.div_ceil(2)).next_multiple_of(per_cluster);
         if total_blocks > MAX_REFTABLE_ENTRIES || entries > MAX_REFTABLE_ENTRIES {
-            return Err(Error::TooBig("The refcount table would become too large".into()));
+            return Err(Error::TooBig(
+                "The refcount table would become too large".into(),
+            ));
         }
         let clusters = entries / per_cluster;
 
         let mut table: Vec<u64> = Vec::new();
-        table.try_reserve_exact(entries as usize).map_err(|_| Error::NoMemory(entries * 8))?;
+        table
+            .try_reserve_exact(entries as usize)
+            .map_err(|_| Error::NoMemory(entries * 8))?;
         let old = self.table().clone();
         table.extend(old.entries.iter().take(entries as usize));
         table.resize(entries as usize, 0);
@@ -381,7 +436,9 @@ impl Refcounts {
 
         // Which blocks are new, and where they and the table lie.
         let first = g.reftable_index(start);
-        let missing = (first..total_blocks).filter(|i| table[*i as usize] == 0).count() as u64;
+        let missing = (first..total_blocks)
+            .filter(|i| table[*i as usize] == 0)
+            .count() as u64;
         let table_cluster = start.0 + missing;
         let end = table_cluster + clusters;
         let mut next_block = start.0;
@@ -395,20 +452,33 @@ impl Refcounts {
         }
         let offset = g.offset_of(HostCluster(table_cluster));
         self.forget_before_writing(dev, offset, clusters * g.cluster_size())?;
-        self.tables.push(Table { offset, clusters, entries: table, born: Some(self.epoch) });
+        self.tables.push(Table {
+            offset,
+            clusters,
+            entries: table,
+            born: Some(self.epoch),
+        });
         for index in first..total_blocks {
             self.load(dev, index)?;
         }
         for c in start.0..end {
             if self.get(dev, HostCluster(c))? != 0 {
-                return Err(Error::Corrupt("Space behind the image's last refcount block is in use".into()));
+                return Err(Error::Corrupt(
+                    "Space behind the image's last refcount block is in use".into(),
+                ));
             }
             self.store(HostCluster(c), 1);
             self.taken.insert(c);
         }
         self.reach = self.reach.max(g.offset_of(HostCluster(end)));
         // The old table is forgotten when the header names the new one.
-        self.free(dev, old.offset, old.clusters * g.cluster_size(), Freed::Kept, self.epoch)
+        self.free(
+            dev,
+            old.offset,
+            old.clusters * g.cluster_size(),
+            Freed::Kept,
+            self.epoch,
+        )
     }
 
     /// QEMU's `qcow2_free_clusters`: an underflow leaves the counts as they are and is no error.
@@ -479,7 +549,12 @@ impl Refcounts {
 
     /// Make sure that the disk has forgotten what was in clusters that are about to get new
     /// contents: if the write that forgets belongs to this epoch, a new epoch begins.
-    pub(crate) fn forget_before_writing(&mut self, dev: &mut Device, offset: u64, bytes: u64) -> Result<()> {
+    pub(crate) fn forget_before_writing(
+        &mut self,
+        dev: &mut Device,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
@@ -509,18 +584,28 @@ impl Refcounts {
         let index = g.reftable_index(cluster);
         if self.before.as_ref().is_none_or(|(i, _)| *i != index) {
             let entries = self.tables.first().map(|t| &t.entries);
-            let offset = entries.and_then(|e| e.get(index as usize)).copied().unwrap_or(0);
+            let offset = entries
+                .and_then(|e| e.get(index as usize))
+                .copied()
+                .unwrap_or(0);
             let counts = if self.block(index).is_some_and(|b| b.born.is_some()) {
                 Vec::new()
             } else if offset & REFTABLE_OFFSET_MASK != 0 {
-                dev.read_vec("Could not read a refcount block", offset & REFTABLE_OFFSET_MASK, g.cluster_size())?
+                dev.read_vec(
+                    "Could not read a refcount block",
+                    offset & REFTABLE_OFFSET_MASK,
+                    g.cluster_size(),
+                )?
             } else {
                 Vec::new()
             };
             self.before = Some((index, counts));
         }
         let at = g.refblock_index(cluster);
-        Ok(self.before.as_ref().map_or(0, |(_, counts)| refblock::get(g, counts, at)))
+        Ok(self
+            .before
+            .as_ref()
+            .map_or(0, |(_, counts)| refblock::get(g, counts, at)))
     }
 
     /// What follows is written after the current epoch has been published.
@@ -534,7 +619,9 @@ impl Refcounts {
         let g = self.g;
         for block in self.blocks.iter_mut().flatten().filter(|b| b.dirty) {
             match &mut block.peak {
-                Some(peak) => refblock::raise_to(g, peak, &block.counts, g.refblock_entries() as usize),
+                Some(peak) => {
+                    refblock::raise_to(g, peak, &block.counts, g.refblock_entries() as usize)
+                }
                 None => block.peak = Some(block.counts.clone()),
             }
         }
@@ -554,10 +641,17 @@ impl Refcounts {
 
     /// A run of `n` clusters at or behind `from` that is free now, was free on disk, is described
     /// by existing blocks and is not touched by the replay. For short-lived tables.
-    pub(crate) fn find_untouched(&mut self, dev: &mut Device, from: u64, n: u64) -> Result<Option<u64>> {
+    pub(crate) fn find_untouched(
+        &mut self,
+        dev: &mut Device,
+        from: u64,
+        n: u64,
+    ) -> Result<Option<u64>> {
         let g = self.g;
         let (mut run, mut c) = (0, from);
-        let end = g.first_cluster_of_block(self.table().entries.len() as u64).0;
+        let end = g
+            .first_cluster_of_block(self.table().entries.len() as u64)
+            .0;
         while c < end {
             let index = g.reftable_index(HostCluster(c));
             if !self.load(dev, index)? || self.block(index).is_some_and(|b| b.born.is_some()) {
@@ -567,7 +661,9 @@ impl Refcounts {
             }
             let counted = self.get(dev, HostCluster(c))? != 0
                 || self.block(index).is_some_and(|b| {
-                    b.peak.as_ref().is_some_and(|p| refblock::get(g, p, g.refblock_index(HostCluster(c))) != 0)
+                    b.peak
+                        .as_ref()
+                        .is_some_and(|p| refblock::get(g, p, g.refblock_index(HostCluster(c))) != 0)
                 });
             let touched = self.forgotten.contains_key(&c)
                 || self.punched.contains(&c)
@@ -610,13 +706,18 @@ impl Refcounts {
             }
             scratch = copy;
         }
-        let end = self.table().offset.saturating_add(self.table().entries.len() as u64 * TABLE_ENTRY);
+        let end = self
+            .table()
+            .offset
+            .saturating_add(self.table().entries.len() as u64 * TABLE_ENTRY);
         self.reach = self.reach.max(end);
         for (index, offset) in unused {
             // `qcow2_discard_refcount_block`
             let cluster = g.cluster_of(offset);
             if self.get(dev, cluster)? != 1 {
-                return Err(Error::Corrupt(format!("Invalid refcount: refblock offset {offset:#x}")));
+                return Err(Error::Corrupt(format!(
+                    "Invalid refcount: refblock offset {offset:#x}"
+                )));
             }
             self.store(cluster, 0);
             self.next = self.next.min(cluster.0);
@@ -624,7 +725,11 @@ impl Refcounts {
             self.table_mut().entries[index as usize] = 0;
             let block = self.blocks.get_mut(index as usize).and_then(Option::take);
             if block.as_ref().is_none_or(|b| b.born.is_none()) {
-                self.dropped.push(Dropped { index, offset, counts: block.map(|b| b.counts) });
+                self.dropped.push(Dropped {
+                    index,
+                    offset,
+                    counts: block.map(|b| b.counts),
+                });
             }
         }
         Ok(())
@@ -645,7 +750,9 @@ impl Refcounts {
                 return Ok(c);
             }
         }
-        Err(Error::Corrupt("There are no references in the refcount table.".into()))
+        Err(Error::Corrupt(
+            "There are no references in the refcount table.".into(),
+        ))
     }
 }
 

@@ -70,7 +70,12 @@ impl Replay {
         overlap.seal();
         Replay {
             g,
-            refs: Refcounts::new(g, header.reftable_offset, header.reftable_clusters.into(), reftable),
+            refs: Refcounts::new(
+                g,
+                header.reftable_offset,
+                header.reftable_clusters.into(),
+                reftable,
+            ),
             overlap,
             header: Switched {
                 size: header.size,
@@ -142,7 +147,8 @@ impl Replay {
         }
         let g = self.g;
         let end = offset.saturating_add(data.len() as u64);
-        self.refs.forget_before_writing(dev, offset, data.len() as u64)?;
+        self.refs
+            .forget_before_writing(dev, offset, data.len() as u64)?;
         self.close_epochs();
         let last = g.cluster_of(end - 1).0;
         if self.refs.punched.contains(&last) {
@@ -153,7 +159,12 @@ impl Replay {
             self.refs.punched.remove(&c);
         }
         self.reach = self.reach.max(end);
-        self.new_data.push(NewData { label, offset, data, epoch: self.refs.epoch });
+        self.new_data.push(NewData {
+            label,
+            offset,
+            data,
+            epoch: self.refs.epoch,
+        });
         Ok(())
     }
 
@@ -164,7 +175,6 @@ impl Replay {
 
     /// QEMU's `qcow2_grow_l1_table(exact)`: the L1 table moves to a place with room for `entries`.
     pub(crate) fn grow_l1(&mut self, dev: &mut Device, entries: u64) -> Result<()> {
-        let g = self.g;
         if entries <= self.l1.len() as u64 {
             return Ok(());
         }
@@ -172,7 +182,8 @@ impl Replay {
             return Err(Error::TooBig("L1 table would become too large".into()));
         }
         let mut l1: Vec<u64> = Vec::new();
-        l1.try_reserve_exact(entries as usize).map_err(|_| Error::NoMemory(entries * TABLE_ENTRY))?;
+        l1.try_reserve_exact(entries as usize)
+            .map_err(|_| Error::NoMemory(entries * TABLE_ENTRY))?;
         l1.extend_from_slice(&self.l1);
         l1.resize(entries as usize, 0);
 
@@ -184,7 +195,8 @@ impl Replay {
         let (old_offset, old_bytes) = (self.header.l1_offset, self.l1.len() as u64 * TABLE_ENTRY);
         self.switch(|h| (h.l1_offset, h.l1_size) = (offset, entries as u32));
         let epoch = self.refs.epoch;
-        self.refs.free(dev, old_offset, old_bytes, Freed::Kept, epoch)?;
+        self.refs
+            .free(dev, old_offset, old_bytes, Freed::Kept, epoch)?;
         self.overlap.release(Kind::ActiveL1, old_offset);
         self.overlap.protect(Kind::ActiveL1, offset, bytes);
         self.overlap.seal();
@@ -207,26 +219,37 @@ impl Replay {
         let old = self.l1.get(l1_index as usize).copied().unwrap_or(0);
         let offset = old & OFFSET_MASK;
         if g.in_cluster(offset) != 0 {
-            return Err(Error::Corrupt(format!("L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})")));
+            return Err(Error::Corrupt(format!(
+                "L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})"
+            )));
         }
         if old & COPIED != 0 && offset != 0 {
             return Ok((offset, self.read_table(dev, offset)?));
         }
         if old & COPIED != 0 {
-            return Err(Error::Corrupt(format!("L1 entry {l1_index:#x} has flags but no offset")));
+            return Err(Error::Corrupt(format!(
+                "L1 entry {l1_index:#x} has flags but no offset"
+            )));
         }
         let new = self.refs.alloc(dev, g.cluster_size())?;
         if new == 0 {
-            return Err(Error::Corrupt("Preventing invalid allocation of L2 table at offset 0".into()));
+            return Err(Error::Corrupt(
+                "Preventing invalid allocation of L2 table at offset 0".into(),
+            ));
         }
         self.reach = self.reach.max(new.saturating_add(g.cluster_size()));
-        let table = if offset == 0 { device::zeroed(g.cluster_size())? } else { self.read_table(dev, offset)? };
+        let table = if offset == 0 {
+            device::zeroed(g.cluster_size())?
+        } else {
+            self.read_table(dev, offset)?
+        };
         if let Some(slot) = self.l1.get_mut(l1_index as usize) {
             *slot = new | COPIED;
         }
         if offset != 0 {
             let epoch = self.refs.epoch;
-            self.refs.free(dev, offset, g.cluster_size(), Freed::Kept, epoch)?;
+            self.refs
+                .free(dev, offset, g.cluster_size(), Freed::Kept, epoch)?;
         }
         Ok((new, table))
     }
@@ -235,7 +258,10 @@ impl Replay {
     /// (`discard_in_l2_slice`, not full). `None`: it stays as it is.
     pub(crate) fn zeroed_entry(&self, word: &[u8]) -> Option<[u8; 16]> {
         let old = BigEndian::read_u64(word);
-        let allocated = !matches!(entry::cluster(self.g, old), Cluster::Unallocated | Cluster::ZeroPlain);
+        let allocated = !matches!(
+            entry::cluster(self.g, old),
+            Cluster::Unallocated | Cluster::ZeroPlain
+        );
         if !self.has_backing && !allocated {
             return None;
         }
@@ -254,10 +280,12 @@ impl Replay {
         let g = self.g;
         let epoch = self.refs.epoch;
         match entry::cluster(g, BigEndian::read_u64(word)) {
-            Cluster::Standard(at) | Cluster::ZeroAllocated(at) if g.in_cluster(at) == 0 => {
-                self.refs.free(dev, at, g.cluster_size(), Freed::Kept, epoch)
+            Cluster::Standard(at) | Cluster::ZeroAllocated(at) if g.in_cluster(at) == 0 => self
+                .refs
+                .free(dev, at, g.cluster_size(), Freed::Kept, epoch),
+            Cluster::Compressed { offset, length } => {
+                self.refs.free(dev, offset, length, Freed::Kept, epoch)
             }
-            Cluster::Compressed { offset, length } => self.refs.free(dev, offset, length, Freed::Kept, epoch),
             _ => Ok(()),
         }
     }

@@ -21,13 +21,17 @@ impl Replay {
         // `qcow2_shrink_l1_table`
         let keep = g.l1_entries_for(new_size) as usize;
         if keep < self.l1.len() {
-            let end = self.header.l1_offset.saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
+            let end = self
+                .header
+                .l1_offset
+                .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
             self.reach = self.reach.max(end);
         }
         for index in (keep..self.l1.len()).rev() {
             let offset = self.l1[index] & OFFSET_MASK;
             if offset != 0 {
-                self.refs.free(dev, offset, g.cluster_size(), Freed::Punched, NEVER)?;
+                self.refs
+                    .free(dev, offset, g.cluster_size(), Freed::Punched, NEVER)?;
                 self.tables.remove(&offset);
                 self.l1[index] = 0;
             }
@@ -52,7 +56,10 @@ impl Replay {
             let next = g.guest_of_l1(l1_index + 1).unwrap_or(u64::MAX).min(end);
             let from = g.l2_index(at) as usize;
             let n = g.clusters_for(next - at) as usize;
-            let owned = self.l1.get(l1_index as usize).is_some_and(|e| e & COPIED != 0);
+            let owned = self
+                .l1
+                .get(l1_index as usize)
+                .is_some_and(|e| e & COPIED != 0);
             let (offset, mut table) = self.own_table(dev, l1_index)?;
             if !owned {
                 self.temporary_tables.push(offset);
@@ -63,7 +70,9 @@ impl Replay {
                     Cluster::Standard(at) | Cluster::ZeroAllocated(at) if g.in_cluster(at) == 0 => {
                         self.refs.free_data(dev, at, g.cluster_size())?;
                     }
-                    Cluster::Compressed { offset, length } => self.refs.free_data(dev, offset, length)?,
+                    Cluster::Compressed { offset, length } => {
+                        self.refs.free_data(dev, offset, length)?
+                    }
                     _ => {}
                 }
                 word.fill(0);

@@ -29,7 +29,9 @@ use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::entry::{COPIED, REFTABLE_OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
-use crate::format::header::{self, AFTER_SNAPSHOTS, AT_L1_SIZE, AT_REFTABLE, AT_SIZE, AT_SNAPSHOTS};
+use crate::format::header::{
+    self, AFTER_SNAPSHOTS, AT_L1_SIZE, AT_REFTABLE, AT_SIZE, AT_SNAPSHOTS,
+};
 use crate::format::refblock;
 
 /// Bytes 24 to 71 of the header: all that a publish can switch.
@@ -88,16 +90,27 @@ pub(crate) struct Update<'a> {
 
 impl Update<'_> {
     /// Write everything, in order.
-    pub(crate) fn commit(&mut self, replay: &mut Replay, plan: &Plan, autoclear: Option<u64>) -> Result<()> {
+    pub(crate) fn commit(
+        &mut self,
+        replay: &mut Replay,
+        plan: &Plan,
+        autoclear: Option<u64>,
+    ) -> Result<()> {
         let g = replay.g;
         check_blocks(replay)?;
         let temporary = Temporary::of(self.dev, replay, plan)?;
         self.started = true;
         if let Some(bits) = autoclear {
-            self.dev.write("header: autoclear features", header::AT_AUTOCLEAR, &bits.to_be_bytes())?;
+            self.dev.write(
+                "header: autoclear features",
+                header::AT_AUTOCLEAR,
+                &bits.to_be_bytes(),
+            )?;
             self.dev.barrier()?;
         }
-        let crypt = self.dev.read_vec("Could not read the header", AT_SIZE, SWITCHED as u64)?;
+        let crypt = self
+            .dev
+            .read_vec("Could not read the header", AT_SIZE, SWITCHED as u64)?;
         let mut on_disk = crypt;
 
         replay.close_epochs();
@@ -107,7 +120,11 @@ impl Update<'_> {
             self.hook_up_blocks(g, &replay.refs, epoch)?;
 
             let decisive = epoch == plan.decisive;
-            let fields = replay.epoch_headers.get(epoch).copied().unwrap_or(replay.header);
+            let fields = replay
+                .epoch_headers
+                .get(epoch)
+                .copied()
+                .unwrap_or(replay.header);
             self.publish_epoch(replay, plan, fields, epoch, &mut on_disk)?;
             if decisive {
                 self.outcome = Outcome::Done;
@@ -118,17 +135,32 @@ impl Update<'_> {
 
     /// New data, counts up, COPIED cleared. What extends the file comes first, so that a full disk
     /// is found before anything else is touched.
-    fn prepare(&mut self, replay: &mut Replay, plan: &Plan, epoch: usize, temp: Option<&Temporary>) -> Result<()> {
+    fn prepare(
+        &mut self,
+        replay: &mut Replay,
+        plan: &Plan,
+        epoch: usize,
+        temp: Option<&Temporary>,
+    ) -> Result<()> {
         let g = replay.g;
         let length = self.dev.length();
         let mut writes = new_structures(&replay.refs, g, epoch)?;
         writes.extend(
-            replay.new_data.iter().filter(|w| w.epoch == epoch).map(|w| (w.label, w.offset, w.data.as_slice().into())),
+            replay
+                .new_data
+                .iter()
+                .filter(|w| w.epoch == epoch)
+                .map(|w| (w.label, w.offset, w.data.as_slice().into())),
         );
         if let (0, Some(temp)) = (epoch, temp) {
-            writes.push(("temporary L1 table", temp.offset, temp.contents.as_slice().into()));
+            writes.push((
+                "temporary L1 table",
+                temp.offset,
+                temp.contents.as_slice().into(),
+            ));
         }
-        let extends = |w: &(&str, u64, std::borrow::Cow<[u8]>)| w.1.saturating_add(w.2.len() as u64) > length;
+        let extends =
+            |w: &(&str, u64, std::borrow::Cow<[u8]>)| w.1.saturating_add(w.2.len() as u64) > length;
         for (label, offset, data) in writes.iter().filter(|w| extends(w)) {
             self.dev.write(label, *offset, data)?;
         }
@@ -150,7 +182,8 @@ impl Update<'_> {
         let mut out = Pieces::new("refcount block");
         let mut old = device::zeroed(g.cluster_size())?;
         for (_, block) in refs.loaded().filter(|(_, b)| b.dirty && b.born.is_none()) {
-            self.dev.read("Could not read a refcount block", block.offset, &mut old)?;
+            self.dev
+                .read("Could not read a refcount block", block.offset, &mut old)?;
             let mut new = old.clone();
             raise(g, &mut new, block.peak.as_deref(), &block.counts);
             out.write_changes(self.dev, block.offset, &old, &new)?;
@@ -179,15 +212,25 @@ impl Update<'_> {
                 let describing = g.reftable_index(g.cluster_of(offset));
                 describing != index
                     && !known.contains(&describing)
-                    && refs.block(describing).is_some_and(|b| b.born == Some(epoch))
+                    && refs
+                        .block(describing)
+                        .is_some_and(|b| b.born == Some(epoch))
             };
-            let (later, now): (Vec<_>, Vec<_>) = entries.iter().partition(|(_, i, o)| waits(*i, *o));
+            let (later, now): (Vec<_>, Vec<_>) =
+                entries.iter().partition(|(_, i, o)| waits(*i, *o));
             if now.is_empty() {
-                return Err(Error::Corrupt("Refcount blocks describe each other in a circle".into()));
+                return Err(Error::Corrupt(
+                    "Refcount blocks describe each other in a circle".into(),
+                ));
             }
             for (t, index, offset) in now {
-                let at = refs.tables.get(t).map_or(0, |table| table.offset).saturating_add(index * TABLE_ENTRY);
-                self.dev.write("refcount table entry", at, &offset.to_be_bytes())?;
+                let at = refs
+                    .tables
+                    .get(t)
+                    .map_or(0, |table| table.offset)
+                    .saturating_add(index * TABLE_ENTRY);
+                self.dev
+                    .write("refcount table entry", at, &offset.to_be_bytes())?;
                 known.push(index);
             }
             self.dev.barrier()?;
@@ -211,7 +254,15 @@ impl Update<'_> {
         let bare = without_new_flags(before, after);
         match change {
             L1Change::Through(temp) if decisive => {
-                let via = encode(Switched { l1_offset: *temp, ..fields }, &replay.refs, epoch, on_disk);
+                let via = encode(
+                    Switched {
+                        l1_offset: *temp,
+                        ..fields
+                    },
+                    &replay.refs,
+                    epoch,
+                    on_disk,
+                );
                 self.switch_header(on_disk, via)?;
                 self.outcome = Outcome::Done;
                 self.write_l1(fields.l1_offset, before, &bare)?;
@@ -240,7 +291,11 @@ impl Update<'_> {
         let Some(first) = on_disk.iter().zip(&target).position(differs) else {
             return Ok(());
         };
-        let last = on_disk.iter().zip(&target).rposition(differs).unwrap_or(first);
+        let last = on_disk
+            .iter()
+            .zip(&target)
+            .rposition(differs)
+            .unwrap_or(first);
         let (outcome, bytes) = (self.outcome, target.get(first..=last).unwrap_or_default());
         if outcome != Outcome::Done {
             self.outcome = Outcome::Unknown;
@@ -263,7 +318,12 @@ impl Update<'_> {
     }
 
     /// Counts down, COPIED set, holes. Nothing that is referred to changes its meaning.
-    fn reclaim(&mut self, replay: &mut Replay, plan: &Plan, temp: Option<&Temporary>) -> Result<()> {
+    fn reclaim(
+        &mut self,
+        replay: &mut Replay,
+        plan: &Plan,
+        temp: Option<&Temporary>,
+    ) -> Result<()> {
         let g = replay.g;
         let mut holes = Holes::default();
         self.lower_counts(&replay.refs, g, temp, &mut holes)?;
@@ -273,10 +333,18 @@ impl Update<'_> {
         }
         let (change, before, after) = &plan.l1;
         if !matches!(change, L1Change::None | L1Change::EachEntry) {
-            self.write_l1(replay.header.l1_offset, &without_new_flags(before, after), after)?;
+            self.write_l1(
+                replay.header.l1_offset,
+                &without_new_flags(before, after),
+                after,
+            )?;
         }
         for dropped in &replay.refs.dropped {
-            let at = replay.refs.table().offset.saturating_add(dropped.index * TABLE_ENTRY);
+            let at = replay
+                .refs
+                .table()
+                .offset
+                .saturating_add(dropped.index * TABLE_ENTRY);
             self.dev.write("refcount table entry", at, &[0; 8])?;
         }
         if let Some(temp) = temp {
@@ -303,11 +371,18 @@ impl Update<'_> {
     }
 
     /// Bring refcount blocks from the peak to the final counts and note what became free.
-    fn lower_counts(&mut self, refs: &Refcounts, g: Geometry, temp: Option<&Temporary>, holes: &mut Holes) -> Result<()> {
+    fn lower_counts(
+        &mut self,
+        refs: &Refcounts,
+        g: Geometry,
+        temp: Option<&Temporary>,
+        holes: &mut Holes,
+    ) -> Result<()> {
         let mut out = Pieces::new("refcount block");
         let mut old = device::zeroed(g.cluster_size())?;
         for (index, block) in refs.loaded().filter(|(_, b)| b.dirty) {
-            self.dev.read("Could not read a refcount block", block.offset, &mut old)?;
+            self.dev
+                .read("Could not read a refcount block", block.offset, &mut old)?;
             if old != block.counts {
                 out.write_changes(self.dev, block.offset, &old, &block.counts)?;
                 holes.add_freed(refs, g, index, &old, &block.counts, temp);
@@ -316,7 +391,8 @@ impl Update<'_> {
         out.finish(self.dev)?;
         for dropped in &refs.dropped {
             if let Some(counts) = &dropped.counts {
-                self.dev.read("Could not read a refcount block", dropped.offset, &mut old)?;
+                self.dev
+                    .read("Could not read a refcount block", dropped.offset, &mut old)?;
                 // The block itself goes later, behind a barrier.
                 let itself = g.cluster_of(dropped.offset);
                 if g.reftable_index(itself) == dropped.index {
@@ -325,7 +401,11 @@ impl Update<'_> {
                 holes.add_freed(refs, g, dropped.index, &old, counts, temp);
             }
         }
-        let blocks: Vec<u64> = refs.dropped.iter().map(|d| g.cluster_of(d.offset).0).collect();
+        let blocks: Vec<u64> = refs
+            .dropped
+            .iter()
+            .map(|d| g.cluster_of(d.offset).0)
+            .collect();
         for c in refs.punched.iter().filter(|c| !blocks.contains(c)) {
             holes.add(*c);
         }
@@ -336,14 +416,27 @@ impl Update<'_> {
 /// The file's length in the end.
 fn final_length(replay: &Replay) -> u64 {
     let blocks = replay.refs.loaded().filter(|(_, b)| b.dirty);
-    let end = blocks.map(|(_, b)| b.offset.saturating_add(replay.g.cluster_size())).max().unwrap_or(0);
+    let end = blocks
+        .map(|(_, b)| b.offset.saturating_add(replay.g.cluster_size()))
+        .max()
+        .unwrap_or(0);
     replay.length().max(end)
 }
 
 /// `after` with bit 63 only where `before` has it too: nothing is set before its time.
 fn without_new_flags(before: &[u64], after: &[u64]) -> Vec<u64> {
     let old = before.iter().copied().chain(std::iter::repeat(0));
-    after.iter().zip(old).map(|(new, old)| if new & !COPIED == old & !COPIED { new & (old | !COPIED) } else { new & !COPIED }).collect()
+    after
+        .iter()
+        .zip(old)
+        .map(|(new, old)| {
+            if new & !COPIED == old & !COPIED {
+                new & (old | !COPIED)
+            } else {
+                new & !COPIED
+            }
+        })
+        .collect()
 }
 
 /// Raise `new` to the counts that any published state needs.
@@ -367,8 +460,14 @@ fn new_structures(refs: &Refcounts, g: Geometry, epoch: usize) -> Result<Vec<Wri
     }
     for table in refs.tables.iter().filter(|t| t.born == Some(epoch)) {
         let mut entries = table.entries.clone();
-        for (index, block) in refs.loaded().filter(|(_, b)| b.born.is_some_and(|e| e > epoch)) {
-            if let Some(entry) = entries.get_mut(index as usize).filter(|e| **e == block.offset) {
+        for (index, block) in refs
+            .loaded()
+            .filter(|(_, b)| b.born.is_some_and(|e| e > epoch))
+        {
+            if let Some(entry) = entries
+                .get_mut(index as usize)
+                .filter(|e| **e == block.offset)
+            {
                 *entry = 0;
             }
         }
@@ -377,7 +476,11 @@ fn new_structures(refs: &Refcounts, g: Geometry, epoch: usize) -> Result<Vec<Wri
                 *entry = dropped.offset;
             }
         }
-        writes.push(("refcount table", table.offset, device::bytes_of(&entries)?.into()));
+        writes.push((
+            "refcount table",
+            table.offset,
+            device::bytes_of(&entries)?.into(),
+        ));
     }
     Ok(writes)
 }
@@ -391,18 +494,30 @@ fn encode(h: Switched, refs: &Refcounts, epoch: usize, on_disk: &[u8]) -> Vec<u8
     };
     put(AT_SIZE, &h.size.to_be_bytes());
     put(AT_L1_SIZE, &header::encode_l1(h.l1_size, h.l1_offset));
-    let table = refs.tables.iter().rev().find(|t| t.born.is_none_or(|e| e <= epoch));
+    let table = refs
+        .tables
+        .iter()
+        .rev()
+        .find(|t| t.born.is_none_or(|e| e <= epoch));
     if let Some(t) = table {
-        put(AT_REFTABLE, &header::encode_reftable(t.offset, t.clusters as u32));
+        put(
+            AT_REFTABLE,
+            &header::encode_reftable(t.offset, t.clusters as u32),
+        );
     }
-    put(AT_SNAPSHOTS, &header::encode_snapshots(h.nb_snapshots, h.snapshots_offset));
+    put(
+        AT_SNAPSHOTS,
+        &header::encode_snapshots(h.nb_snapshots, h.snapshots_offset),
+    );
     b
 }
 
 /// QEMU checks each refcount block that it writes against the other structures.
 fn check_blocks(replay: &Replay) -> Result<()> {
     for (_, block) in replay.refs.loaded().filter(|(_, b)| b.dirty) {
-        replay.overlap.check(block.offset, replay.g.cluster_size(), Some(Kind::Refblock))?;
+        replay
+            .overlap
+            .check(block.offset, replay.g.cluster_size(), Some(Kind::Refblock))?;
     }
     Ok(())
 }
@@ -427,7 +542,13 @@ impl Temporary {
         let bytes = contents.len() as u64;
         let inside = dev.length().saturating_sub(*offset).min(bytes);
         let old = dev.read_vec("Could not read free clusters", *offset, inside)?;
-        Ok(Some(Temporary { offset: *offset, contents, old, first: g.cluster_of(*offset).0, clusters: g.clusters_for(bytes) }))
+        Ok(Some(Temporary {
+            offset: *offset,
+            contents,
+            old,
+            first: g.cluster_of(*offset).0,
+            clusters: g.clusters_for(bytes),
+        }))
     }
 
     fn holds(&self, cluster: u64) -> bool {
@@ -461,7 +582,15 @@ impl Holes {
     }
 
     /// Clusters whose count goes from something to nothing, but for those whose bytes QEMU keeps.
-    fn add_freed(&mut self, refs: &Refcounts, g: Geometry, index: u64, old: &[u8], new: &[u8], temp: Option<&Temporary>) {
+    fn add_freed(
+        &mut self,
+        refs: &Refcounts,
+        g: Geometry,
+        index: u64,
+        old: &[u8],
+        new: &[u8],
+        temp: Option<&Temporary>,
+    ) {
         let base = g.first_cluster_of_block(index).0;
         for i in 0..g.refblock_entries() as usize {
             if refblock::get(g, old, i) != 0 && refblock::get(g, new, i) == 0 {

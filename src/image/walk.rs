@@ -6,8 +6,8 @@
 
 use super::device::Device;
 use super::overlap::Kind;
-use super::replay::Replay;
 use super::refcount::Refcounts;
+use super::replay::Replay;
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster};
@@ -43,7 +43,9 @@ impl Replay {
     pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], addend: Addend) -> Result<Walked> {
         let g = self.g;
         let mut out = Walked::default();
-        out.l1.try_reserve_exact(l1.len()).map_err(|_| Error::NoMemory(l1.len() as u64 * 8))?;
+        out.l1
+            .try_reserve_exact(l1.len())
+            .map_err(|_| Error::NoMemory(l1.len() as u64 * 8))?;
         out.l1.extend_from_slice(l1);
 
         let mut tables = TableReader::new(g, l1)?;
@@ -58,7 +60,15 @@ impl Replay {
                 Some(changed) => changed.as_slice(),
                 None => tables.get(dev, index, offset)?,
             };
-            let changed = count_table(&mut self.refs, dev, g, table, offset, addend, &mut out.dropped_to_one)?;
+            let changed = count_table(
+                &mut self.refs,
+                dev,
+                g,
+                table,
+                offset,
+                addend,
+                &mut out.dropped_to_one,
+            )?;
 
             let own = g.cluster_of(offset);
             let count = match addend {
@@ -70,10 +80,13 @@ impl Replay {
                 // QEMU drops the first slice of a table that is freed, and writes the others.
                 let slice = g.l2_slice_bytes(self.header.size);
                 if count != 0 || end > slice {
-                    self.reach = self.reach.max(offset.saturating_add(end.div_ceil(slice) * slice));
+                    self.reach = self
+                        .reach
+                        .max(offset.saturating_add(end.div_ceil(slice) * slice));
                 }
                 if count != 0 {
-                    self.overlap.check(offset, g.cluster_size(), Some(Kind::ActiveL2))?;
+                    self.overlap
+                        .check(offset, g.cluster_size(), Some(Kind::ActiveL2))?;
                     out.tables.push(offset);
                 }
             }
@@ -90,10 +103,14 @@ impl Replay {
 /// An L2 table must be at a cluster boundary and not in the header's cluster.
 fn check_l2_offset(g: Geometry, offset: u64, l1_index: usize) -> Result<()> {
     if g.in_cluster(offset) != 0 {
-        return Err(Error::Corrupt(format!("L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})")));
+        return Err(Error::Corrupt(format!(
+            "L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})"
+        )));
     }
     if offset == 0 {
-        return Err(Error::Corrupt(format!("L1 entry {l1_index:#x} has flags but no offset")));
+        return Err(Error::Corrupt(format!(
+            "L1 entry {l1_index:#x} has flags but no offset"
+        )));
     }
     Ok(())
 }
@@ -220,11 +237,21 @@ pub(crate) struct Pieces {
 
 impl Pieces {
     pub(crate) fn new(label: &'static str) -> Pieces {
-        Pieces { label, offset: 0, data: Vec::new() }
+        Pieces {
+            label,
+            offset: 0,
+            data: Vec::new(),
+        }
     }
 
     /// Write the 4 KiB pieces in which `new` differs from `old`.
-    pub(crate) fn write_changes(&mut self, dev: &mut Device, offset: u64, old: &[u8], new: &[u8]) -> Result<()> {
+    pub(crate) fn write_changes(
+        &mut self,
+        dev: &mut Device,
+        offset: u64,
+        old: &[u8],
+        new: &[u8],
+    ) -> Result<()> {
         let mut at = offset;
         for (a, b) in old.chunks(PIECE).zip(new.chunks(PIECE)) {
             if a != b {
@@ -267,7 +294,13 @@ struct TableReader<'a> {
 
 impl<'a> TableReader<'a> {
     fn new(g: Geometry, l1: &'a [u64]) -> Result<TableReader<'a>> {
-        Ok(TableReader { g, l1, first: 0, n: 0, buf: Vec::new() })
+        Ok(TableReader {
+            g,
+            l1,
+            first: 0,
+            n: 0,
+            buf: Vec::new(),
+        })
     }
 
     /// The table at `offset`, which `l1[index]` names.

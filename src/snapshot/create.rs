@@ -34,11 +34,19 @@ impl Image {
         let l1_copy = replay.refs.alloc(&mut self.dev, l1_bytes)?;
         replay.check_new(l1_copy, l1_bytes)?;
         // The copy keeps the COPIED flags of the moment, which are stale in it; so does QEMU's.
-        replay.write_new(&mut self.dev, "snapshot L1 table", l1_copy, bytes_of(&self.l1)?)?;
+        replay.write_new(
+            &mut self.dev,
+            "snapshot L1 table",
+            l1_copy,
+            bytes_of(&self.l1)?,
+        )?;
         let walked = replay.walk(&mut self.dev, &self.l1, Addend::Plus)?;
         if walked.l1_changed {
-            replay.reach = replay.reach.max(self.header.l1_offset.saturating_add(l1_bytes));
-            plan.copied.push((self.header.l1_offset, self.l1.clone(), walked.l1.clone()));
+            replay.reach = replay
+                .reach
+                .max(self.header.l1_offset.saturating_add(l1_bytes));
+            plan.copied
+                .push((self.header.l1_offset, self.l1.clone(), walked.l1.clone()));
         }
         replay.l1 = walked.l1;
         (plan.clear, plan.set) = (walked.tables.clone(), walked.tables);
@@ -56,15 +64,25 @@ impl Image {
     fn check_new_snapshot(&self, new: &NewSnapshot) -> Result<Vec<u8>> {
         let entries = &self.snapshots.entries;
         if entries.len() as u64 >= MAX_SNAPSHOTS {
-            return Err(Error::TooBig(format!("The image has {MAX_SNAPSHOTS} snapshots already")));
+            return Err(Error::TooBig(format!(
+                "The image has {MAX_SNAPSHOTS} snapshots already"
+            )));
         }
         if new.id.len() > usize::from(u16::MAX) || new.name.len() > usize::from(u16::MAX) {
-            return Err(Error::Invalid("The snapshot's ID or name is longer than 65535 bytes".into()));
+            return Err(Error::Invalid(
+                "The snapshot's ID or name is longer than 65535 bytes".into(),
+            ));
         }
         if new.id.contains(&0) || new.name.contains(&0) {
-            return Err(Error::Invalid("The snapshot's ID or name contains a NUL byte".into()));
+            return Err(Error::Invalid(
+                "The snapshot's ID or name contains a NUL byte".into(),
+            ));
         }
-        let id = if new.id.is_empty() { next_id(entries) } else { new.id.clone() };
+        let id = if new.id.is_empty() {
+            next_id(entries)
+        } else {
+            new.id.clone()
+        };
         if entries.iter().any(|s| s.id == id) {
             return Err(Error::Exists(format!(
                 "A snapshot with the ID '{}' exists already",
@@ -73,7 +91,9 @@ impl Image {
         }
         let g = self.header.geometry;
         let first = g.l1_entries_for(self.header.size);
-        let room = (self.l1.len() as u64).saturating_sub(first).saturating_mul(g.l2_entries());
+        let room = (self.l1.len() as u64)
+            .saturating_sub(first)
+            .saturating_mul(g.l2_entries());
         if g.clusters_for(new.vm_state_size) > room {
             return Err(Error::Invalid(format!(
                 "The VM state of {} bytes is not in the active L1 table",
@@ -95,14 +115,23 @@ impl Image {
             vm_state_size: new.vm_state_size,
             disk_size: self.header.disk_size(),
             icount: new.icount,
-            extra_data_size: if self.compat_2_1() { EXTRA_2014 } else { KNOWN_EXTRA },
+            extra_data_size: if self.compat_2_1() {
+                EXTRA_2014
+            } else {
+                KNOWN_EXTRA
+            },
             unknown_extra_data: Vec::new(),
         }
     }
 
     /// QEMU's `qcow2_cluster_discard(NEVER)` over the VM state: in an epoch of its own, since the
     /// snapshot must have been published before the active L1 lets go.
-    fn replay_release_of_vm_state(&mut self, replay: &mut Replay, plan: &mut Plan, bytes: u64) -> Result<()> {
+    fn replay_release_of_vm_state(
+        &mut self,
+        replay: &mut Replay,
+        plan: &mut Plan,
+        bytes: u64,
+    ) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
@@ -113,12 +142,23 @@ impl Image {
         let mut left = g.clusters_for(bytes);
         while left > 0 {
             let n = left.min(g.l2_entries());
-            let made = replay.l1.get(index as usize).is_some_and(|e| e & crate::format::entry::COPIED == 0);
+            let made = replay
+                .l1
+                .get(index as usize)
+                .is_some_and(|e| e & crate::format::entry::COPIED == 0);
             let (offset, mut table) = replay.own_table(&mut self.dev, index)?;
             if !made {
-                return Err(Error::Corrupt(format!("L2 table {offset:#x} is shared but flagged as COPIED")));
+                return Err(Error::Corrupt(format!(
+                    "L2 table {offset:#x} is shared but flagged as COPIED"
+                )));
             }
-            set_copied(&mut replay.refs, &mut self.dev, g, &mut table, Flags::AsCounted)?;
+            set_copied(
+                &mut replay.refs,
+                &mut self.dev,
+                g,
+                &mut table,
+                Flags::AsCounted,
+            )?;
             for word in table.chunks_exact_mut(g.l2_entry_size()).take(n as usize) {
                 if let Some(zeroed) = replay.zeroed_entry(word) {
                     replay.forget_cluster(&mut self.dev, word)?;
@@ -152,7 +192,9 @@ fn strtoul(text: &[u8]) -> u64 {
     };
     let mut value = 0u64;
     for d in digits.iter().take_while(|b| b.is_ascii_digit()) {
-        let next = value.checked_mul(10).and_then(|v| v.checked_add(u64::from(d - b'0')));
+        let next = value
+            .checked_mul(10)
+            .and_then(|v| v.checked_add(u64::from(d - b'0')));
         match next {
             Some(v) => value = v,
             None => return u64::MAX, // overflow saturates, with either sign

@@ -1,11 +1,11 @@
 //! `qcow2_snapshot_delete`.
 
 use crate::error::{Error, Result};
+use crate::format::geometry::TABLE_ENTRY;
 use crate::image::refcount::Freed;
 use crate::image::update::Plan;
 use crate::image::walk::Addend;
 use crate::image::Image;
-use crate::format::geometry::TABLE_ENTRY;
 
 impl Image {
     /// Delete the snapshot with this ID, this name, or both.
@@ -21,14 +21,19 @@ impl Image {
     /// `NotFound`; `TooBig` or `Invalid` for an L1 table out of bounds, `Corrupt` for damaged tables.
     pub fn snapshot_delete(&mut self, id: Option<&[u8]>, name: Option<&[u8]>) -> Result<()> {
         self.begin_change()?;
-        let index = self.find(id, name).ok_or_else(|| Error::NotFound("Can't find the snapshot".into()))?;
+        let index = self
+            .find(id, name)
+            .ok_or_else(|| Error::NotFound("Can't find the snapshot".into()))?;
         let mut list = self.snapshots.entries.clone();
         let gone = list.remove(index);
         let l1 = self.snapshot_l1(gone.l1_table_offset, gone.l1_size)?;
         self.check_apart_from_active(&gone)?;
 
         let (mut replay, mut plan) = (self.replay(), Plan::new());
-        replay.overlap.release(crate::image::overlap::Kind::InactiveL1, gone.l1_table_offset);
+        replay.overlap.release(
+            crate::image::overlap::Kind::InactiveL1,
+            gone.l1_table_offset,
+        );
         let table_size = self
             .replay_table(&mut replay, &mut plan, &list)
             .map_err(|e| e.context("Failed to remove snapshot from snapshot list"))?;
@@ -36,14 +41,24 @@ impl Image {
             .walk(&mut self.dev, &l1, Addend::Minus)
             .map_err(|e| e.context("Failed to free the cluster and L1 table"))?;
         let (l1_bytes, epoch) = (l1.len() as u64 * TABLE_ENTRY, replay.refs.epoch);
-        replay.refs.free(&mut self.dev, gone.l1_table_offset, l1_bytes, Freed::Punched, epoch)?;
+        replay.refs.free(
+            &mut self.dev,
+            gone.l1_table_offset,
+            l1_bytes,
+            Freed::Punched,
+            epoch,
+        )?;
         let active = replay
             .walk(&mut self.dev, &self.l1, Addend::Zero)
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
         if active.l1_changed {
-            let end = self.header.l1_offset.saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
+            let end = self
+                .header
+                .l1_offset
+                .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
             replay.reach = replay.reach.max(end);
-            plan.copied.push((self.header.l1_offset, self.l1.clone(), active.l1.clone()));
+            plan.copied
+                .push((self.header.l1_offset, self.l1.clone(), active.l1.clone()));
         }
         replay.l1 = active.l1;
         plan.set = merged(dropped.tables, active.tables);

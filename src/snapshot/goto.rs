@@ -32,7 +32,9 @@ impl Image {
         if self.active_bitmaps() {
             return Err(Error::Busy("Device has active dirty bitmaps".into()));
         }
-        let index = self.find(Some(id_or_name), None).or_else(|| self.find(None, Some(id_or_name)));
+        let index = self
+            .find(Some(id_or_name), None)
+            .or_else(|| self.find(None, Some(id_or_name)));
         let Some(snapshot) = index.and_then(|i| self.snapshots.entries.get(i)).cloned() else {
             return Err(Error::NotFound("Can't find the snapshot".into()));
         };
@@ -44,9 +46,12 @@ impl Image {
         replay.grow_l1(&mut self.dev, stored_l1.len() as u64)?;
         let up = replay.walk(&mut self.dev, &stored_l1, Addend::Plus)?;
         if up.l1_changed {
-            let end = snapshot.l1_table_offset.saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
+            let end = snapshot
+                .l1_table_offset
+                .saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
             replay.reach = replay.reach.max(end);
-            plan.copied.push((snapshot.l1_table_offset, stored_l1.clone(), up.l1.clone()));
+            plan.copied
+                .push((snapshot.l1_table_offset, stored_l1.clone(), up.l1.clone()));
         }
         let mut new_l1 = up.l1;
         new_l1.resize(replay.l1.len(), 0);
@@ -57,7 +62,10 @@ impl Image {
         let last = if down.dropped_to_one {
             replay.walk(&mut self.dev, &new_l1, Addend::Zero)?
         } else {
-            Walked { l1: new_l1, ..Walked::default() }
+            Walked {
+                l1: new_l1,
+                ..Walked::default()
+            }
         };
         replay.l1 = last.l1;
         (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables));
@@ -82,16 +90,24 @@ impl Image {
             return Ok(());
         }
         if self.compat_2_1() {
-            return Err(Error::Unsupported("The snapshot has another disk size, which is not supported".into()));
+            return Err(Error::Unsupported(
+                "The snapshot has another disk size, which is not supported".into(),
+            ));
         }
         if new % 512 != 0 {
-            return Err(Error::Invalid("The new size must be a multiple of 512".into()));
+            return Err(Error::Invalid(
+                "The new size must be a multiple of 512".into(),
+            ));
         }
         if self.header.version < 3 {
-            return Err(Error::Unsupported("Can't resize a v2 image which has snapshots".into()));
+            return Err(Error::Unsupported(
+                "Can't resize a v2 image which has snapshots".into(),
+            ));
         }
         if self.extensions.has_bitmaps && self.active_bitmaps() {
-            return Err(Error::Unsupported("Can't resize an image with bitmaps".into()));
+            return Err(Error::Unsupported(
+                "Can't resize an image with bitmaps".into(),
+            ));
         }
         if new < old {
             replay.shrink(&mut self.dev, old, new)?;
@@ -121,16 +137,25 @@ impl Image {
         // Entries beyond the old end are zero on disk or were never looked at: QEMU writes them too.
         let old = self.l1.iter().copied().chain(std::iter::repeat(0));
         let differs = |(new, old): (&u64, u64)| new & !COPIED != old & !COPIED;
-        let mut changed = new_l1.iter().zip(old).enumerate().filter(|(_, pair)| differs(*pair)).map(|(i, _)| i as u64);
+        let mut changed = new_l1
+            .iter()
+            .zip(old)
+            .enumerate()
+            .filter(|(_, pair)| differs(*pair))
+            .map(|(i, _)| i as u64);
         let resized = replay.header.size != self.header.size;
         match (changed.next(), changed.last()) {
             (None, _) => return Ok(L1Change::OneSector),
             (Some(_), None) if !resized => return Ok(L1Change::OneSector),
-            (Some(first), Some(last)) if !resized && same_sector(offset, first, last) => return Ok(L1Change::OneSector),
+            (Some(first), Some(last)) if !resized && same_sector(offset, first, last) => {
+                return Ok(L1Change::OneSector)
+            }
             _ => {}
         }
         let clusters = replay.g.clusters_for(bytes);
-        let end = replay.g.clusters_for(self.dev.length().max(replay.length()));
+        let end = replay
+            .g
+            .clusters_for(self.dev.length().max(replay.length()));
         let place = match replay.refs.find_untouched(&mut self.dev, end, clusters)? {
             Some(c) => Some(c),
             None => replay.refs.find_untouched(&mut self.dev, 1, clusters)?,
@@ -155,8 +180,14 @@ impl Image {
         }
         let changed: Vec<u64> = replay.tables.keys().copied().collect();
         for offset in changed {
-            if replay.refs.get(&mut self.dev, replay.g.cluster_of(offset))? != 0 {
-                return Err(Error::Corrupt(format!("L2 table {offset:#x} is shared but flagged as COPIED")));
+            if replay
+                .refs
+                .get(&mut self.dev, replay.g.cluster_of(offset))?
+                != 0
+            {
+                return Err(Error::Corrupt(format!(
+                    "L2 table {offset:#x} is shared but flagged as COPIED"
+                )));
             }
         }
         Ok(())
@@ -171,15 +202,24 @@ impl Image {
         match &change {
             L1Change::Through(offset) => {
                 let bytes = replay.l1.len() as u64 * TABLE_ENTRY;
-                count_temporary(&mut replay.refs, replay.g.cluster_of(*offset), replay.g.clusters_for(bytes));
+                count_temporary(
+                    &mut replay.refs,
+                    replay.g.cluster_of(*offset),
+                    replay.g.clusters_for(bytes),
+                );
             }
             L1Change::Moved => {
                 // The table that the growth allocated takes the snapshot's contents at once.
                 let bare: Vec<u64> = replay.l1.iter().map(|e| e & !COPIED).collect();
                 let (offset, epoch) = (replay.header.l1_offset, replay.refs.epoch);
-                let grown = replay.new_data.iter_mut().find(|w| w.offset == offset && w.epoch == epoch);
+                let grown = replay
+                    .new_data
+                    .iter_mut()
+                    .find(|w| w.offset == offset && w.epoch == epoch);
                 let Some(grown) = grown else {
-                    return Err(Error::Corrupt("The grown L1 table is not in the last epoch".into()));
+                    return Err(Error::Corrupt(
+                        "The grown L1 table is not in the last epoch".into(),
+                    ));
                 };
                 let bare = bytes_of(&bare)?;
                 grown.data.splice(..bare.len().min(grown.data.len()), bare);

@@ -19,14 +19,20 @@ impl Image {
         if !self.snapshots.loaded {
             self.load_snapshots()?;
         }
-        let found = self.find(id, name).and_then(|i| self.snapshots.entries.get(i)).cloned();
+        let found = self
+            .find(id, name)
+            .and_then(|i| self.snapshots.entries.get(i))
+            .cloned();
         let Some(snapshot) = found else {
             return Err(Error::NotFound("Can't find snapshot".into()));
         };
 
         let l1 = self.snapshot_l1(snapshot.l1_table_offset, snapshot.l1_size)?;
-        self.l2_cache = None;
-        self.view = Some(View { l1, size: snapshot.disk_size & !511 });
+        self.forget_reads();
+        self.view = Some(View {
+            l1,
+            size: snapshot.disk_size & !511,
+        });
         Ok(())
     }
 }

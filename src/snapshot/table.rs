@@ -16,26 +16,37 @@ impl Image {
     /// Load the snapshot table from the image (`qcow2_read_snapshots`).
     pub(crate) fn load_snapshots(&mut self) -> Result<()> {
         let start = self.header.snapshots_offset;
-        let mut list = SnapshotList { loaded: true, ..SnapshotList::default() };
+        let mut list = SnapshotList {
+            loaded: true,
+            ..SnapshotList::default()
+        };
         let mut window: Vec<u8> = Vec::new();
         // `window` holds the file's bytes from `window_at`.
         let (mut window_at, mut at) = (start, start);
         for index in 0..u64::from(self.header.nb_snapshots) {
             at = record::align(at);
             let (snapshot, len) = loop {
-                let rest = window.get(at.saturating_sub(window_at) as usize..).unwrap_or_default();
+                let rest = window
+                    .get(at.saturating_sub(window_at) as usize..)
+                    .unwrap_or_default();
                 if let Some(found) = record::decode(rest, index, self.header.disk_size())? {
                     break found;
                 }
-                let want = READ_AHEAD.min(self.dev.length().saturating_sub(at)).max(4096 * 64);
-                window = self.dev.read_vec("Could not read the snapshot table", at, want)?;
+                let want = READ_AHEAD
+                    .min(self.dev.length().saturating_sub(at))
+                    .max(4096 * 64);
+                window = self
+                    .dev
+                    .read_vec("Could not read the snapshot table", at, want)?;
                 window_at = at;
             };
             at = at.saturating_add(len);
             if at.saturating_sub(start) > MAX_SNAPSHOT_TABLE_BYTES {
                 return Err(Error::TooBig("Snapshot table is too big".into()));
             }
-            list.entries.try_reserve(1).map_err(|_| Error::NoMemory(at - start))?;
+            list.entries
+                .try_reserve(1)
+                .map_err(|_| Error::NoMemory(at - start))?;
             list.entries.push(snapshot);
         }
         list.size = at - start;
@@ -59,17 +70,26 @@ impl Image {
     pub(super) fn check_apart_from_active(&self, s: &Snapshot) -> Result<()> {
         let bytes = |entries: u32| u64::from(entries).saturating_mul(8);
         let (a, b) = (self.header.l1_offset, s.l1_table_offset);
-        let (a_end, b_end) =
-            (a.saturating_add(bytes(self.header.l1_size)), b.saturating_add(bytes(s.l1_size)));
+        let (a_end, b_end) = (
+            a.saturating_add(bytes(self.header.l1_size)),
+            b.saturating_add(bytes(s.l1_size)),
+        );
         if a < b_end && b < a_end {
-            return Err(Error::Corrupt("The snapshot's L1 table overlaps the active L1 table".into()));
+            return Err(Error::Corrupt(
+                "The snapshot's L1 table overlaps the active L1 table".into(),
+            ));
         }
         Ok(())
     }
 
     /// Replay `qcow2_write_snapshots`: a new table is allocated and written, the header is switched
     /// to it, the old one is freed. Returns the new table's size in bytes.
-    pub(super) fn replay_table(&mut self, replay: &mut Replay, plan: &mut Plan, list: &[Snapshot]) -> Result<u64> {
+    pub(super) fn replay_table(
+        &mut self,
+        replay: &mut Replay,
+        plan: &mut Plan,
+        list: &[Snapshot],
+    ) -> Result<u64> {
         let compat = self.compat_2_1();
         let mut size = 0u64;
         for s in list {
@@ -87,22 +107,32 @@ impl Image {
         let (old_offset, old_size) = (self.header.snapshots_offset, self.snapshots.size);
         replay.switch(|h| (h.nb_snapshots, h.snapshots_offset) = (list.len() as u32, offset));
         let epoch = replay.refs.epoch;
-        replay.refs.free(&mut self.dev, old_offset, old_size, Freed::Punched, epoch)?;
+        replay
+            .refs
+            .free(&mut self.dev, old_offset, old_size, Freed::Punched, epoch)?;
         Ok(size)
     }
 
     /// The table's bytes. QEMU never writes the gaps between entries: they show what was there.
-    fn encode_table(&mut self, replay: &Replay, offset: u64, size: u64, list: &[Snapshot]) -> Result<Vec<u8>> {
+    fn encode_table(
+        &mut self,
+        replay: &Replay,
+        offset: u64,
+        size: u64,
+        list: &[Snapshot],
+    ) -> Result<Vec<u8>> {
         let g = self.header.geometry;
         let mut old = device::zeroed(size)?;
-        self.dev.read("Could not read free clusters", offset, &mut old)?;
+        self.dev
+            .read("Could not read free clusters", offset, &mut old)?;
         for (i, cluster) in old.chunks_mut(g.cluster_len()).enumerate() {
             if replay.is_punched(offset.saturating_add((i as u64) << g.cluster_bits)) {
                 cluster.fill(0);
             }
         }
         let mut out = Vec::new();
-        out.try_reserve_exact(old.len()).map_err(|_| Error::NoMemory(size))?;
+        out.try_reserve_exact(old.len())
+            .map_err(|_| Error::NoMemory(size))?;
         for s in list {
             let gap = record::align(out.len() as u64) as usize;
             out.extend_from_slice(old.get(out.len()..gap).unwrap_or_default());
