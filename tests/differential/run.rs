@@ -191,6 +191,19 @@ impl<'a> Run<'a> {
                 ));
             }
         }
+        if let Err(o) = &by_us {
+            if let Some(why) = self.agreed_refusal(v, &before, o)? {
+                *self.stats.not_compared.entry(why.into()).or_default() += 1;
+                if by_qemu.is_err() {
+                    files::copy(&self.before, &self.qemu)?;
+                }
+                self.tools.note(format!(
+                    "NOT COMPARED: {why}; going on from qemu-img's file"
+                ));
+                self.sync()?;
+                return Ok(false);
+            }
+        }
         match (&by_qemu, &by_us) {
             (Ok(()), Ok(())) => {
                 self.check_list()?;
@@ -225,20 +238,10 @@ impl<'a> Run<'a> {
                 files::copy(&self.side.path, &self.qemu)?;
                 Ok(false)
             }
-            (Ok(()), Err(o)) => match self.agreed_refusal(v, &before, o)? {
-                Some(why) => {
-                    *self.stats.not_compared.entry(why.into()).or_default() += 1;
-                    self.tools.note(format!(
-                        "NOT COMPARED: {why}; going on from qemu-img's file"
-                    ));
-                    self.sync()?;
-                    Ok(false)
-                }
-                None => Err(format!(
-                    "qemu-img did it, ours failed with errno {}: {}",
-                    o.errno, o.text
-                )),
-            },
+            (Ok(()), Err(o)) => Err(format!(
+                "qemu-img did it, ours failed with errno {}: {}",
+                o.errno, o.text
+            )),
             (Err(q), Ok(())) => Err(format!(
                 "qemu-img failed with errno {}: {}\nours did it",
                 q.errno, q.text
