@@ -223,7 +223,7 @@ static void do_op(Run *run, Op *op, bool chain)
     int ret;
 
     if (!run->bs && !opens) {
-        ret = reopen(run, op->verb == LIST ? 0 : QCOW2_O_RDWR);
+        ret = reopen(run, op->verb == LIST && !chain ? 0 : QCOW2_O_RDWR);
         if (ret < 0) {
             fail_at("ops", op->line, "open: %d: %s", ret, run->message);
         }

@@ -9,7 +9,6 @@ static const char *const cases[] = { "v2-512", "v2-64k", "v3-512", "v3-4k", "v3-
 static void clean(const char *name, const char *verb)
 {
     if (shell("qemu-img check image.qcow2") != 0) {
-        shell("true");
         fail_at(name, 0, "qemu-img check is not clean after %s", verb);
     }
 }

@@ -401,14 +401,15 @@ bool has_words(Qcow2Image *bs)
 
 int shell(const char *fmt, ...)
 {
-    char command[8192];
+    char what[8192], command[8300];
     int n;
     va_list ap;
 
     va_start(ap, fmt);
-    n = vsnprintf(command, sizeof(command), fmt, ap);
+    vsnprintf(what, sizeof(what), fmt, ap);
     va_end(ap);
-    snprintf(command + n, sizeof(command) - n, " > shell.log 2>&1");
+    /* The redirection stays here even if the command changes the folder. */
+    snprintf(command, sizeof(command), "{ %s\n} > shell.log 2>&1", what);
     n = system(command);
     return WIFEXITED(n) ? WEXITSTATUS(n) : 128;
 }
