@@ -334,8 +334,10 @@ pub unsafe extern "C" fn qcow2_getlength(bs: *const Qcow2Image) -> i64 {
 ///                -EINVAL   bs is NULL, or buf is NULL and bytes is not 0
 ///                -EIO      the range is not within the disk; the image is damaged there or
 ///                          cannot be read; or an earlier failure spent the handle
-///                -ENOTSUP  a cluster is compressed or encrypted, or comes from a backing
-///                          file: not supported yet
+///                -ENOTSUP  the guest's data is encrypted, or a backing file is needed that
+///                          QCOW2_O_NO_BACKING forbids or that is in no format this library
+///                          reads; the words name it
+///                -ENOENT, -EACCES and the like if a backing file cannot be opened
 ///                -EBUSY, and what the I/O functions return
 ///
 /// QEMU: bdrv_pread()
