@@ -57,6 +57,16 @@ impl Image {
         Ok(())
     }
 
+    /// Length of the disk that the backing file shows; 0 without one.
+    pub(crate) fn backing_length(&mut self) -> Result<u64> {
+        self.open_chain()?;
+        Ok(self
+            .chain
+            .as_ref()
+            .and_then(|c| c.first())
+            .map_or(0, Layer::length))
+    }
+
     /// Path and format of the backing file, if there is one.
     fn behind(&self) -> Result<Option<(PathBuf, Vec<u8>)>> {
         if self.backing_file.is_empty() {

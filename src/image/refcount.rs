@@ -25,8 +25,10 @@ pub(crate) struct Block {
     pub(crate) counts: Vec<u8>,
     /// Counts that published states in between need, where there is more than one publish.
     pub(crate) peak: Option<Vec<u8>>,
-    /// QEMU would have written the block.
+    /// The counts or the peak differ from what was read.
     pub(crate) dirty: bool,
+    /// QEMU would not write this block: only a temporary table of ours is counted in it.
+    pub(crate) ours: bool,
     /// Made by this verb, in this epoch: nothing on disk yet.
     pub(crate) born: Option<usize>,
 }
@@ -171,6 +173,7 @@ impl Refcounts {
                 counts,
                 peak: None,
                 dirty: false,
+                ours: false,
                 born: None,
             },
         )?;
@@ -400,6 +403,7 @@ impl Refcounts {
                 counts,
                 peak: None,
                 dirty: true,
+                ours: false,
                 born: Some(epoch),
             },
         )
@@ -628,13 +632,14 @@ impl Refcounts {
     }
 
     /// Count a cluster once in the peak only: it is used between two publishes and free again
-    /// afterwards. The block must be loaded.
+    /// afterwards. The block must be loaded, and the replay over.
     pub(crate) fn count_temporarily(&mut self, cluster: HostCluster) {
         let g = self.g;
         let at = g.refblock_index(cluster);
         if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
             let peak = block.peak.get_or_insert_with(|| block.counts.clone());
             refblock::set(g, peak, at, 1);
+            block.ours |= !block.dirty;
             block.dirty = true;
         }
     }

@@ -43,8 +43,8 @@ pub(crate) struct Replay {
     pub(crate) l1: Vec<u64>,
     /// L2 tables whose contents the replay has changed, by offset.
     pub(crate) tables: BTreeMap<u64, Vec<u8>>,
-    /// L2 tables that a shrinking resize makes and the goto frees again.
-    pub(crate) temporary_tables: Vec<u64>,
+    /// Clusters that a resize takes and the goto that follows frees again, by offset.
+    pub(crate) temporary: Vec<u64>,
     /// Contents for new clusters.
     pub(crate) new_data: Vec<NewData>,
     /// The length that QEMU's writes and truncates give the file, up to this point.
@@ -87,7 +87,7 @@ impl Replay {
             epoch_headers: Vec::new(),
             l1,
             tables: BTreeMap::new(),
-            temporary_tables: Vec::new(),
+            temporary: Vec::new(),
             new_data: Vec::new(),
             reach: length,
             v3: header.version >= 3,
@@ -207,6 +207,8 @@ impl Replay {
     /// The contents of an L2 table at this point of the replay.
     fn read_table(&self, dev: &mut Device, offset: u64) -> Result<Vec<u8>> {
         match self.tables.get(&offset) {
+            // An empty overlay stands for a table of zeros.
+            Some(table) if table.is_empty() => device::zeroed(self.g.cluster_size()),
             Some(table) => Ok(table.clone()),
             None => dev.read_vec("Could not read an L2 table", offset, self.g.cluster_size()),
         }

@@ -3,7 +3,7 @@
 use super::device::Device;
 use super::refcount::{Freed, NEVER};
 use super::replay::Replay;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::TABLE_ENTRY;
 use byteorder::{BigEndian, ByteOrder};
@@ -62,7 +62,7 @@ impl Replay {
                 .is_some_and(|e| e & COPIED != 0);
             let (offset, mut table) = self.own_table(dev, l1_index)?;
             if !owned {
-                self.temporary_tables.push(offset);
+                self.temporary.push(offset);
             }
             let size = g.l2_entry_size();
             for word in table.chunks_exact_mut(size).skip(from).take(n) {
@@ -83,6 +83,110 @@ impl Replay {
             }
             at = next;
         }
+        Ok(())
+    }
+
+    /// Make the disk larger where a longer backing file would show in the new part: QEMU enters zero
+    /// clusters there, and writes zeros up to the first whole (sub)cluster. As with shrinking, what
+    /// that allocates decides where later structures go, and the goto frees it again.
+    pub(crate) fn cover_backing(
+        &mut self,
+        dev: &mut Device,
+        old_size: u64,
+        new_size: u64,
+    ) -> Result<()> {
+        let g = self.g;
+        let unit = self.zero_unit();
+        let zero_start = old_size.div_ceil(unit).saturating_mul(unit);
+        if new_size > zero_start {
+            self.zeroize(dev, zero_start, new_size)?;
+        }
+        if zero_start > old_size {
+            self.write_head(dev, old_size, zero_start.min(new_size))?;
+        }
+        Ok(())
+    }
+
+    /// What can be zeroed by itself: a subcluster, or a cluster.
+    fn zero_unit(&self) -> u64 {
+        self.g.cluster_size() / if self.g.extended_l2 { 32 } else { 1 }
+    }
+
+    /// QEMU's `qcow2_subcluster_zeroize` where nothing may be unmapped: tables are made, clusters stay.
+    fn zeroize(&mut self, dev: &mut Device, start: u64, end: u64) -> Result<()> {
+        let g = self.g;
+        let mut at = start;
+        while at < end {
+            let l1_index = g.l1_index(at);
+            let next = g.guest_of_l1(l1_index + 1).unwrap_or(u64::MAX).min(end);
+            let table = self.own_temporary_table(dev, l1_index)?;
+            if g.in_cluster(at) != 0 {
+                // A part of a cluster can be zeroed only where it has subclusters.
+                let from = g.l2_index(at) as usize * g.l2_entry_size();
+                let word = table.get(from..).map_or(0, BigEndian::read_u64);
+                if word & entry::COMPRESSED != 0 {
+                    return Err(Error::Unsupported(
+                        "Cannot zero a part of a compressed cluster".into(),
+                    ));
+                }
+            }
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// Own the table at `l1_index`; if it had to be made, remember what is in it until it is freed.
+    fn own_temporary_table(&mut self, dev: &mut Device, l1_index: u64) -> Result<Vec<u8>> {
+        let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
+        let (offset, table) = self.own_table(dev, l1_index)?;
+        if entry & COPIED == 0 {
+            self.temporary.push(offset);
+            // An empty overlay stands for a table of zeros.
+            let overlay = if entry & OFFSET_MASK == 0 {
+                Vec::new()
+            } else {
+                table.clone()
+            };
+            self.tables.insert(offset, overlay);
+        }
+        Ok(table)
+    }
+
+    /// A guest write of zeros to `start..end`, which lies in one cluster.
+    fn write_head(&mut self, dev: &mut Device, start: u64, end: u64) -> Result<()> {
+        let g = self.g;
+        let in_cluster = g.in_cluster(start);
+        let written_end = in_cluster + (end - start);
+        let l1_index = g.l1_index(start);
+        let mut table = self.own_temporary_table(dev, l1_index)?;
+        let offset = self.l1.get(l1_index as usize).copied().unwrap_or(0) & OFFSET_MASK;
+        let at = g.l2_index(start) as usize * g.l2_entry_size();
+        let old = table.get(at..).map_or(0, BigEndian::read_u64);
+        // A new cluster is filled up to the end of the subcluster, or of the cluster.
+        let reach = written_end
+            .div_ceil(self.zero_unit())
+            .saturating_mul(self.zero_unit());
+        match entry::cluster(g, old) {
+            Cluster::Standard(host) | Cluster::ZeroAllocated(host) if old & COPIED != 0 => {
+                let end = if matches!(entry::cluster(g, old), Cluster::Standard(_)) {
+                    written_end
+                } else {
+                    reach
+                };
+                self.reach = self.reach.max(host.saturating_add(end));
+                return Ok(());
+            }
+            _ => {}
+        }
+        let new = self.refs.alloc(dev, g.cluster_size())?;
+        self.reach = self.reach.max(new.saturating_add(reach));
+        self.temporary.push(new);
+        if let Some(word) = table.get_mut(at..at + 8) {
+            let old_word = word.to_vec();
+            BigEndian::write_u64(word, new | COPIED);
+            self.forget_cluster(dev, &old_word)?;
+        }
+        self.tables.insert(offset, table);
         Ok(())
     }
 }

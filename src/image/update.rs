@@ -415,7 +415,7 @@ impl Update<'_> {
 
 /// The file's length in the end.
 fn final_length(replay: &Replay) -> u64 {
-    let blocks = replay.refs.loaded().filter(|(_, b)| b.dirty);
+    let blocks = replay.refs.loaded().filter(|(_, b)| b.dirty && !b.ours);
     let end = blocks
         .map(|(_, b)| b.offset.saturating_add(replay.g.cluster_size()))
         .max()

@@ -79,16 +79,16 @@ impl Image {
             ));
         }
         let id = if new.id.is_empty() {
+            // May be in use already where the number wraps around; QEMU does not look either.
             next_id(entries)
+        } else if entries.iter().any(|s| s.id == new.id) {
+            return Err(Error::Exists(format!(
+                "A snapshot with the ID '{}' exists already",
+                String::from_utf8_lossy(&new.id)
+            )));
         } else {
             new.id.clone()
         };
-        if entries.iter().any(|s| s.id == id) {
-            return Err(Error::Exists(format!(
-                "A snapshot with the ID '{}' exists already",
-                String::from_utf8_lossy(&id)
-            )));
-        }
         let g = self.header.geometry;
         let first = g.l1_entries_for(self.header.size);
         let room = (self.l1.len() as u64)

@@ -5,6 +5,7 @@ use super::Snapshot;
 use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
+use crate::format::record::EXTRA_2014;
 use crate::image::device::bytes_of;
 use crate::image::overlap::Kind;
 use crate::image::refcount::Refcounts;
@@ -72,7 +73,7 @@ impl Image {
         plan.decisive = replay.refs.epoch;
         self.place_l1(&mut replay, &mut plan, change)?;
 
-        let (list, table_size) = (self.snapshots.entries.clone(), self.snapshots.size);
+        let (list, table_size) = (self.sized_again(snapshot.disk_size), self.snapshots.size);
         let torn = matches!(plan.l1.0, L1Change::InPlace);
         self.commit(replay, &plan, list, table_size)?;
         if torn {
@@ -81,6 +82,15 @@ impl Image {
             );
         }
         Ok(())
+    }
+
+    /// The list as it is read back at the new disk size: entries that store none follow the disk.
+    fn sized_again(&self, size: u64) -> Vec<Snapshot> {
+        let mut list = self.snapshots.entries.clone();
+        for s in list.iter_mut().filter(|s| s.extra_data_size < EXTRA_2014) {
+            s.disk_size = size;
+        }
+        list
     }
 
     /// Bring the disk to the snapshot's size, in memory.
@@ -112,13 +122,13 @@ impl Image {
         if new < old {
             replay.shrink(&mut self.dev, old, new)?;
         } else {
-            if !self.backing_file.is_empty() {
-                return Err(Error::Unsupported(
-                    "Growing the disk of an image with a backing file is not supported yet".into(),
-                ));
-            }
             let entries = replay.g.l1_entries_for(new);
+            // The one case in which a verb needs the backing file, for its length.
+            let backing = self.backing_length()?;
             replay.grow_l1(&mut self.dev, entries)?;
+            if backing > old {
+                replay.cover_backing(&mut self.dev, old, new)?;
+            }
         }
         replay.switch(|h| h.size = new);
         Ok(())
@@ -172,7 +182,7 @@ impl Image {
     /// Tables that the resize made are free again, with a hole where they were; none of the tables
     /// that it emptied may have survived in a snapshot.
     fn check_after_resize(&mut self, replay: &mut Replay) -> Result<()> {
-        for offset in std::mem::take(&mut replay.temporary_tables) {
+        for offset in std::mem::take(&mut replay.temporary) {
             let cluster = replay.g.cluster_of(offset);
             if replay.refs.get(&mut self.dev, cluster)? == 0 {
                 replay.refs.punched.insert(cluster.0);
