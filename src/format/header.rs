@@ -247,15 +247,7 @@ impl Header {
             MAX_REFTABLE_BYTES,
             "Reference count table",
         )?;
-        let entry = super::record::FIXED_BYTES;
-        validate_table(
-            g,
-            self.snapshots_offset,
-            self.nb_snapshots.into(),
-            entry,
-            entry.saturating_mul(MAX_SNAPSHOTS),
-            "Snapshot table",
-        )?;
+        validate_snapshots(g, self.nb_snapshots, self.snapshots_offset)?;
         validate_table(
             g,
             self.l1_offset,
@@ -271,6 +263,14 @@ impl Header {
         if u64::from(self.l1_size) < needed {
             return Err(Error::Invalid("L1 table is too small".into()));
         }
+        Ok(())
+    }
+
+    /// Take number and place of the snapshots from header bytes 60 to 71.
+    pub fn set_snapshots(&mut self, bytes: &[u8]) -> Result<()> {
+        let (nb, offset) = (u32_at(bytes, 0), u64_at(bytes, 4));
+        validate_snapshots(self.geometry, nb, offset)?;
+        (self.nb_snapshots, self.snapshots_offset) = (nb, offset);
         Ok(())
     }
 
@@ -316,6 +316,12 @@ impl Header {
             .unwrap_or_default();
         Ok(bytes.split(|b| *b == 0).next().unwrap_or_default())
     }
+}
+
+fn validate_snapshots(g: Geometry, nb: u32, offset: u64) -> Result<()> {
+    let entry = super::record::FIXED_BYTES;
+    let most = entry.saturating_mul(MAX_SNAPSHOTS);
+    validate_table(g, offset, nb.into(), entry, most, "Snapshot table")
 }
 
 fn ext_end(backing_offset: u64, cluster_size: u64) -> u64 {

@@ -211,6 +211,17 @@ impl Refcounts {
         self.blocks.get(index as usize)?.as_deref()
     }
 
+    /// The refcount of a cluster when the walk of create was done, whatever was freed since: the
+    /// counts that the first publish of several needs.
+    pub(crate) fn get_published(&mut self, dev: &mut Device, cluster: HostCluster) -> Result<u64> {
+        let last = self.get(dev, cluster)?;
+        let at = self.g.refblock_index(cluster);
+        let peak = self
+            .block(self.g.reftable_index(cluster))
+            .and_then(|b| b.peak.as_ref());
+        Ok(peak.map_or(last, |p| refblock::get(self.g, p, at).max(last)))
+    }
+
     /// The refcount of a cluster; 0 where no block describes it.
     pub(crate) fn get(&mut self, dev: &mut Device, cluster: HostCluster) -> Result<u64> {
         let index = self.g.reftable_index(cluster);
@@ -664,7 +675,9 @@ impl Refcounts {
                 c = g.first_cluster_of_block(index + 1).0;
                 continue;
             }
-            let counted = self.get(dev, HostCluster(c))? != 0
+            // What a resize has freed here is still in use on the disk.
+            let counted = self.count_before(dev, HostCluster(c))? != 0
+                || self.get(dev, HostCluster(c))? != 0
                 || self.block(index).is_some_and(|b| {
                     b.peak
                         .as_ref()

@@ -95,7 +95,6 @@ impl Replay {
         old_size: u64,
         new_size: u64,
     ) -> Result<()> {
-        let g = self.g;
         let unit = self.zero_unit();
         let zero_start = old_size.div_ceil(unit).saturating_mul(unit);
         if new_size > zero_start {

@@ -24,7 +24,7 @@ use super::device::{self, Device};
 use super::overlap::Kind;
 use super::refcount::Refcounts;
 use super::replay::{Replay, Switched};
-use super::walk::{self, Flags, Pieces};
+use super::walk::{self, Counts, Flags, Pieces};
 use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::entry::{COPIED, REFTABLE_OFFSET_MASK};
@@ -62,6 +62,8 @@ pub(crate) struct Plan {
     pub(crate) clear: Vec<u64>,
     /// Tables whose entries get the final COPIED in reclaim.
     pub(crate) set: Vec<u64>,
+    /// The counts that decide about COPIED in both.
+    pub(crate) counts: Counts,
     /// L1 tables that change in bit 63 only: (offset, words before, words after).
     pub(crate) copied: Vec<(u64, Vec<u64>, Vec<u64>)>,
     /// The active L1 before and after, where it changes in more than bit 63.
@@ -74,6 +76,7 @@ impl Plan {
             decisive: 0,
             clear: Vec::new(),
             set: Vec::new(),
+            counts: Counts::Final,
             copied: Vec::new(),
             l1: (L1Change::None, Vec::new(), Vec::new()),
         }
@@ -169,7 +172,14 @@ impl Update<'_> {
         }
         if epoch == 0 {
             self.raise_counts(&replay.refs, g)?;
-            walk::rewrite_tables(&mut replay.refs, self.dev, g, &plan.clear, Flags::OnlyClear)?;
+            walk::rewrite_tables(
+                &mut replay.refs,
+                self.dev,
+                g,
+                &plan.clear,
+                Flags::OnlyClear,
+                plan.counts,
+            )?;
             for (offset, before, after) in &plan.copied {
                 self.write_l1(*offset, before, &without_new_flags(before, after))?;
             }
@@ -327,7 +337,14 @@ impl Update<'_> {
         let g = replay.g;
         let mut holes = Holes::default();
         self.lower_counts(&replay.refs, g, temp, &mut holes)?;
-        walk::rewrite_tables(&mut replay.refs, self.dev, g, &plan.set, Flags::AsCounted)?;
+        walk::rewrite_tables(
+            &mut replay.refs,
+            self.dev,
+            g,
+            &plan.set,
+            Flags::AsCounted,
+            plan.counts,
+        )?;
         for (offset, before, after) in &plan.copied {
             self.write_l1(*offset, &without_new_flags(before, after), after)?;
         }

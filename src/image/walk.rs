@@ -172,16 +172,36 @@ fn count_table(
 pub(crate) enum Flags {
     /// Before the publish: only cleared.
     OnlyClear,
-    /// After it: as the final counts demand.
+    /// After it: as the counts demand.
     AsCounted,
 }
 
-/// Bit 63 of one L2 entry as the final counts demand.
-fn wanted(refs: &mut Refcounts, dev: &mut Device, g: Geometry, old: u64) -> Result<bool> {
-    Ok(match entry::cluster(g, old & !COPIED) {
-        Cluster::Standard(at) | Cluster::ZeroAllocated(at) => refs.get(dev, g.cluster_of(at))? == 1,
-        _ => false,
-    })
+/// Which counts decide about bit 63.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Counts {
+    /// Those at the end of the verb.
+    Final,
+    /// Those at the first publish: create looks at its tables before it lets go of VM state.
+    Published,
+}
+
+/// Bit 63 of one L2 entry as the counts demand.
+fn wanted(
+    refs: &mut Refcounts,
+    dev: &mut Device,
+    g: Geometry,
+    old: u64,
+    counts: Counts,
+) -> Result<bool> {
+    let (Cluster::Standard(at) | Cluster::ZeroAllocated(at)) = entry::cluster(g, old & !COPIED)
+    else {
+        return Ok(false);
+    };
+    let count = match counts {
+        Counts::Final => refs.get(dev, g.cluster_of(at))?,
+        Counts::Published => refs.get_published(dev, g.cluster_of(at))?,
+    };
+    Ok(count == 1)
 }
 
 /// Set or clear bit 63 in the entries of one table.
@@ -191,6 +211,7 @@ pub(crate) fn set_copied(
     g: Geometry,
     table: &mut [u8],
     flags: Flags,
+    counts: Counts,
 ) -> Result<bool> {
     let mut changed = false;
     for word in table.chunks_exact_mut(g.l2_entry_size()) {
@@ -198,7 +219,7 @@ pub(crate) fn set_copied(
         if old == 0 {
             continue;
         }
-        let copied = wanted(refs, dev, g, old)?;
+        let copied = wanted(refs, dev, g, old, counts)?;
         if (old & COPIED != 0) != copied && (flags == Flags::AsCounted || !copied) {
             BigEndian::write_u64(word, (old & !COPIED) | if copied { COPIED } else { 0 });
             changed = true;
@@ -207,7 +228,7 @@ pub(crate) fn set_copied(
     Ok(changed)
 }
 
-/// Write bit 63 of the entries of `tables` as the final counts demand; changed 4 KiB pieces only,
+/// Write bit 63 of the entries of `tables` as the counts demand; changed 4 KiB pieces only,
 /// adjacent ones in one request.
 pub(crate) fn rewrite_tables(
     refs: &mut Refcounts,
@@ -215,13 +236,14 @@ pub(crate) fn rewrite_tables(
     g: Geometry,
     tables: &[u64],
     flags: Flags,
+    counts: Counts,
 ) -> Result<()> {
     let mut reader = TableReader::new(g, tables)?;
     let mut out = Pieces::new("L2 table");
     for (index, offset) in tables.iter().enumerate() {
         let table = reader.get(dev, index, *offset)?;
         let mut new = table.to_vec();
-        if set_copied(refs, dev, g, &mut new, flags)? {
+        if set_copied(refs, dev, g, &mut new, flags, counts)? {
             out.write_changes(dev, *offset, table, &new)?;
         }
     }

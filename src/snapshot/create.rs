@@ -8,7 +8,7 @@ use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
 use crate::image::device::bytes_of;
 use crate::image::replay::Replay;
 use crate::image::update::{L1Change, Plan};
-use crate::image::walk::{set_copied, Addend, Flags};
+use crate::image::walk::{set_copied, Addend, Counts, Flags};
 use crate::image::Image;
 
 impl Image {
@@ -50,6 +50,7 @@ impl Image {
         }
         replay.l1 = walked.l1;
         (plan.clear, plan.set) = (walked.tables.clone(), walked.tables);
+        plan.counts = Counts::Published;
         let mut list = self.snapshots.entries.clone();
         list.push(self.new_entry(new, &id, l1_copy));
         let table_size = self.replay_table(&mut replay, &mut plan, &list)?;
@@ -158,6 +159,7 @@ impl Image {
                 g,
                 &mut table,
                 Flags::AsCounted,
+                Counts::Published,
             )?;
             for word in table.chunks_exact_mut(g.l2_entry_size()).take(n as usize) {
                 if let Some(zeroed) = replay.zeroed_entry(word) {

@@ -3,6 +3,7 @@
 use super::Snapshot;
 use crate::error::{Error, Result};
 use crate::format::geometry::MAX_SNAPSHOT_TABLE_BYTES;
+use crate::format::header::AT_SNAPSHOTS;
 use crate::format::record;
 use crate::image::refcount::Freed;
 use crate::image::replay::Replay;
@@ -160,7 +161,14 @@ impl Image {
     /// `TooBig` for tables beyond QEMU's limits, `Io`.
     pub fn read_snapshots(&mut self) -> Result<()> {
         self.usable()?;
+        // Where no lock keeps others out, the table may have moved.
+        let place = self
+            .dev
+            .read_vec("Could not read the header", AT_SNAPSHOTS, 12)?;
+        let old = (self.header.nb_snapshots, self.header.snapshots_offset);
+        self.header.set_snapshots(&place)?;
         self.load_snapshots()
+            .inspect_err(|_| (self.header.nb_snapshots, self.header.snapshots_offset) = old)
     }
 
     /// Drop the list in memory; the image is not touched. Listing gives nothing until
