@@ -10,13 +10,19 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    pub(crate) fn new(mut storage: Box<dyn Storage>) -> Result<Device> {
-        let length = storage.length().map_err(|source| Error::Io {
+    pub(crate) fn new(storage: Box<dyn Storage>) -> Result<Device> {
+        let mut dev = Device { storage, length: 0 };
+        dev.length_now()?;
+        Ok(dev)
+    }
+
+    fn length_now(&mut self) -> Result<u64> {
+        self.length = self.storage.length().map_err(|source| Error::Io {
             op: "Could not get the length of the image",
             offset: 0,
             source,
         })?;
-        Ok(Device { storage, length })
+        Ok(self.length)
     }
 
     /// Length of the file in bytes.
@@ -28,7 +34,8 @@ impl Device {
     pub(crate) fn read(&mut self, op: &'static str, offset: u64, buf: &mut [u8]) -> Result<()> {
         let mut at = offset;
         for part in buf.chunks_mut(MAX_REQUEST) {
-            if at >= self.length {
+            // Somebody else may have made the file longer, where no lock keeps them out.
+            if at >= self.length && at >= self.length_now()? {
                 part.fill(0);
             } else {
                 self.storage.read(at, part).map_err(|source| Error::Io {
