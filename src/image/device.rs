@@ -7,11 +7,17 @@ use crate::io::{Storage, MAX_REQUEST};
 pub(crate) struct Device {
     storage: Box<dyn Storage>,
     length: u64,
+    /// A change has been asked for since this was last set to false.
+    pub(crate) changed: bool,
 }
 
 impl Device {
     pub(crate) fn new(storage: Box<dyn Storage>) -> Result<Device> {
-        let mut dev = Device { storage, length: 0 };
+        let mut dev = Device {
+            storage,
+            length: 0,
+            changed: false,
+        };
         dev.length_now()?;
         Ok(dev)
     }
@@ -64,6 +70,7 @@ impl Device {
     /// Write `data` at `offset`. `label` says which structure it is.
     pub(crate) fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
         let mut at = offset;
+        self.changed = true;
         for part in data.chunks(MAX_REQUEST) {
             self.storage
                 .write(label, at, part)
@@ -80,6 +87,7 @@ impl Device {
 
     /// Set the file's length.
     pub(crate) fn truncate(&mut self, length: u64) -> Result<()> {
+        self.changed = true;
         self.storage.truncate(length).map_err(|source| Error::Io {
             op: "Could not resize the image file",
             offset: length,
@@ -93,6 +101,7 @@ impl Device {
     pub(crate) fn discard(&mut self, offset: u64, bytes: u64) {
         let end = offset.saturating_add(bytes).min(self.length);
         if offset < end {
+            self.changed = true;
             let _ = self.storage.discard(offset, end - offset);
         }
     }

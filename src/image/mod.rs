@@ -254,12 +254,12 @@ impl Image {
 
     /// Begin a changing verb: may this handle change the image at all?
     pub(crate) fn begin_change(&mut self) -> Result<()> {
+        self.usable()?;
         self.remark = None;
         self.outcome = Outcome::Unchanged;
         if !self.flags.has(OpenFlags::RDWR) {
             return Err(Error::Access("The image is opened read-only".into()));
         }
-        self.usable()?;
         if self.standing == Standing::NoChanges {
             return Err(Error::Spent(
                 "An earlier write failed; the image can be read but not changed until it is opened again".into(),
@@ -324,10 +324,9 @@ impl Image {
         let mut update = Update {
             dev: &mut self.dev,
             outcome: Outcome::Unchanged,
-            started: false,
         };
         let result = update.commit(&mut replay, plan, autoclear);
-        let (outcome, started) = (update.outcome, update.started);
+        let (outcome, started) = (update.outcome, self.dev.changed);
         self.outcome = outcome;
         self.forget_reads();
         if result.is_err() {

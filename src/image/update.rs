@@ -87,8 +87,6 @@ impl Plan {
 pub(crate) struct Update<'a> {
     pub(crate) dev: &'a mut Device,
     pub(crate) outcome: Outcome,
-    /// Something was asked of the disk.
-    pub(crate) started: bool,
 }
 
 impl Update<'_> {
@@ -102,7 +100,6 @@ impl Update<'_> {
         let g = replay.g;
         check_blocks(replay)?;
         let temporary = Temporary::of(self.dev, replay, plan)?;
-        self.started = true;
         if let Some(bits) = autoclear {
             self.dev.write(
                 "header: autoclear features",
@@ -335,6 +332,7 @@ impl Update<'_> {
         temp: Option<&Temporary>,
     ) -> Result<()> {
         let g = replay.g;
+        self.unhook_blocks(&replay.refs)?;
         let mut holes = Holes::default();
         self.lower_counts(&replay.refs, g, temp, &mut holes)?;
         walk::rewrite_tables(
@@ -356,14 +354,6 @@ impl Update<'_> {
                 after,
             )?;
         }
-        for dropped in &replay.refs.dropped {
-            let at = replay
-                .refs
-                .table()
-                .offset
-                .saturating_add(dropped.index * TABLE_ENTRY);
-            self.dev.write("refcount table entry", at, &[0; 8])?;
-        }
         if let Some(temp) = temp {
             temp.restore(self.dev)?;
         }
@@ -373,16 +363,26 @@ impl Update<'_> {
         if self.dev.length() < length {
             self.dev.truncate(length)?;
         }
-        if !replay.refs.dropped.is_empty() {
-            // A block may only vanish when the table has stopped naming it.
-            self.dev.barrier()?;
-            for dropped in &replay.refs.dropped {
-                self.dev.discard(dropped.offset, g.cluster_size());
-            }
+        for dropped in &replay.refs.dropped {
+            self.dev.discard(dropped.offset, g.cluster_size());
         }
         if self.dev.length() > length {
             // What is cut off is unused: a failure costs space only.
             let _ = self.dev.truncate(length);
+        }
+        self.dev.barrier()
+    }
+
+    /// Take dropped blocks out of the refcount table. A block's own count, which another block may
+    /// hold, goes down only when the table has stopped naming it; and so does its hole come later.
+    fn unhook_blocks(&mut self, refs: &Refcounts) -> Result<()> {
+        if refs.dropped.is_empty() {
+            return Ok(());
+        }
+        let table = refs.table().offset;
+        for dropped in &refs.dropped {
+            let at = table.saturating_add(dropped.index * TABLE_ENTRY);
+            self.dev.write("refcount table entry", at, &[0; 8])?;
         }
         self.dev.barrier()
     }
