@@ -108,6 +108,7 @@ impl Device {
 
     /// Wait until everything before is stable.
     pub(crate) fn barrier(&mut self) -> Result<()> {
+        self.changed = true;
         self.storage.barrier().map_err(|source| Error::Io {
             op: "Could not flush the image file",
             offset: 0,

@@ -321,6 +321,7 @@ impl Image {
     ) -> Result<()> {
         let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
+        self.dev.changed = false;
         let mut update = Update {
             dev: &mut self.dev,
             outcome: Outcome::Unchanged,

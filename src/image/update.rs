@@ -278,6 +278,10 @@ impl Update<'_> {
             }
             L1Change::OneSector | L1Change::InPlace if decisive => {
                 self.switch_header(on_disk, target)?;
+                let on_disk = before.iter().copied().chain(std::iter::repeat(0));
+                if bare.iter().copied().zip(on_disk).all(|(new, old)| new == old) {
+                    return Ok(()); // nothing is published: only bit 63 comes later
+                }
                 self.outcome = Outcome::Unknown;
                 self.write_l1(fields.l1_offset, before, &bare)?;
                 self.dev.barrier()

@@ -23,6 +23,9 @@ fn outcomes(clean: &Clean, publishing: &[(usize, bool)], done: usize) -> Vec<Out
         after.map_or(usize::MAX, |n| i + n)
     };
     let mut out = vec![Outcome::Unchanged];
+    if publishing.is_empty() {
+        return vec![Outcome::Unchanged, Outcome::Done]; // old and new are the same
+    }
     // A verb without a visible switch (same list, same disk) is done at its last header write.
     let decisive = publishing.iter().find(|p| p.1).or(publishing.last());
     for (i, _) in publishing {

@@ -103,7 +103,12 @@ impl Qemu {
         }
         snapshots_read(&after, verdict, "after the repair")?;
         if after.leaks != 0 || after.odd_flags != 0 {
-            return Err("the repair left leaks or flags".into());
+            return Err(format!(
+                "the repair left {} leaks, {} flags: {}",
+                after.leaks,
+                after.odd_flags,
+                text(&repair)
+            ));
         }
         self.guest_writes(name, path, verdict, "after the repair and ")
     }
