@@ -12,3 +12,4 @@ pub mod geometry;
 pub mod header;
 pub mod record;
 pub mod refblock;
+pub mod run;

@@ -58,16 +58,41 @@ pub fn set(g: Geometry, block: &mut [u8], index: usize, count: u64) {
 
 /// The first index in `from..end` whose count is zero (`want_zero`) or not zero.
 pub fn find(g: Geometry, block: &[u8], from: usize, end: usize, want_zero: bool) -> Option<usize> {
+    let per_word = usize::try_from(64u64 >> g.refcount_order).unwrap_or(1);
     let mut index = from;
     while index < end {
-        // Whole zero bytes decide eight, four, two or one counts at a time; here only the common
-        // case of 16 bits gets a loop of its own, the others go count by count.
+        // Eight bytes at a time where none of their counts can be what is looked for.
+        if index & per_word.wrapping_sub(1) == 0 {
+            let word =
+                word(block, index >> per_word.trailing_zeros(), 8).map_or(0, BigEndian::read_u64);
+            let none_here = if want_zero {
+                !has_zero(g, word)
+            } else {
+                word == 0
+            };
+            if none_here {
+                index = index.saturating_add(per_word);
+                continue;
+            }
+        }
         if (get(g, block, index) == 0) == want_zero {
             return Some(index);
         }
         index = index.saturating_add(1);
     }
     None
+}
+
+/// Is one of the counts in eight bytes zero? May also say so when none is, never the reverse.
+#[inline]
+fn has_zero(g: Geometry, word: u64) -> bool {
+    if g.refcount_order == 0 {
+        return word != u64::MAX;
+    }
+    // The classic test of lanes: subtracting one borrows into the top bit of a lane that was zero.
+    let ones = u64::MAX.checked_div(g.refcount_max()).unwrap_or(1);
+    let tops = ones.wrapping_shl(g.refcount_bits().wrapping_sub(1));
+    word.wrapping_sub(ones) & !word & tops != 0
 }
 
 /// Raise each count of `into` to that of `other` where that is higher.
@@ -142,6 +167,31 @@ mod tests {
         set(g, &mut block, 0, 1);
         set(g, &mut block, 9, 1);
         assert_eq!(&block[..2], &[0x01, 0x02]);
+    }
+
+    #[test]
+    fn finding_agrees_with_looking_at_each_count() {
+        for order in 0..=6 {
+            let g = Geometry::new(9, order, false);
+            let n = g.refblock_entries() as usize;
+            let mut block = vec![0u8; 512];
+            for i in 0..n {
+                if (i / 7 + i / 40) % 3 != 0 {
+                    set(g, &mut block, i, ((i as u64) & g.refcount_max()).max(1));
+                }
+            }
+            for want_zero in [false, true] {
+                for from in 0..n {
+                    let end = (from + 97).min(n);
+                    let want = (from..end).find(|i| (get(g, &block, *i) == 0) == want_zero);
+                    assert_eq!(
+                        find(g, &block, from, end, want_zero),
+                        want,
+                        "order {order} from {from}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

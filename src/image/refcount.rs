@@ -9,9 +9,11 @@
 
 use super::device::{self, Device};
 use crate::error::{Error, Result};
-use crate::format::entry::REFTABLE_OFFSET_MASK;
+use crate::format::entry::{OFFSET_MASK, REFTABLE_OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster, MAX_CLUSTER_OFFSET, TABLE_ENTRY};
 use crate::format::refblock;
+use crate::format::run::{self, Run, Step};
+use byteorder::{BigEndian, ByteOrder};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// QEMU compares the number of refcount table entries with this (`QCOW_MAX_REFTABLE_SIZE`).
@@ -27,10 +29,52 @@ pub(crate) struct Block {
     pub(crate) peak: Option<Vec<u8>>,
     /// The counts or the peak differ from what was read.
     pub(crate) dirty: bool,
+    /// Some count went up, or the block is new.
+    pub(crate) raised: bool,
+    /// Some count went down.
+    pub(crate) lowered: bool,
     /// QEMU would not write this block: only a temporary table of ours is counted in it.
     pub(crate) ours: bool,
     /// Made by this verb, in this epoch: nothing on disk yet.
     pub(crate) born: Option<usize>,
+}
+
+impl Block {
+    fn new(offset: u64, counts: Vec<u8>, born: Option<usize>) -> Block {
+        let made = born.is_some();
+        Block {
+            offset,
+            counts,
+            peak: None,
+            dirty: made,
+            raised: made,
+            lowered: false,
+            ours: false,
+            born,
+        }
+    }
+
+    /// The counts are the highest that any published state needs: writing them once is enough.
+    pub(crate) fn only_raised(&self) -> bool {
+        !self.lowered && self.peak.is_none()
+    }
+
+    #[inline]
+    fn touch(&mut self, up: bool) {
+        self.dirty = true;
+        self.raised |= up;
+        self.lowered |= !up;
+    }
+}
+
+/// The refcount block that counts the first entry of a table that is not zero, if it is standard.
+#[inline]
+fn first_block(g: Geometry, table: &[u8]) -> u64 {
+    let words = table
+        .chunks_exact(g.l2_entry_size())
+        .map(BigEndian::read_u64);
+    let first = words.into_iter().find(|w| *w != 0).unwrap_or(0);
+    g.reftable_index(g.cluster_of(first & OFFSET_MASK))
 }
 
 /// One place where the refcount table has been during the verb.
@@ -150,6 +194,11 @@ impl Refcounts {
             .filter_map(|(i, b)| Some((i as u64, b.as_deref()?)))
     }
 
+    /// Does any loaded block have a peak?
+    pub(crate) fn has_peaks(&self) -> bool {
+        self.epoch != 0
+    }
+
     /// Load the block at `index`; false where the table has none.
     fn load(&mut self, dev: &mut Device, index: u64) -> Result<bool> {
         let slot = index as usize;
@@ -166,17 +215,7 @@ impl Refcounts {
             offset,
             self.g.cluster_size(),
         )?;
-        self.insert(
-            index,
-            Block {
-                offset,
-                counts,
-                peak: None,
-                dirty: false,
-                ours: false,
-                born: None,
-            },
-        )?;
+        self.insert(index, Block::new(offset, counts, None))?;
         Ok(true)
     }
 
@@ -261,11 +300,58 @@ impl Refcounts {
             old.checked_sub(1).ok_or_else(|| underflow(g, cluster))?
         };
         refblock::set(g, &mut block.counts, at, new);
-        block.dirty = true;
+        block.touch(up);
         if new == 0 && cluster.0 < self.next {
             self.next = cluster.0;
         }
         Ok(new)
+    }
+
+    /// Count a run of an L2 table's entries, as far as they are standard clusters in one refcount
+    /// block that exists. No entries: the first one is something else.
+    #[inline]
+    pub(crate) fn count_run(&mut self, dev: &mut Device, table: &[u8], step: Step) -> Result<Run> {
+        let g = self.g;
+        let index = first_block(g, table);
+        if !self.load(dev, index)? {
+            return Ok(Run::default());
+        }
+        let Some(block) = self
+            .blocks
+            .get_mut(index as usize)
+            .and_then(Option::as_deref_mut)
+        else {
+            return Ok(Run::default()); // loaded above
+        };
+        let run = run::count(g, table, &mut block.counts, index, step);
+        if step != Step::Look && run.entries != 0 {
+            block.touch(step == Step::Up);
+        }
+        if let Some(freed) = run.freed {
+            self.next = self
+                .next
+                .min(g.first_cluster_of_block(index).0 + freed as u64);
+        }
+        Ok(run)
+    }
+
+    /// Set bit 63 in a run of an L2 table's entries, as [`Refcounts::count_run`] goes.
+    pub(crate) fn copied_run(
+        &mut self,
+        dev: &mut Device,
+        table: &mut [u8],
+        only_clear: bool,
+    ) -> Result<(usize, bool)> {
+        let g = self.g;
+        let index = first_block(g, table);
+        if !self.load(dev, index)? {
+            return Ok((0, false));
+        }
+        let counts = self
+            .block(index)
+            .map(|b| b.counts.as_slice())
+            .unwrap_or_default();
+        Ok(run::set_copied(g, table, counts, index, only_clear))
     }
 
     /// QEMU's `qcow2_alloc_clusters`: first fit from where the search stands, all counted once.
@@ -361,8 +447,9 @@ impl Refcounts {
         let g = self.g;
         let at = g.refblock_index(cluster);
         if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
+            let up = count >= refblock::get(g, &block.counts, at);
             refblock::set(g, &mut block.counts, at, count);
-            block.dirty = true;
+            block.touch(up);
             let end = block.offset.saturating_add(g.cluster_size());
             self.reach = self.reach.max(end);
         }
@@ -407,17 +494,7 @@ impl Refcounts {
         self.forget_before_writing(dev, offset, self.g.cluster_size())?;
         let epoch = self.epoch;
         self.reach = self.reach.max(offset.saturating_add(self.g.cluster_size()));
-        self.insert(
-            index,
-            Block {
-                offset,
-                counts,
-                peak: None,
-                dirty: true,
-                ours: false,
-                born: Some(epoch),
-            },
-        )
+        self.insert(index, Block::new(offset, counts, Some(epoch)))
     }
 
     /// QEMU's `qcow2_refcount_area`: a larger table, and the blocks that describe it, behind
@@ -650,6 +727,8 @@ impl Refcounts {
         if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
             let peak = block.peak.get_or_insert_with(|| block.counts.clone());
             refblock::set(g, peak, at, 1);
+            block.raised = true;
+            block.lowered = true;
             block.ours |= !block.dirty;
             block.dirty = true;
         }

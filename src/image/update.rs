@@ -22,7 +22,7 @@
 
 use super::device::{self, Device};
 use super::overlap::Kind;
-use super::refcount::Refcounts;
+use super::refcount::{Block, Refcounts};
 use super::replay::{Replay, Switched};
 use super::walk::{self, Counts, Flags, Pieces};
 use super::Outcome;
@@ -188,12 +188,19 @@ impl Update<'_> {
     fn raise_counts(&mut self, refs: &Refcounts, g: Geometry) -> Result<()> {
         let mut out = Pieces::new("refcount block");
         let mut old = device::zeroed(g.cluster_size())?;
-        for (_, block) in refs.loaded().filter(|(_, b)| b.dirty && b.born.is_none()) {
+        let mut raised = Vec::new();
+        let changed = |b: &Block| b.born.is_none() && (b.raised || b.peak.is_some());
+        for (_, block) in refs.loaded().filter(|(_, b)| changed(b)) {
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
-            let mut new = old.clone();
-            raise(g, &mut new, block.peak.as_deref(), &block.counts);
-            out.write_changes(self.dev, block.offset, &old, &new)?;
+            if block.only_raised() {
+                out.write_changes(self.dev, block.offset, &old, &block.counts)?;
+                continue;
+            }
+            raised.clear();
+            raised.extend_from_slice(&old);
+            raise(g, &mut raised, block.peak.as_deref(), &block.counts);
+            out.write_changes(self.dev, block.offset, &old, &raised)?;
         }
         out.finish(self.dev)
     }
@@ -279,7 +286,12 @@ impl Update<'_> {
             L1Change::OneSector | L1Change::InPlace if decisive => {
                 self.switch_header(on_disk, target)?;
                 let on_disk = before.iter().copied().chain(std::iter::repeat(0));
-                if bare.iter().copied().zip(on_disk).all(|(new, old)| new == old) {
+                if bare
+                    .iter()
+                    .copied()
+                    .zip(on_disk)
+                    .all(|(new, old)| new == old)
+                {
                     return Ok(()); // nothing is published: only bit 63 comes later
                 }
                 self.outcome = Outcome::Unknown;
@@ -401,7 +413,7 @@ impl Update<'_> {
     ) -> Result<()> {
         let mut out = Pieces::new("refcount block");
         let mut old = device::zeroed(g.cluster_size())?;
-        for (index, block) in refs.loaded().filter(|(_, b)| b.dirty) {
+        for (index, block) in refs.loaded().filter(|(_, b)| b.dirty && !b.only_raised()) {
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
             if old != block.counts {

@@ -11,19 +11,12 @@ use super::replay::Replay;
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster};
+use crate::format::run::Step;
 use crate::io::MAX_REQUEST;
 use byteorder::{BigEndian, ByteOrder};
 
 /// Changed tables are written in pieces of this many bytes, so that a flag does not cost a cluster.
 const PIECE: usize = 4096;
-
-/// What a walk does to the counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Addend {
-    Plus,
-    Minus,
-    Zero,
-}
 
 /// What a walk found.
 #[derive(Default)]
@@ -40,7 +33,7 @@ pub(crate) struct Walked {
 
 impl Replay {
     /// Walk `l1`, in QEMU's order: the clusters of an L2 table, then the table itself.
-    pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], addend: Addend) -> Result<Walked> {
+    pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], step: Step) -> Result<Walked> {
         let g = self.g;
         let mut out = Walked::default();
         out.l1
@@ -66,16 +59,16 @@ impl Replay {
                 g,
                 table,
                 offset,
-                addend,
+                step,
                 &mut out.dropped_to_one,
             )?;
 
             let own = g.cluster_of(offset);
-            let count = match addend {
-                Addend::Zero => self.refs.get(dev, own)?,
-                _ => self.refs.bump(dev, own, addend == Addend::Plus)?,
+            let count = match step {
+                Step::Look => self.refs.get(dev, own)?,
+                _ => self.refs.bump(dev, own, step == Step::Up)?,
             };
-            out.dropped_to_one |= addend == Addend::Minus && count == 1;
+            out.dropped_to_one |= step == Step::Down && count == 1;
             if let Some(end) = changed {
                 // QEMU drops the first slice of a table that is freed, and writes the others.
                 let slice = g.l2_slice_bytes(self.header.size);
@@ -123,48 +116,71 @@ fn count_table(
     g: Geometry,
     table: &[u8],
     offset: u64,
-    addend: Addend,
+    step: Step,
     dropped_to_one: &mut bool,
 ) -> Result<Option<u64>> {
     let size = g.l2_entry_size();
-    let mut changed = None;
-    for (j, word) in table.chunks_exact(size).enumerate() {
-        let old = BigEndian::read_u64(word);
-        if old == 0 {
-            continue;
+    let (mut at, mut changed) = (0, None);
+    while let Some(rest) = table.get(at..).filter(|r| !r.is_empty()) {
+        let run = refs.count_run(dev, rest, step)?;
+        *dropped_to_one |= run.dropped_to_one;
+        if run.changed != 0 {
+            changed = Some((at + run.changed * size) as u64);
         }
-        let count = match entry::cluster(g, old & !COPIED) {
-            Cluster::Compressed { offset, length } => {
-                if addend != Addend::Zero {
-                    let first = g.cluster_of(offset).0;
-                    let last = g.cluster_of(offset.saturating_add(length - 1)).0;
-                    for c in first..=last {
-                        let count = refs.bump(dev, HostCluster(c), addend == Addend::Plus)?;
-                        *dropped_to_one |= addend == Addend::Minus && count == 1;
-                    }
-                }
-                2
+        at += run.entries * size;
+        if run.entries == 0 {
+            let old = BigEndian::read_u64(rest);
+            let count = count_entry(refs, dev, g, old, (offset, at / size), step, dropped_to_one)?;
+            at += size;
+            if (old & COPIED != 0) != (count == 1) {
+                changed = Some(at as u64);
             }
-            Cluster::Standard(at) | Cluster::ZeroAllocated(at) => {
-                if g.in_cluster(at) != 0 {
-                    return Err(Error::Corrupt(format!(
-                        "Cluster allocation offset {at:#x} unaligned (L2 offset: {offset:#x}, L2 index: {j:#x})"
-                    )));
-                }
-                let count = match addend {
-                    Addend::Zero => refs.get(dev, g.cluster_of(at))?,
-                    _ => refs.bump(dev, g.cluster_of(at), addend == Addend::Plus)?,
-                };
-                *dropped_to_one |= addend == Addend::Minus && count == 1;
-                count
-            }
-            Cluster::ZeroPlain | Cluster::Unallocated => 0,
-        };
-        if (old & COPIED != 0) != (count == 1) {
-            changed = Some((j as u64 + 1) * size as u64);
         }
     }
     Ok(changed)
+}
+
+/// Count what one entry refers to, of whatever kind it is. Returns the count that decides about its
+/// bit 63. `place` names the entry in errors.
+fn count_entry(
+    refs: &mut Refcounts,
+    dev: &mut Device,
+    g: Geometry,
+    entry: u64,
+    place: (u64, usize),
+    step: Step,
+    dropped_to_one: &mut bool,
+) -> Result<u64> {
+    let mut bump = |refs: &mut Refcounts, c: HostCluster| -> Result<u64> {
+        let count = match step {
+            Step::Look => return refs.get(dev, c),
+            Step::Up => refs.bump(dev, c, true)?,
+            Step::Down => refs.bump(dev, c, false)?,
+        };
+        *dropped_to_one |= step == Step::Down && count == 1;
+        Ok(count)
+    };
+    match entry::cluster(g, entry & !COPIED) {
+        Cluster::Compressed { offset, length } if step != Step::Look => {
+            let last = g.cluster_of(offset.saturating_add(length - 1)).0;
+            for c in g.cluster_of(offset).0..=last {
+                bump(refs, HostCluster(c))?;
+            }
+            Ok(2)
+        }
+        // Whatever its count, a compressed cluster is never written in place.
+        Cluster::Compressed { .. } => Ok(2),
+        Cluster::Standard(at) | Cluster::ZeroAllocated(at) => {
+            if g.in_cluster(at) != 0 {
+                let (table, index) = place;
+                return Err(Error::Corrupt(format!(
+                    "Cluster allocation offset {at:#x} unaligned (L2 offset: {table:#x}, L2 index: {index:#x})"
+                )));
+            }
+            bump(refs, g.cluster_of(at))
+        }
+        Cluster::ZeroPlain | Cluster::Unallocated => Ok(0),
+    }
 }
 
 /// May bit 63 be set when the tables are written?
@@ -213,17 +229,26 @@ pub(crate) fn set_copied(
     flags: Flags,
     counts: Counts,
 ) -> Result<bool> {
-    let mut changed = false;
-    for word in table.chunks_exact_mut(g.l2_entry_size()) {
-        let old = BigEndian::read_u64(word);
-        if old == 0 {
-            continue;
+    let size = g.l2_entry_size();
+    // Peaks are kept only where a verb publishes more than once.
+    let runs = counts == Counts::Final || !refs.has_peaks();
+    let (mut at, mut changed) = (0, false);
+    while let Some(rest) = table.get_mut(at..).filter(|r| !r.is_empty()) {
+        if runs {
+            let (entries, differs) = refs.copied_run(dev, rest, flags == Flags::OnlyClear)?;
+            changed |= differs;
+            at += entries * size;
+            if entries != 0 {
+                continue;
+            }
         }
+        let old = BigEndian::read_u64(rest);
         let copied = wanted(refs, dev, g, old, counts)?;
         if (old & COPIED != 0) != copied && (flags == Flags::AsCounted || !copied) {
-            BigEndian::write_u64(word, (old & !COPIED) | if copied { COPIED } else { 0 });
+            BigEndian::write_u64(rest, old ^ COPIED);
             changed = true;
         }
+        at += size;
     }
     Ok(changed)
 }
@@ -240,9 +265,11 @@ pub(crate) fn rewrite_tables(
 ) -> Result<()> {
     let mut reader = TableReader::new(g, tables)?;
     let mut out = Pieces::new("L2 table");
+    let mut new = Vec::new();
     for (index, offset) in tables.iter().enumerate() {
         let table = reader.get(dev, index, *offset)?;
-        let mut new = table.to_vec();
+        new.clear();
+        new.extend_from_slice(table);
         if set_copied(refs, dev, g, &mut new, flags, counts)? {
             out.write_changes(dev, *offset, table, &new)?;
         }

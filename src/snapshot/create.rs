@@ -5,10 +5,11 @@ use crate::error::{Error, Result};
 use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
+use crate::format::run::Step;
 use crate::image::device::bytes_of;
 use crate::image::replay::Replay;
 use crate::image::update::{L1Change, Plan};
-use crate::image::walk::{set_copied, Addend, Counts, Flags};
+use crate::image::walk::{set_copied, Counts, Flags};
 use crate::image::Image;
 
 impl Image {
@@ -40,7 +41,7 @@ impl Image {
             l1_copy,
             bytes_of(&self.l1)?,
         )?;
-        let walked = replay.walk(&mut self.dev, &self.l1, Addend::Plus)?;
+        let walked = replay.walk(&mut self.dev, &self.l1, Step::Up)?;
         if walked.l1_changed {
             replay.reach = replay
                 .reach

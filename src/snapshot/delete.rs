@@ -2,9 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::format::geometry::TABLE_ENTRY;
+use crate::format::run::Step;
 use crate::image::refcount::Freed;
 use crate::image::update::Plan;
-use crate::image::walk::Addend;
 use crate::image::Image;
 
 impl Image {
@@ -38,7 +38,7 @@ impl Image {
             .replay_table(&mut replay, &mut plan, &list)
             .map_err(|e| e.context("Failed to remove snapshot from snapshot list"))?;
         let dropped = replay
-            .walk(&mut self.dev, &l1, Addend::Minus)
+            .walk(&mut self.dev, &l1, Step::Down)
             .map_err(|e| e.context("Failed to free the cluster and L1 table"))?;
         let (l1_bytes, epoch) = (l1.len() as u64 * TABLE_ENTRY, replay.refs.epoch);
         replay.refs.free(
@@ -49,7 +49,7 @@ impl Image {
             epoch,
         )?;
         let active = replay
-            .walk(&mut self.dev, &self.l1, Addend::Zero)
+            .walk(&mut self.dev, &self.l1, Step::Look)
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
         if active.l1_changed {
             let end = self

@@ -6,12 +6,13 @@ use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
 use crate::format::record::EXTRA_2014;
+use crate::format::run::Step;
 use crate::image::device::bytes_of;
 use crate::image::overlap::Kind;
 use crate::image::refcount::Refcounts;
 use crate::image::replay::Replay;
 use crate::image::update::{L1Change, Plan};
-use crate::image::walk::{Addend, Walked};
+use crate::image::walk::Walked;
 use crate::image::Image;
 
 impl Image {
@@ -45,7 +46,7 @@ impl Image {
         let (mut replay, mut plan) = (self.replay(), Plan::new());
         self.replay_resize(&mut replay, &snapshot)?;
         replay.grow_l1(&mut self.dev, stored_l1.len() as u64)?;
-        let up = replay.walk(&mut self.dev, &stored_l1, Addend::Plus)?;
+        let up = replay.walk(&mut self.dev, &stored_l1, Step::Up)?;
         if up.l1_changed {
             let end = snapshot
                 .l1_table_offset
@@ -58,10 +59,10 @@ impl Image {
         new_l1.resize(replay.l1.len(), 0);
         let change = self.choose_publish(&mut replay, &new_l1)?;
         let old_l1 = std::mem::take(&mut replay.l1);
-        let down = replay.walk(&mut self.dev, &old_l1, Addend::Minus)?;
+        let down = replay.walk(&mut self.dev, &old_l1, Step::Down)?;
         self.check_after_resize(&mut replay)?;
         let last = if down.dropped_to_one {
-            replay.walk(&mut self.dev, &new_l1, Addend::Zero)?
+            replay.walk(&mut self.dev, &new_l1, Step::Look)?
         } else {
             Walked {
                 l1: new_l1,
