@@ -141,7 +141,7 @@ pub fn reference(most_bytes: usize) -> (Vec<Chain>, Vec<String>) {
 }
 
 /// A shape by name, for the rare cases that must be there.
-pub fn rare() -> Vec<Chain> {
+pub fn rare(seeds: u64) -> Vec<Chain> {
     let base = Shape::default();
     let snap0 = || Verb::Goto(b"snap0".to_vec());
     let snap1 = || Verb::Goto(b"snap1".to_vec());
@@ -412,7 +412,7 @@ pub fn rare() -> Vec<Chain> {
     }
     let mut out = vec![];
     for (name, shape, verbs) in shapes {
-        for seed in [1, 2] {
+        for seed in 1..=seeds {
             out.push(Chain {
                 name: format!("{name} (seed {seed})"),
                 image: craft::image(shape, seed),

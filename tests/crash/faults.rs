@@ -5,7 +5,9 @@ fn publishing(before: &[u8], clean: &Clean) -> Vec<(usize, bool)> {
     let mut out = vec![];
     let mut was_old = true;
     for (i, image) in prefixes(before, &clean.events).skip(1).enumerate() {
-        let Event::Write { label, .. } = &clean.events[i] else { continue };
+        let Event::Write { label, .. } = &clean.events[i] else {
+            continue;
+        };
         let state = judge(&image.bytes).map(|v| clean.sides.side(&v.state));
         let decisive = was_old && matches!(state, Ok(Ok(Side::New)));
         was_old &= !decisive;
@@ -19,7 +21,11 @@ fn publishing(before: &[u8], clean: &Clean) -> Vec<(usize, bool)> {
 /// What may be said after a failure that came when `done` events were logged.
 fn outcomes(clean: &Clean, publishing: &[(usize, bool)], done: usize) -> Vec<Outcome> {
     let barrier_after = |i: usize| {
-        let after = clean.events.iter().skip(i).position(|e| *e == Event::Barrier);
+        let after = clean
+            .events
+            .iter()
+            .skip(i)
+            .position(|e| *e == Event::Barrier);
         after.map_or(usize::MAX, |n| i + n)
     };
     let mut out = vec![Outcome::Unchanged];
@@ -55,7 +61,10 @@ fn fault_plans(n: u64) -> Vec<(FaultPlan, &'static str)> {
         plans.push((enospc, "once, no space"));
         plans.push((eio.persistent(), "from then on, EIO"));
         plans.push((enospc.torn(1024), "torn after two sectors, no space"));
-        plans.push((eio.torn(usize::MAX).persistent(), "all landed, from then on"));
+        plans.push((
+            eio.torn(usize::MAX).persistent(),
+            "all landed, from then on",
+        ));
     }
     plans
 }
@@ -96,7 +105,15 @@ fn failing_disk(run: &Run, chain: &Chain) {
                     }
                     let plan = FaultPlan { kind, ..plan };
                     let what = format!("{how}: request {nth} of {kind:?}, errno {}", plan.errno);
-                    let problem = one_fault(&before, verb, &clean, &publishing, plan, &mut seen, &mut judged);
+                    let problem = one_fault(
+                        &before,
+                        verb,
+                        &clean,
+                        &publishing,
+                        plan,
+                        &mut seen,
+                        &mut judged,
+                    );
                     match problem {
                         Ok(hit) => fired |= hit,
                         Err((why, image)) => {
@@ -153,20 +170,41 @@ fn one_fault(
     // Errno and outcome.
     let outcome = image.last_outcome();
     let asked = trace.counts();
-    let attempted = (asked.writes, asked.truncates, asked.barriers, asked.discards)
-        != (counts.writes, counts.truncates, counts.barriers, counts.discards);
-    let common = events.iter().zip(&clean.events).take_while(|(a, b)| a == b).count();
+    let attempted = (
+        asked.writes,
+        asked.truncates,
+        asked.barriers,
+        asked.discards,
+    ) != (
+        counts.writes,
+        counts.truncates,
+        counts.barriers,
+        counts.discards,
+    );
+    let common = events
+        .iter()
+        .zip(&clean.events)
+        .take_while(|(a, b)| a == b)
+        .count();
     match &result {
         Ok(()) => {
             // Only discards and the last truncate may fail unnoticed.
-            let kind_ok = plan.kind.is_none() || matches!(plan.kind, Some(RequestKind::Discard | RequestKind::Truncate));
+            let kind_ok = plan.kind.is_none()
+                || matches!(
+                    plan.kind,
+                    Some(RequestKind::Discard | RequestKind::Truncate)
+                );
             if !kind_ok || outcome != Outcome::Done {
                 return bad(format!("a failed request, result 0, outcome {outcome:?}"));
             }
         }
         Err(e) => {
             if e.errno() != plan.errno {
-                return bad(format!("errno {} instead of {}: {e}", e.errno(), plan.errno));
+                return bad(format!(
+                    "errno {} instead of {}: {e}",
+                    e.errno(),
+                    plan.errno
+                ));
             }
             let mut may = outcomes(clean, publishing, common);
             if plan.torn > 0 && events.len() > common {
@@ -179,14 +217,23 @@ fn one_fault(
                 may = vec![Outcome::Unchanged];
             }
             if !may.contains(&outcome) {
-                return bad(format!("outcome {outcome:?}, not {may:?}, with {common} of {} events logged: {e}", clean.events.len()));
+                return bad(format!(
+                    "outcome {outcome:?}, not {may:?}, with {common} of {} events logged: {e}",
+                    clean.events.len()
+                ));
             }
         }
     }
 
     // The image, now and after a power cut that follows at once.
     let now = trace.contents();
-    let plan_of_cuts = CrashPlan { exhaustive: 3, singles: if all() { 16 } else { 4 }, random: if all() { 8 } else { 2 }, seed: plan.nth, torn: 1 };
+    let plan_of_cuts = CrashPlan {
+        exhaustive: 3,
+        singles: if all() { 16 } else { 4 },
+        random: if all() { 8 } else { 2 },
+        seed: plan.nth,
+        torn: 1,
+    };
     let cut_here = seen.insert(hash(format!("{events:?}").as_bytes(), 1));
     let mut sides_seen = vec![];
     let mut look = |bytes: &[u8], what: &str, stable: usize| -> Result<(), (String, Vec<u8>)> {
@@ -201,11 +248,20 @@ fn one_fault(
     };
     look(&now, "after the failure", events.len())?;
     if cut_here {
-        let last_group = events.iter().rposition(|e| *e == Event::Barrier).map_or(0, |i| i + 1);
-        let base = qcow2_snapshot::io::trace::image_after(before, &events[..last_group], |_| qcow2_snapshot::io::trace::Apply::Full);
+        let last_group = events
+            .iter()
+            .rposition(|e| *e == Event::Barrier)
+            .map_or(0, |i| i + 1);
+        let base = qcow2_snapshot::io::trace::image_after(before, &events[..last_group], |_| {
+            qcow2_snapshot::io::trace::Apply::Full
+        });
         for cut in crash_images(&base, &events[last_group..], &plan_of_cuts) {
             if seen.insert(hash(&cut.bytes, 2)) {
-                look(&cut.bytes, &format!("power cut after the failure, {}", cut.what), last_group)?;
+                look(
+                    &cut.bytes,
+                    &format!("power cut after the failure, {}", cut.what),
+                    last_group,
+                )?;
             }
         }
     }
@@ -230,7 +286,9 @@ fn one_fault(
         if attempted {
             match again {
                 Ok(()) => return bad("a handle that failed changes the image".into()),
-                Err(e) if e.errno() != libc::EIO => return bad(format!("refused with errno {}: {e}", e.errno())),
+                Err(e) if e.errno() != libc::EIO => {
+                    return bad(format!("refused with errno {}: {e}", e.errno()))
+                }
                 Err(_) => {}
             }
             if trace.contents() != now {
@@ -259,16 +317,24 @@ fn one_fault(
 fn failing_disks_lose_nothing_and_outcomes_are_true() {
     let run = Run::new(50);
     let (mut chains, _) = cases::reference(if all() { 400 << 10 } else { 24 << 10 });
-    chains.extend(cases::rare().into_iter().filter(|c| c.image.len() < if all() { 600 << 10 } else { 40 << 10 }));
+    chains.extend(
+        cases::rare(seeds())
+            .into_iter()
+            .filter(|c| c.image.len() < if all() { 600 << 10 } else { 40 << 10 }),
+    );
     let n = number("CRASH_RANDOM", if all() { 300 } else { 20 });
-    chains.extend((1..=n).map(cases::random).filter(|c| c.image.len() < 100 << 10));
+    chains.extend(
+        (1..=n)
+            .map(cases::random)
+            .filter(|c| c.image.len() < 100 << 10),
+    );
     run.over(chains, failing_disk);
     run.finish("failing disks");
 }
 
 #[test]
 fn a_failing_open_changes_nothing_and_says_why() {
-    let chain = cases::rare().swap_remove(0);
+    let chain = cases::rare(seeds()).swap_remove(0);
     for nth in 1.. {
         let storage = TraceStorage::new(chain.image.clone());
         let trace = storage.trace();
