@@ -95,6 +95,9 @@ impl Run {
         let mut sums = self.sums.lock().unwrap();
         let n = sums.losses.len();
         if n < 20 {
+            if let Some(qemu) = &self.qemu {
+                println!("qemu-img check of the image below: {}", qemu.check(image));
+            }
             let _ = std::fs::create_dir_all(&dir);
             let file = dir.join(format!("{}-{n}", std::process::id()));
             let _ = std::fs::write(file.with_extension("before.qcow2"), before);
@@ -474,7 +477,9 @@ fn power_cuts(run: &Run, chain: &Chain) {
                     exempt += u64::from(clean.sides.mixture);
                     leaking += u64::from(verdict.leaks > 0);
                     odd += u64::from(verdict.odd_flags > 0);
-                    if hash(&fingerprint.to_be_bytes(), 9) % run.one_of == 0 && !foreign(&before) {
+                    if hash(&fingerprint.to_be_bytes(), 9).checked_rem(run.one_of) == Some(0)
+                        && !foreign(&before)
+                    {
                         if let Some(qemu) = &run.qemu {
                             shown += 1;
                             if let Err(why) = qemu.agrees(&cut.bytes, &verdict) {

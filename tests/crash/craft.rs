@@ -279,7 +279,7 @@ enum Thing {
 fn layout(m: &mut Maker, active: &L1, snaps: &[(L1, u64)]) -> Result<Vec<u8>, String> {
     let (s, cs, per) = (m.s, m.cs(), m.per_l2());
     let clusters = |bytes: u64| bytes.div_ceil(cs).max(1);
-    let per_block = cs * 8 >> s.refcount_order;
+    let per_block = (cs * 8) >> s.refcount_order;
     let per_table = cs / 8;
 
     let mut l2s: Vec<Rc<L2>> = vec![];
@@ -521,7 +521,7 @@ fn layout(m: &mut Maker, active: &L1, snaps: &[(L1, u64)]) -> Result<Vec<u8>, St
             put(
                 &mut out,
                 at * cs + j as u64 * 8,
-                &(c * cs | flag).to_be_bytes(),
+                &((c * cs) | flag).to_be_bytes(),
             );
         }
     }
@@ -539,7 +539,7 @@ fn layout(m: &mut Maker, active: &L1, snaps: &[(L1, u64)]) -> Result<Vec<u8>, St
                     } else {
                         0
                     };
-                    d * cs | flag | u64::from(matches!(sym, Sym::ZeroData(_)))
+                    (d * cs) | flag | u64::from(matches!(sym, Sym::ZeroData(_)))
                 }
                 Sym::Packed(id) => {
                     let (offset, last) = range(id);

@@ -336,7 +336,7 @@ pub fn judge(b: &[u8]) -> Result<Verdict, String> {
         return Err(format!("refcount table of {clusters} clusters"));
     }
     refs.structure("refcount table".into(), table, clusters * cs)?;
-    let per_block = cs * 8 >> order;
+    let per_block = (cs * 8) >> order;
     let blocks: Vec<u64> = (0..clusters * cs / 8)
         .map(|i| img.word(table + i * 8))
         .collect();

@@ -61,6 +61,18 @@ impl Qemu {
             .unwrap_or_else(|e| panic!("{tool}: {e}"))
     }
 
+    /// What `qemu-img check` says.
+    pub fn check(&self, image: &[u8]) -> String {
+        let name = format!("{}.qcow2", self.next.fetch_add(1, Ordering::Relaxed));
+        let path = self.dir.join(&name);
+        if let Err(e) = std::fs::write(&path, image) {
+            return e.to_string();
+        }
+        let said = text(&self.run("qemu-img", &["check", "-f", "qcow2", &name]));
+        let _ = std::fs::remove_file(path);
+        said
+    }
+
     /// Judge an image that the in-process judge has passed: `check` finds nothing but leaks and
     /// harmless flags; a guest that writes the whole disk, before and after a repair, harms no
     /// snapshot.
