@@ -88,12 +88,14 @@ fn version_macros() -> String {
 
 /// cbindgen writes every constant in decimal, which nobody can read in a bit mask.
 fn flag_in_hex(line: &str) -> String {
-    let flag = line
-        .strip_prefix("#define QCOW2_O_")
-        .and_then(|rest| rest.split_once(' '))
-        .and_then(|(name, value)| Some((name, value.parse::<u32>().ok()?)));
-    match flag {
-        Some((name, value)) => format!("#define QCOW2_O_{name} {value:#010x}"),
-        None => line.to_owned(),
+    for (prefix, width) in [("#define QCOW2_O_", 10), ("#define QCOW2_BLOCK_", 4)] {
+        let flag = line
+            .strip_prefix(prefix)
+            .and_then(|rest| rest.split_once(' '))
+            .and_then(|(name, value)| Some((name, value.parse::<u32>().ok()?)));
+        if let Some((name, value)) = flag {
+            return format!("{prefix}{name} {value:#0width$x}");
+        }
     }
+    line.to_owned()
 }

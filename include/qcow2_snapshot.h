@@ -106,9 +106,37 @@
 #define QCOW2_O_COMPAT_2_1 0x08000000
 
 /**
- * Never open a backing file; a read that would need it is -ENOTSUP.
+ * Never open a backing file or an external data file; a read that would need one is
+ * -ENOTSUP. For images from a source that is not trusted: their names may say anything.
  */
 #define QCOW2_O_NO_BACKING 0x20000000
+
+/**
+ * Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA).
+ */
+#define QCOW2_BLOCK_DATA 0x01
+
+/**
+ * Qcow2Extent.flags: it reads as zeros (QEMU's BDRV_BLOCK_ZERO). Together with
+ * QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file.
+ */
+#define QCOW2_BLOCK_ZERO 0x02
+
+/**
+ * Qcow2Extent.flags: `host_offset` is valid (QEMU's BDRV_BLOCK_OFFSET_VALID).
+ */
+#define QCOW2_BLOCK_OFFSET_VALID 0x04
+
+/**
+ * Qcow2Extent.flags: the file at `depth` has it, as data or as zeros, and nothing shows
+ * through from behind that file (QEMU's BDRV_BLOCK_ALLOCATED; "present" in qemu-img map).
+ */
+#define QCOW2_BLOCK_ALLOCATED 0x10
+
+/**
+ * Qcow2Extent.flags: the bytes are stored compressed (QEMU's BDRV_BLOCK_COMPRESSED).
+ */
+#define QCOW2_BLOCK_COMPRESSED 0x80
 
 /**
  * qcow2_last_outcome(): no changing verb was called yet.
@@ -189,6 +217,25 @@ typedef struct Qcow2IoOps {
      * failed. May be NULL.
      */
     void (*close)(void *opaque);
+    /**
+     * Open, for reading, another file that this one names: a backing file or an external
+     * data file, when data is first needed from it. May be NULL: then what needs such a
+     * file is -ENOTSUP. Without it no name in an image leads anywhere, and with it only
+     * where the caller lets it lead.
+     *
+     * `name` is as it stands in the image: whatever somebody wrote there, relative to the
+     * file of `opaque`. `format` is "qcow2", "raw" or "", which stands for not known. On
+     * success `*ops` is set to functions for that file (copied at once; of these pwrite,
+     * flush, truncate and discard are never called, but must be there as in any table) and
+     * `*file_opaque` to what they are called with; `ops->close` is then called exactly once,
+     * also if the file turns out to be of no use. A backing file of that file is asked for by
+     * its own open_file. Not called with QCOW2_O_NO_BACKING.
+     */
+    int (*open_file)(void *opaque,
+                     const char *name,
+                     const char *format,
+                     const struct Qcow2IoOps **ops,
+                     void **file_opaque);
 } Qcow2IoOps;
 
 /**
@@ -229,6 +276,44 @@ typedef struct Qcow2SnapshotInfo {
     uint64_t icount;
 #endif
 } Qcow2SnapshotInfo;
+
+/**
+ * A run of a disk's bytes that are all of one kind, from qcow2_block_status(): one entry of
+ * "qemu-img map --output=json".
+ */
+typedef struct Qcow2Extent {
+    /**
+     * First byte, from the start of the disk: the offset that was asked for.
+     */
+    uint64_t start;
+    /**
+     * Bytes; 0 only at the end of the disk or if none were asked for.
+     */
+    uint64_t length;
+    /**
+     * Where the first byte stands in the file `filename`, if `flags` has
+     * QCOW2_BLOCK_OFFSET_VALID; else 0. Not for encrypted or compressed data.
+     */
+    uint64_t host_offset;
+    /**
+     * QCOW2_BLOCK values joined by "|".
+     */
+    uint32_t flags;
+    /**
+     * The file that has it: 0 the image, 1 its backing file, and so on.
+     */
+    uint32_t depth;
+    /**
+     * The file that host_offset refers to: of that depth the image or backing file itself,
+     * or its external data file. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
+     * not known (the caller's own I/O functions). Belongs to the handle, lives as long as it.
+     */
+    const char *filename;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[3];
+} Qcow2Extent;
 
 #ifdef __cplusplus
 extern "C" {
@@ -313,7 +398,7 @@ int qcow2_open_fd(int fd, int flags, struct Qcow2Image **pbs, struct Qcow2Error 
  *                failure, then owned by the caller (qcow2_error_free())
  * @return        0, or -errno as qcow2_open() for what concerns the image, and:
  *                -EINVAL   ops is NULL, its size too small to hold truncate, or a function
- *                          other than discard and close NULL
+ *                          other than discard, close and open_file NULL
  *                or what the functions return
  */
 int qcow2_open_io(const struct Qcow2IoOps *ops,
@@ -558,8 +643,11 @@ int64_t qcow2_getlength(const struct Qcow2Image *bs);
  *                -EIO      the range is not within the disk; the image is damaged there or
  *                          cannot be read; or an earlier failure spent the handle
  *                -ENOTSUP  the guest's data is encrypted, or a backing file is needed that
- *                          QCOW2_O_NO_BACKING forbids or that is in no format this library
- *                          reads; the words name it
+ *                          QCOW2_O_NO_BACKING forbids, that is in no format this library
+ *                          reads, or whose name is not a plain path; or the backing chain
+ *                          has more than 200 files, or L1 tables of more than 256 MiB
+ *                          behind the image; the words say which
+ *                -EINVAL   likewise, if the backing chain is a loop
  *                -ENOENT, -EACCES and the like if a backing file cannot be opened
  *                -EBUSY, and what the I/O functions return
  *
@@ -570,6 +658,71 @@ int qcow2_pread(struct Qcow2Image *bs,
                 void *buf,
                 size_t bytes,
                 struct Qcow2Error **errp);
+
+/**
+ * What the disk that the handle sees is made of: the run of bytes of one kind that begins at
+ * an offset. For copying without the zeros, and for finding what is allocated where:
+ *
+ *     for (int64_t at = 0; at < qcow2_getlength(bs); at += e.length)
+ *         if (qcow2_block_status(bs, at, INT64_MAX, &e, NULL) < 0) break; else ...
+ *
+ * Each call gives one entry of "qemu-img map --output=json", no shorter: neighbours that
+ * are alike are one. The differences: after qcow2_snapshot_load_tmp() it is the map of the
+ * snapshot, which qemu-img cannot show; and behind the caller's own I/O functions, or a
+ * descriptor that had to be duplicated (qcow2_open_fd()), holes are not known: clusters that
+ * were allocated ahead are data without QCOW2_BLOCK_ZERO there, and so are the holes of raw
+ * backing files.
+ *
+ * @param bs      the handle
+ * @param offset  where, in bytes from the start of the disk; any alignment
+ * @param bytes   look at no more than this many; INT64_MAX for as far as it goes. What the
+ *                call reads grows with the run that it finds.
+ * @param extent  where to put the answer; cleared if the call fails
+ * @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+ *                failure, then owned by the caller (qcow2_error_free())
+ * @return        0, or -errno:
+ *                -EINVAL   bs or extent is NULL, or bytes is negative
+ *                -EIO      the offset is not within the disk (its end is, with a length of
+ *                          0); the image is damaged there or cannot be read; or an earlier
+ *                          failure spent the handle
+ *                -ENOTSUP and the errnos of opening a backing file, as qcow2_pread()
+ *                -EBUSY, and what the I/O functions return
+ *
+ * QEMU: bdrv_block_status() down the backing chain, as qemu-img map
+ */
+int qcow2_block_status(struct Qcow2Image *bs,
+                       int64_t offset,
+                       int64_t bytes,
+                       struct Qcow2Extent *extent,
+                       struct Qcow2Error **errp);
+
+/**
+ * Read VM state: of the snapshot that qcow2_snapshot_load_tmp() shows or, without one, of
+ * the disk itself, where qcow2_snapshot_goto() brings that of the snapshot. The bytes are
+ * those that QEMU would load to resume the guest; how many there are is `vm_state_size` of
+ * the snapshot. What was never saved reads as zeros, as with QEMU.
+ *
+ * @param bs      the handle
+ * @param pos     where, in bytes from the start of the VM state; any alignment
+ * @param buf     room for `bytes` bytes, belongs to the caller; its contents are
+ *                unspecified after a failure
+ * @param bytes   how many; 0 is fine
+ * @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+ *                failure, then owned by the caller (qcow2_error_free())
+ * @return        0 when all bytes have been read, or -errno:
+ *                -EINVAL   bs is NULL, or buf is NULL and bytes is not 0
+ *                -EIO      pos is negative or beyond what can be; the image is damaged there
+ *                          or cannot be read; or an earlier failure spent the handle
+ *                -ENOTSUP and the errnos of opening a backing file, as qcow2_pread()
+ *                -EBUSY, and what the I/O functions return
+ *
+ * QEMU: qcow2_load_vmstate() of block/qcow2.c, through bdrv_load_vmstate()
+ */
+int qcow2_load_vmstate(struct Qcow2Image *bs,
+                       int64_t pos,
+                       void *buf,
+                       size_t bytes,
+                       struct Qcow2Error **errp);
 
 /**
  * The message of an error object: one line of English, UTF-8, without a newline.

@@ -108,6 +108,15 @@ int main(void)
     MEMBER(Qcow2IoOps, truncate);
     MEMBER(Qcow2IoOps, discard);
     MEMBER(Qcow2IoOps, close);
+    MEMBER(Qcow2IoOps, open_file);
+    SIZE(Qcow2Extent);
+    MEMBER(Qcow2Extent, start);
+    MEMBER(Qcow2Extent, length);
+    MEMBER(Qcow2Extent, host_offset);
+    MEMBER(Qcow2Extent, flags);
+    MEMBER(Qcow2Extent, depth);
+    MEMBER(Qcow2Extent, filename);
+    MEMBER(Qcow2Extent, reserved);
     CONSTANT(QCOW2_O_RDWR);
     CONSTANT(QCOW2_O_NO_FLUSH);
     CONSTANT(QCOW2_O_FORCE_SHARE);
@@ -115,6 +124,11 @@ int main(void)
     CONSTANT(QCOW2_O_NO_DISCARD);
     CONSTANT(QCOW2_O_COMPAT_2_1);
     CONSTANT(QCOW2_O_NO_BACKING);
+    CONSTANT(QCOW2_BLOCK_DATA);
+    CONSTANT(QCOW2_BLOCK_ZERO);
+    CONSTANT(QCOW2_BLOCK_OFFSET_VALID);
+    CONSTANT(QCOW2_BLOCK_ALLOCATED);
+    CONSTANT(QCOW2_BLOCK_COMPRESSED);
     CONSTANT(QCOW2_OUTCOME_NONE);
     CONSTANT(QCOW2_OUTCOME_UNCHANGED);
     CONSTANT(QCOW2_OUTCOME_DONE);

@@ -1,6 +1,7 @@
 //! Opening and closing.
 
-use std::ffi::{c_char, c_int, c_void, CStr, OsStr};
+use std::ffi::{c_char, c_int, c_void, CStr, CString, OsStr};
+use std::io;
 use std::mem::{offset_of, size_of, MaybeUninit};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -12,7 +13,7 @@ use super::types::Qcow2IoOps;
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::image::Image;
-use crate::io::callbacks::{CallbackStorage, Callbacks};
+use crate::io::callbacks::{failure as callback_error, CallbackStorage, Callbacks};
 
 /// Open the image at a path. The descriptor is close-on-exec. Opening writes nothing.
 ///
@@ -107,7 +108,7 @@ pub unsafe extern "C" fn qcow2_open_fd(
 ///                failure, then owned by the caller (qcow2_error_free())
 /// @return        0, or -errno as qcow2_open() for what concerns the image, and:
 ///                -EINVAL   ops is NULL, its size too small to hold truncate, or a function
-///                          other than discard and close NULL
+///                          other than discard, close and open_file NULL
 ///                or what the functions return
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_open_io(
@@ -216,7 +217,16 @@ struct CallerFunctions {
     truncate: unsafe extern "C" fn(*mut c_void, u64) -> c_int,
     discard: Option<unsafe extern "C" fn(*mut c_void, u64, u64) -> c_int>,
     close: Option<unsafe extern "C" fn(*mut c_void)>,
+    open_file: Option<OpenFile>,
 }
+
+type OpenFile = unsafe extern "C" fn(
+    *mut c_void,
+    *const c_char,
+    *const c_char,
+    *mut *const Qcow2IoOps,
+    *mut *mut c_void,
+) -> c_int;
 
 impl CallerFunctions {
     fn new(table: &Qcow2IoOps, opaque: *mut c_void) -> Result<CallerFunctions> {
@@ -229,6 +239,7 @@ impl CallerFunctions {
             truncate: table.truncate.ok_or_else(|| null("ops->truncate"))?,
             discard: table.discard,
             close: table.close,
+            open_file: table.open_file,
         })
     }
 }
@@ -266,10 +277,100 @@ impl Callbacks for CallerFunctions {
             .map(|discard| unsafe { discard(self.opaque, offset, bytes) })
     }
 
+    fn open_file(&mut self, name: &[u8], format: &[u8]) -> Option<io::Result<Box<dyn Callbacks>>> {
+        let open_file = self.open_file?;
+        let (Ok(name), Ok(format)) = (CString::new(name), CString::new(format)) else {
+            return Some(Err(io::Error::from_raw_os_error(libc::EINVAL)));
+        };
+        let (mut ops, mut opaque) = (ptr::null(), ptr::null_mut());
+        // SAFETY: two texts ending in NUL and two places to write to, alive during the call.
+        let answer = unsafe {
+            open_file(
+                self.opaque,
+                name.as_ptr(),
+                format.as_ptr(),
+                &mut ops,
+                &mut opaque,
+            )
+        };
+        if answer != 0 {
+            return Some(Err(callback_error(answer.into())));
+        }
+        // SAFETY: null or a table of the length it says, as the header demands.
+        let table = match unsafe { copy_table(ops) } {
+            Ok(table) => table,
+            Err(e) => return Some(Err(io::Error::from_raw_os_error(e.errno()))),
+        };
+        // From here on whatever happens ends with the caller's close.
+        let close = ClosesOnce {
+            opaque,
+            close: table.close,
+        };
+        Some(match CallerFunctions::new(&table, opaque) {
+            Ok(functions) => Ok(Box::new(LayerFunctions { functions, close })),
+            Err(e) => Err(io::Error::from_raw_os_error(e.errno())),
+        })
+    }
+
     fn close(&mut self) {
         if let Some(close) = self.close {
             // SAFETY: nothing but the caller's pointer is handed over.
             unsafe { close(self.opaque) }
         }
     }
+}
+
+/// Calls a caller's close function when dropped.
+struct ClosesOnce {
+    opaque: *mut c_void,
+    close: Option<unsafe extern "C" fn(*mut c_void)>,
+}
+
+impl Drop for ClosesOnce {
+    fn drop(&mut self) {
+        if let Some(close) = self.close.take() {
+            // SAFETY: nothing but the caller's pointer is handed over.
+            unsafe { close(self.opaque) }
+        }
+    }
+}
+
+/// The functions of a file that the caller opened for us: they only read, and dropping them
+/// closes the file.
+struct LayerFunctions {
+    functions: CallerFunctions,
+    #[allow(dead_code)] // it is there to be dropped
+    close: ClosesOnce,
+}
+
+impl Callbacks for LayerFunctions {
+    fn pread(&mut self, offset: u64, buf: &mut [u8]) -> i32 {
+        self.functions.pread(offset, buf)
+    }
+
+    fn pwrite(&mut self, _offset: u64, _buf: &[u8]) -> i32 {
+        -libc::EBADF
+    }
+
+    fn flush(&mut self) -> i32 {
+        0
+    }
+
+    fn getlength(&mut self) -> i64 {
+        self.functions.getlength()
+    }
+
+    fn truncate(&mut self, _length: u64) -> i32 {
+        -libc::EBADF
+    }
+
+    fn discard(&mut self, _offset: u64, _bytes: u64) -> Option<i32> {
+        None
+    }
+
+    fn open_file(&mut self, name: &[u8], format: &[u8]) -> Option<io::Result<Box<dyn Callbacks>>> {
+        self.functions.open_file(name, format)
+    }
+
+    fn close(&mut self) {}
 }

@@ -19,8 +19,22 @@ pub const QCOW2_O_NO_DISCARD: c_int = 0x0400_0000;
 /// to a snapshot of another disk size is -ENOTSUP. Programs do not pass it: they define
 /// QCOW2_SNAPSHOT_COMPAT_2_1 before the include, so that struct and handle agree.
 pub const QCOW2_O_COMPAT_2_1: c_int = 0x0800_0000;
-/// Never open a backing file; a read that would need it is -ENOTSUP.
+/// Never open a backing file or an external data file; a read that would need one is
+/// -ENOTSUP. For images from a source that is not trusted: their names may say anything.
 pub const QCOW2_O_NO_BACKING: c_int = 0x2000_0000;
+
+/// Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA).
+pub const QCOW2_BLOCK_DATA: c_int = 0x01;
+/// Qcow2Extent.flags: it reads as zeros (QEMU's BDRV_BLOCK_ZERO). Together with
+/// QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file.
+pub const QCOW2_BLOCK_ZERO: c_int = 0x02;
+/// Qcow2Extent.flags: `host_offset` is valid (QEMU's BDRV_BLOCK_OFFSET_VALID).
+pub const QCOW2_BLOCK_OFFSET_VALID: c_int = 0x04;
+/// Qcow2Extent.flags: the file at `depth` has it, as data or as zeros, and nothing shows
+/// through from behind that file (QEMU's BDRV_BLOCK_ALLOCATED; "present" in qemu-img map).
+pub const QCOW2_BLOCK_ALLOCATED: c_int = 0x10;
+/// Qcow2Extent.flags: the bytes are stored compressed (QEMU's BDRV_BLOCK_COMPRESSED).
+pub const QCOW2_BLOCK_COMPRESSED: c_int = 0x80;
 
 /// qcow2_last_outcome(): no changing verb was called yet.
 pub const QCOW2_OUTCOME_NONE: c_int = 0;
@@ -53,6 +67,29 @@ pub struct Qcow2SnapshotInfo {
     /// Instructions executed by the guest under record/replay; UINT64_MAX for none.
     #[cfg(not(qcow2_compat_2_1))]
     pub icount: u64,
+}
+
+/// A run of a disk's bytes that are all of one kind, from qcow2_block_status(): one entry of
+/// "qemu-img map --output=json".
+#[repr(C)]
+pub struct Qcow2Extent {
+    /// First byte, from the start of the disk: the offset that was asked for.
+    pub start: u64,
+    /// Bytes; 0 only at the end of the disk or if none were asked for.
+    pub length: u64,
+    /// Where the first byte stands in the file `filename`, if `flags` has
+    /// QCOW2_BLOCK_OFFSET_VALID; else 0. Not for encrypted or compressed data.
+    pub host_offset: u64,
+    /// QCOW2_BLOCK values joined by "|".
+    pub flags: u32,
+    /// The file that has it: 0 the image, 1 its backing file, and so on.
+    pub depth: u32,
+    /// The file that host_offset refers to: of that depth the image or backing file itself,
+    /// or its external data file. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
+    /// not known (the caller's own I/O functions). Belongs to the handle, lives as long as it.
+    pub filename: *const c_char,
+    /// Zeros. Later versions of the library may tell more here.
+    pub reserved: [u64; 3],
 }
 
 /// The caller's I/O functions, for qcow2_open_io(). The library copies the table; it calls
@@ -98,6 +135,27 @@ pub struct Qcow2IoOps {
     /// The handle is closed: the last call, exactly once. Not called if qcow2_open_io()
     /// failed. May be NULL.
     pub close: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
+    /// Open, for reading, another file that this one names: a backing file or an external
+    /// data file, when data is first needed from it. May be NULL: then what needs such a
+    /// file is -ENOTSUP. Without it no name in an image leads anywhere, and with it only
+    /// where the caller lets it lead.
+    ///
+    /// `name` is as it stands in the image: whatever somebody wrote there, relative to the
+    /// file of `opaque`. `format` is "qcow2", "raw" or "", which stands for not known. On
+    /// success `*ops` is set to functions for that file (copied at once; of these pwrite,
+    /// flush, truncate and discard are never called, but must be there as in any table) and
+    /// `*file_opaque` to what they are called with; `ops->close` is then called exactly once,
+    /// also if the file turns out to be of no use. A backing file of that file is asked for by
+    /// its own open_file. Not called with QCOW2_O_NO_BACKING.
+    pub open_file: Option<
+        unsafe extern "C" fn(
+            opaque: *mut c_void,
+            name: *const c_char,
+            format: *const c_char,
+            ops: *mut *const Qcow2IoOps,
+            file_opaque: *mut *mut c_void,
+        ) -> c_int,
+    >,
 }
 
 const VERSION: &CStr =

@@ -1,4 +1,4 @@
-//! The functions of QEMU's `block/qcow2-snapshot.c`, and reading the disk.
+//! The functions of QEMU's `block/qcow2-snapshot.c`, and reading disk and VM state.
 
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::mem::{offset_of, size_of, MaybeUninit};
@@ -6,7 +6,10 @@ use std::ptr::{self, NonNull};
 
 use super::error::Qcow2Error;
 use super::guard::{guard_image, null, Entered, Kind, Qcow2Image};
-use super::types::Qcow2SnapshotInfo;
+use super::types::{
+    Qcow2Extent, Qcow2SnapshotInfo, QCOW2_BLOCK_ALLOCATED, QCOW2_BLOCK_COMPRESSED,
+    QCOW2_BLOCK_DATA, QCOW2_BLOCK_OFFSET_VALID, QCOW2_BLOCK_ZERO,
+};
 use crate::error::{Error, Result};
 use crate::snapshot::{NewSnapshot, Snapshot};
 
@@ -335,8 +338,11 @@ pub unsafe extern "C" fn qcow2_getlength(bs: *const Qcow2Image) -> i64 {
 ///                -EIO      the range is not within the disk; the image is damaged there or
 ///                          cannot be read; or an earlier failure spent the handle
 ///                -ENOTSUP  the guest's data is encrypted, or a backing file is needed that
-///                          QCOW2_O_NO_BACKING forbids or that is in no format this library
-///                          reads; the words name it
+///                          QCOW2_O_NO_BACKING forbids, that is in no format this library
+///                          reads, or whose name is not a plain path; or the backing chain
+///                          has more than 200 files, or L1 tables of more than 256 MiB
+///                          behind the image; the words say which
+///                -EINVAL   likewise, if the backing chain is a loop
 ///                -ENOENT, -EACCES and the like if a backing file cannot be opened
 ///                -EBUSY, and what the I/O functions return
 ///
@@ -371,6 +377,138 @@ pub unsafe extern "C" fn qcow2_pread(
             std::slice::from_raw_parts_mut(buf.as_ptr(), bytes)
         };
         it.image().read(start, slice).map(|()| 0)
+    };
+    // SAFETY: the header demands an open handle or NULL, and a writable errp or NULL.
+    unsafe { guard_image(bs, errp, Kind::Reads, body) }
+}
+
+/// What the disk that the handle sees is made of: the run of bytes of one kind that begins at
+/// an offset. For copying without the zeros, and for finding what is allocated where:
+///
+///     for (int64_t at = 0; at < qcow2_getlength(bs); at += e.length)
+///         if (qcow2_block_status(bs, at, INT64_MAX, &e, NULL) < 0) break; else ...
+///
+/// Each call gives one entry of "qemu-img map --output=json", no shorter: neighbours that
+/// are alike are one. The differences: after qcow2_snapshot_load_tmp() it is the map of the
+/// snapshot, which qemu-img cannot show; and behind the caller's own I/O functions, or a
+/// descriptor that had to be duplicated (qcow2_open_fd()), holes are not known: clusters that
+/// were allocated ahead are data without QCOW2_BLOCK_ZERO there, and so are the holes of raw
+/// backing files.
+///
+/// @param bs      the handle
+/// @param offset  where, in bytes from the start of the disk; any alignment
+/// @param bytes   look at no more than this many; INT64_MAX for as far as it goes. What the
+///                call reads grows with the run that it finds.
+/// @param extent  where to put the answer; cleared if the call fails
+/// @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+///                failure, then owned by the caller (qcow2_error_free())
+/// @return        0, or -errno:
+///                -EINVAL   bs or extent is NULL, or bytes is negative
+///                -EIO      the offset is not within the disk (its end is, with a length of
+///                          0); the image is damaged there or cannot be read; or an earlier
+///                          failure spent the handle
+///                -ENOTSUP and the errnos of opening a backing file, as qcow2_pread()
+///                -EBUSY, and what the I/O functions return
+///
+/// QEMU: bdrv_block_status() down the backing chain, as qemu-img map
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_block_status(
+    bs: *mut Qcow2Image,
+    offset: i64,
+    bytes: i64,
+    extent: *mut Qcow2Extent,
+    errp: *mut *mut Qcow2Error,
+) -> c_int {
+    let out = NonNull::new(extent);
+    if let Some(out) = out {
+        // SAFETY: not null, and writable as the header demands. All zeros is a value.
+        unsafe { out.write_bytes(0, 1) };
+    }
+    let body = |it: &mut Entered| {
+        let out = out.ok_or_else(|| null("extent"))?;
+        let max = u64::try_from(bytes)
+            .map_err(|_| Error::Invalid(format!("The number of bytes is negative: {bytes}")))?;
+        let start = u64::try_from(offset)
+            .map_err(|_| Error::Corrupt(format!("The offset {offset} is not within the disk")))?;
+        let found = it.image().block_status(start, max)?;
+        let flags = [
+            (found.data, QCOW2_BLOCK_DATA),
+            (found.zero, QCOW2_BLOCK_ZERO),
+            (found.offset.is_some(), QCOW2_BLOCK_OFFSET_VALID),
+            (found.present, QCOW2_BLOCK_ALLOCATED),
+            (found.compressed, QCOW2_BLOCK_COMPRESSED),
+        ];
+        let name = match found.offset {
+            Some(_) => it.image().host_name(found.depth),
+            None => None,
+        };
+        let answer = Qcow2Extent {
+            start: found.start,
+            length: found.length,
+            host_offset: found.offset.unwrap_or(0),
+            flags: flags
+                .iter()
+                .filter(|(set, _)| *set)
+                .fold(0, |all, (_, bit)| all | *bit as u32),
+            depth: found.depth,
+            filename: name.map_or(ptr::null(), CStr::as_ptr),
+            reserved: [0; 3],
+        };
+        // SAFETY: as above.
+        unsafe { out.write(answer) };
+        Ok(0)
+    };
+    // SAFETY: the header demands an open handle or NULL, and a writable errp or NULL.
+    unsafe { guard_image(bs, errp, Kind::Reads, body) }
+}
+
+/// Read VM state: of the snapshot that qcow2_snapshot_load_tmp() shows or, without one, of
+/// the disk itself, where qcow2_snapshot_goto() brings that of the snapshot. The bytes are
+/// those that QEMU would load to resume the guest; how many there are is `vm_state_size` of
+/// the snapshot. What was never saved reads as zeros, as with QEMU.
+///
+/// @param bs      the handle
+/// @param pos     where, in bytes from the start of the VM state; any alignment
+/// @param buf     room for `bytes` bytes, belongs to the caller; its contents are
+///                unspecified after a failure
+/// @param bytes   how many; 0 is fine
+/// @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+///                failure, then owned by the caller (qcow2_error_free())
+/// @return        0 when all bytes have been read, or -errno:
+///                -EINVAL   bs is NULL, or buf is NULL and bytes is not 0
+///                -EIO      pos is negative or beyond what can be; the image is damaged there
+///                          or cannot be read; or an earlier failure spent the handle
+///                -ENOTSUP and the errnos of opening a backing file, as qcow2_pread()
+///                -EBUSY, and what the I/O functions return
+///
+/// QEMU: qcow2_load_vmstate() of block/qcow2.c, through bdrv_load_vmstate()
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qcow2_load_vmstate(
+    bs: *mut Qcow2Image,
+    pos: i64,
+    buf: *mut c_void,
+    bytes: usize,
+    errp: *mut *mut Qcow2Error,
+) -> c_int {
+    let body = |it: &mut Entered| {
+        let outside = || Error::Corrupt(format!("The VM state position {pos} is out of range"));
+        let start = u64::try_from(pos).map_err(|_| outside())?;
+        // Before the buffer is touched: does the image allow such a range at all?
+        it.image().load_vmstate(start, &mut [])?;
+        if bytes == 0 {
+            return Ok(0);
+        }
+        if isize::try_from(bytes).is_err() {
+            return Err(outside());
+        }
+        let buf = NonNull::new(buf.cast::<u8>()).ok_or_else(|| null("buf"))?;
+        // SAFETY: the header demands room for `bytes` bytes, which fit an isize. They are
+        // cleared first, since the caller's memory may never have been written.
+        let slice = unsafe {
+            buf.write_bytes(0, bytes);
+            std::slice::from_raw_parts_mut(buf.as_ptr(), bytes)
+        };
+        it.image().load_vmstate(start, slice).map(|()| 0)
     };
     // SAFETY: the header demands an open handle or NULL, and a writable errp or NULL.
     unsafe { guard_image(bs, errp, Kind::Reads, body) }

@@ -16,10 +16,15 @@ use std::path::{Path, PathBuf};
 /// Our limit for the length of a backing chain; QEMU has none but its stack.
 pub(crate) const MAX_CHAIN: usize = 200;
 
+/// Our limit for the L1 tables of all files behind an image together, in bytes. QEMU has none for
+/// the chain, but 32 MiB for one table.
+const MAX_CHAIN_L1: usize = 256 << 20;
+
 /// One file of the chain behind the image.
 pub(crate) enum Layer {
     Qcow2(Box<Image>),
-    Raw(Device),
+    /// A raw file, and its path where it has one.
+    Raw(Device, Option<PathBuf>),
 }
 
 impl Layer {
@@ -27,7 +32,7 @@ impl Layer {
     pub(crate) fn length(&self) -> u64 {
         match self {
             Layer::Qcow2(image) => image.header.disk_size(),
-            Layer::Raw(dev) => dev.length().div_ceil(512).saturating_mul(512),
+            Layer::Raw(dev, _) => dev.length().div_ceil(512).saturating_mul(512),
         }
     }
 }
@@ -38,19 +43,45 @@ impl Image {
         if self.chain.is_some() {
             return Ok(());
         }
-        let mut chain = Vec::new();
-        let mut next = self.behind()?;
-        while let Some((path, format)) = next {
-            if chain.len() >= MAX_CHAIN {
+        let mut chain: Vec<Layer> = Vec::new();
+        let mut seen: Vec<(u64, u64)> = self.dev.identity().into_iter().collect();
+        let mut tables = 0;
+        loop {
+            let last = chain.len() >= MAX_CHAIN;
+            let namer = match chain.last_mut() {
+                None => &mut *self,
+                Some(Layer::Qcow2(image)) => image,
+                Some(Layer::Raw(..)) => break,
+            };
+            if namer.backing_file.is_empty() {
+                break;
+            }
+            if last {
                 return Err(Error::Unsupported(format!(
                     "The backing chain is longer than {MAX_CHAIN} files"
                 )));
             }
-            let layer = self.open_layer(&path, &format)?;
-            next = match &layer {
-                Layer::Qcow2(image) => image.behind()?,
-                Layer::Raw(_) => None,
-            };
+            let mut layer = namer.open_layer()?;
+            if let Layer::Qcow2(image) = &mut layer {
+                if let Some(id) = image.dev.identity() {
+                    if seen.contains(&id) {
+                        return Err(Error::Invalid(format!(
+                            "The backing chain is a loop: '{}' stands in it twice",
+                            String::from_utf8_lossy(&namer.backing_file)
+                        )));
+                    }
+                    seen.push(id);
+                }
+                tables += size_of_val(image.l1.as_slice());
+                if tables > MAX_CHAIN_L1 {
+                    return Err(Error::Unsupported(
+                        "The L1 tables of the backing chain take more than 256 MiB".into(),
+                    ));
+                }
+                // Only what reading needs is kept.
+                image.reftable = Vec::new();
+                image.free_snapshots();
+            }
             chain.push(layer);
         }
         self.chain = Some(chain);
@@ -67,26 +98,12 @@ impl Image {
             .map_or(0, Layer::length))
     }
 
-    /// Path and format of the backing file, if there is one.
-    fn behind(&self) -> Result<Option<(PathBuf, Vec<u8>)>> {
-        if self.backing_file.is_empty() {
-            return Ok(None);
-        }
-        let path = self.resolve(&self.backing_file, "backing file")?;
-        Ok(Some((path, self.extensions.backing_format.clone())))
-    }
-
     /// A name from the image as a path: relative to the image's folder (`path_combine`).
     fn resolve(&self, name: &[u8], what: &str) -> Result<PathBuf> {
         let shown = String::from_utf8_lossy(name);
-        if self.flags.has(OpenFlags::NO_BACKING) {
-            return Err(Error::Unsupported(format!(
-                "The {what} '{shown}' is needed, which QCOW2_O_NO_BACKING forbids"
-            )));
-        }
         let Some(own) = &self.path else {
             return Err(Error::Unsupported(format!(
-                "The {what} '{shown}' is needed, which an image opened through callbacks cannot reach"
+                "The {what} '{shown}' is needed, which an image opened through callbacks without open_file cannot reach"
             )));
         };
         let plain = name.strip_prefix(b"file:").unwrap_or(name);
@@ -100,47 +117,81 @@ impl Image {
         Ok(folder.join(OsStr::from_bytes(plain)))
     }
 
-    fn open_layer(&self, path: &Path, format: &[u8]) -> Result<Layer> {
-        let flags = self.flags.for_layers();
-        let storage = FileStorage::open_path(path, &Image::file_options(flags))
-            .map_err(|e| e.context("Could not open backing file"))?;
-        let mut dev = Device::new(Box::new(storage))?;
-        let qcow2 = match format {
+    /// Path of the file that this image's data is in.
+    pub(crate) fn data_path(&self) -> Option<PathBuf> {
+        if self.header.has_data_file() {
+            return self.resolve(&self.extensions.data_file, "").ok();
+        }
+        self.path.clone()
+    }
+
+    /// Open a file that this image names, for reading.
+    fn open_named(
+        &mut self,
+        name: &[u8],
+        format: &[u8],
+        what: &str,
+    ) -> Result<(Device, Option<PathBuf>)> {
+        let context = format!("Could not open {what}");
+        let shown = String::from_utf8_lossy(name);
+        if self.flags.has(OpenFlags::NO_BACKING) {
+            return Err(Error::Unsupported(format!(
+                "The {what} '{shown}' is needed, which QCOW2_O_NO_BACKING forbids"
+            )));
+        }
+        if let Some(opened) = self.dev.open_named(name, format) {
+            let storage = opened.map_err(|source| Error::Os {
+                context: format!("{context} '{shown}'"),
+                source,
+            })?;
+            return Ok((Device::new(storage)?, None));
+        }
+        let path = self.resolve(name, what)?;
+        let options = Image::file_options(self.flags.for_layers());
+        let storage = FileStorage::open_path(&path, &options).map_err(|e| e.context(&context))?;
+        Ok((Device::new(Box::new(storage))?, Some(path)))
+    }
+
+    /// Open the backing file that this image names.
+    fn open_layer(&mut self) -> Result<Layer> {
+        let name = self.backing_file.clone();
+        let format = self.extensions.backing_format.clone();
+        let known: [&[u8]; 4] = [b"qcow2", b"raw", b"file", b""];
+        if !known.contains(&format.as_slice()) {
+            return Err(Error::Unsupported(format!(
+                "Backing files of format '{}' are not supported",
+                String::from_utf8_lossy(&format)
+            )));
+        }
+        let (mut dev, path) = self.open_named(&name, &format, "backing file")?;
+        let qcow2 = match format.as_slice() {
             b"qcow2" => true,
-            b"raw" | b"file" => false,
             b"" => {
                 let magic = dev.read_vec("Could not read the backing file", 0, 4)?;
                 magic == crate::format::header::MAGIC.to_be_bytes()
             }
-            other => {
-                return Err(Error::Unsupported(format!(
-                    "Backing files of format '{}' are not supported",
-                    String::from_utf8_lossy(other)
-                )))
-            }
+            _ => false,
         };
         if !qcow2 {
-            return Ok(Layer::Raw(dev));
+            return Ok(Layer::Raw(dev, path));
         }
-        let mut image =
-            Image::on_device(dev, flags).map_err(|e| e.context("Could not open backing file"))?;
-        image.path = Some(path.to_owned());
+        let mut image = Image::on_device(dev, self.flags.for_layers())
+            .map_err(|e| e.context("Could not open backing file"))?;
+        image.path = path;
         Ok(Layer::Qcow2(Box::new(image)))
     }
 
     /// The external data file, opened on first use.
     pub(crate) fn data_file(&mut self) -> Result<&mut Device> {
         if self.data_file.is_none() {
-            if self.extensions.data_file.is_empty() {
+            let name = self.extensions.data_file.clone();
+            if name.is_empty() {
                 return Err(Error::Invalid(
                     "'data-file' is required for this image".into(),
                 ));
             }
-            let path = self.resolve(&self.extensions.data_file, "external data file")?;
-            let storage =
-                FileStorage::open_path(&path, &Image::file_options(self.flags.for_layers()))
-                    .map_err(|e| e.context("Could not open the external data file"))?;
-            self.data_file = Some(Device::new(Box::new(storage))?);
+            let (dev, _) = self.open_named(&name, b"raw", "external data file")?;
+            self.data_file = Some(dev);
         }
         self.data_file
             .as_mut()

@@ -1,7 +1,7 @@
 //! The storage under an image, with errors that say what was being done and where.
 
 use crate::error::{Error, Result};
-use crate::io::{Storage, MAX_REQUEST};
+use crate::io::{Run, Storage, MAX_REQUEST};
 
 /// A [`Storage`] whose length is known and whose errors carry context.
 pub(crate) struct Device {
@@ -114,6 +114,30 @@ impl Device {
             offset: 0,
             source,
         })
+    }
+
+    /// Is there data or a hole at `offset`? Where the storage cannot tell: data.
+    pub(crate) fn run(&mut self, offset: u64) -> Run {
+        self.storage.run(offset).unwrap_or(Run::Data(u64::MAX))
+    }
+
+    /// Bytes that the file takes, holes left out, where the storage can tell.
+    pub(crate) fn allocated(&mut self) -> Option<u64> {
+        self.storage.allocated()
+    }
+
+    /// What tells this file from every other, where the storage can tell.
+    pub(crate) fn identity(&mut self) -> Option<(u64, u64)> {
+        self.storage.identity()
+    }
+
+    /// Open another file through this one's storage; `None` if names are paths.
+    pub(crate) fn open_named(
+        &mut self,
+        name: &[u8],
+        format: &[u8],
+    ) -> Option<std::io::Result<Box<dyn Storage>>> {
+        self.storage.open_named(name, format)
     }
 
     pub(crate) fn close(self) -> Result<()> {

@@ -6,7 +6,7 @@ use super::{device, Image};
 use crate::error::{Error, Result};
 use crate::format::compress;
 use crate::format::entry::{self, Cluster, OFFSET_MASK};
-use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
+use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::validate_table;
 use byteorder::{BigEndian, ByteOrder};
 
@@ -16,8 +16,9 @@ const SUBCLUSTERS: u64 = 32;
 /// What a run of guest bytes is in one image, backing files left aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Extent {
-    /// Nothing here: the backing file shows through, or zeros.
-    Unallocated,
+    /// Nothing here: the backing file shows through, or zeros. A cluster may be held at this
+    /// offset for other subclusters.
+    Unallocated(Option<u64>),
     /// Zeros; a cluster may be held at this offset.
     Zero(Option<u64>),
     /// The file's bytes from this offset (of the external data file, if there is one).
@@ -31,8 +32,41 @@ impl Extent {
     fn advanced(self, by: u64) -> Extent {
         match self {
             Extent::Data(host) => Extent::Data(host.saturating_add(by)),
+            Extent::Unallocated(Some(host)) => Extent::Unallocated(Some(host.saturating_add(by))),
             Extent::Zero(Some(host)) => Extent::Zero(Some(host.saturating_add(by))),
             other => other,
+        }
+    }
+}
+
+/// Parts of L2 tables in memory: at most [`SLOTS`] of at most [`SLICE`] bytes, each with one place
+/// where it can be.
+#[derive(Default)]
+pub(crate) struct L2Cache(Vec<(u64, Vec<u8>)>);
+
+const SLOTS: u64 = 16;
+const SLICE: u64 = 64 << 10;
+
+/// Bytes of an L2 table that are read at once.
+fn slice_bytes(g: Geometry) -> u64 {
+    g.cluster_size().min(SLICE)
+}
+
+impl L2Cache {
+    fn slot(offset: u64) -> usize {
+        // Neighbours go to different slots, whatever the size of a slice.
+        ((offset >> 9 ^ offset >> 12 ^ offset >> 16) % SLOTS) as usize
+    }
+
+    fn get(&self, offset: u64) -> Option<&[u8]> {
+        let (held, bytes) = self.0.get(L2Cache::slot(offset))?;
+        (*held == offset && !bytes.is_empty()).then_some(bytes)
+    }
+
+    fn put(&mut self, offset: u64, bytes: Vec<u8>) {
+        self.0.resize_with(SLOTS as usize, Default::default);
+        if let Some(slot) = self.0.get_mut(L2Cache::slot(offset)) {
+            *slot = (offset, bytes);
         }
     }
 }
@@ -66,7 +100,7 @@ impl Image {
     /// current (QEMU's `qcow2_load_vmstate`). It stands behind the disk in the L1 table.
     ///
     /// # Errors
-    /// `TooBig` (EFBIG) for a position beyond what an L1 table can reach; else as [`Image::read`].
+    /// `EIO` for a position beyond what an L1 table can reach; else as [`Image::read`].
     pub fn load_vmstate(&mut self, pos: u64, buf: &mut [u8]) -> Result<()> {
         self.usable()?;
         let g = self.header.geometry;
@@ -77,7 +111,7 @@ impl Image {
             .filter(|e| *e <= i64::MAX as u64);
         match (offset, end) {
             (Some(offset), Some(_)) => self.read_through(offset, buf),
-            _ => Err(Error::TooBig(
+            _ => Err(Error::Corrupt(
                 "The VM state position is out of range".into(),
             )),
         }
@@ -132,7 +166,7 @@ impl Image {
         let (part, beyond) = part.split_at_mut(inside);
         beyond.fill(0);
         match found {
-            Layer::Raw(dev) => dev
+            Layer::Raw(dev, _) => dev
                 .read("Could not read the backing file", at, part)
                 .map(|()| None),
             Layer::Qcow2(image) => {
@@ -155,8 +189,8 @@ impl Image {
             let n = n as usize;
             let piece = rest.get_mut(..n).unwrap_or_default();
             match extent {
-                Extent::Unallocated if self.backing_file.is_empty() => piece.fill(0),
-                Extent::Unallocated => return Ok(Some((done, n))),
+                Extent::Unallocated(_) if self.backing_file.is_empty() => piece.fill(0),
+                Extent::Unallocated(_) => return Ok(Some((done, n))),
                 Extent::Zero(_) => piece.fill(0),
                 Extent::Data(host) => {
                     self.data_device()?
@@ -169,7 +203,7 @@ impl Image {
         Ok(None)
     }
 
-    fn data_device(&mut self) -> Result<&mut Device> {
+    pub(crate) fn data_device(&mut self) -> Result<&mut Device> {
         if self.header.has_data_file() {
             return self.data_file();
         }
@@ -209,7 +243,7 @@ impl Image {
     /// What the guest bytes from `guest` on are, and for how many of `max` bytes that holds. Runs
     /// that go on in the file are given whole, within one L2 table.
     pub(crate) fn extent(&mut self, guest: u64, max: u64) -> Result<(Extent, u64)> {
-        let (first, mut n) = self.extent_at(guest)?;
+        let (first, mut n) = self.extent_at(guest, max)?;
         let g = self.header.geometry;
         let l1_index = g.l1_index(guest);
         while n < max {
@@ -217,7 +251,7 @@ impl Image {
             if g.l1_index(next) != l1_index || matches!(first, Extent::Compressed { .. }) {
                 break;
             }
-            let (extent, more) = self.extent_at(next)?;
+            let (extent, more) = self.extent_at(next, max - n)?;
             if extent != first.advanced(n) {
                 break;
             }
@@ -226,9 +260,9 @@ impl Image {
         Ok((first, n.min(max)))
     }
 
-    /// The extent at `guest` up to the end of its cluster or subcluster; up to the end of the L2
-    /// table's range where there is no table.
-    fn extent_at(&mut self, guest: u64) -> Result<(Extent, u64)> {
+    /// The extent at `guest`, at least up to the end of its cluster or subcluster; up to the end of
+    /// the L2 table's range where there is no table.
+    fn extent_at(&mut self, guest: u64, max: u64) -> Result<(Extent, u64)> {
         let g = self.header.geometry;
         let l1 = self.view.as_ref().map_or(&self.l1, |v| &v.l1);
         let slot = l1.get(g.l1_index(guest) as usize).copied().unwrap_or(0);
@@ -237,7 +271,7 @@ impl Image {
             let end = g
                 .guest_of_l1(g.l1_index(guest).saturating_add(1))
                 .unwrap_or(u64::MAX);
-            return Ok((Extent::Unallocated, end - guest));
+            return Ok((Extent::Unallocated(None), end - guest));
         }
         let (word, bitmap) = self.l2_entry(table, guest)?;
         let at = g.in_cluster(guest);
@@ -272,9 +306,14 @@ impl Image {
             let extent = match (cluster, host) {
                 (Cluster::ZeroPlain | Cluster::ZeroAllocated(_), host) => Extent::Zero(host),
                 (_, Some(host)) => Extent::Data(host),
-                (_, None) => Extent::Unallocated,
+                (_, None) => Extent::Unallocated(None),
             };
-            return Ok((extent, g.cluster_size() - at));
+            let stride = match extent {
+                Extent::Data(_) | Extent::Zero(Some(_)) => g.cluster_size(),
+                _ => 0,
+            };
+            let more = self.alike(table, guest, max, stride);
+            return Ok((extent, g.cluster_size() - at + more));
         }
         let size = g.cluster_size() / SUBCLUSTERS;
         let (allocated, zero) = (bitmap & 0xffff_ffff, bitmap >> 32);
@@ -287,9 +326,67 @@ impl Image {
         let extent = match (allocated >> index & 1, zero >> index & 1, host) {
             (_, 1, host) => Extent::Zero(host),
             (1, _, Some(host)) => Extent::Data(host),
-            _ => Extent::Unallocated,
+            (_, _, host) => Extent::Unallocated(host),
         };
-        Ok((extent, size - at % size))
+        // The subclusters behind it that are alike; where that is all of them, whole clusters.
+        let bits = |map: u64| (map >> index) as u32;
+        let wanted = (allocated >> index & 1, zero >> index & 1);
+        let differ = (bits(allocated) ^ if wanted.0 == 1 { u32::MAX } else { 0 })
+            | (bits(zero) ^ if wanted.1 == 1 { u32::MAX } else { 0 });
+        let same = u64::from(differ.trailing_zeros()).clamp(1, SUBCLUSTERS - index);
+        let mut n = size * same - at % size;
+        if index + same == SUBCLUSTERS && [0, 0xffff_ffff, 0xffff_ffff << 32].contains(&bitmap) {
+            let stride = if host.is_some() { g.cluster_size() } else { 0 };
+            n += self.alike(table, guest, max, stride);
+        }
+        Ok((extent, n))
+    }
+
+    /// Bytes behind the cluster of `guest` that are as it is and go on in the file where it does
+    /// (`stride` bytes further on with each entry): whole entries of the slice in the cache, no
+    /// more of them than `max` bytes need.
+    fn alike(&self, table: u64, guest: u64, max: u64, stride: u64) -> u64 {
+        let g = self.header.geometry;
+        let size = g.l2_entry_size();
+        let (offset, at) = self.slice_of(table, guest);
+        let Some(slice) = self.l2_cache.get(offset) else {
+            return 0;
+        };
+        // Bits that say nothing here are left out; COPIED tells offset 0 of a data file from none.
+        let mut mask = OFFSET_MASK | entry::COMPRESSED;
+        if !g.extended_l2 {
+            mask |= entry::ZERO;
+        }
+        if self.header.has_data_file() {
+            mask |= entry::COPIED;
+        }
+        let mut words = slice.get(at..).unwrap_or_default().chunks_exact(size);
+        let Some(first) = words.next() else {
+            return 0;
+        };
+        let bitmap = first.get(8..);
+        let mut expected = BigEndian::read_u64(first) & mask;
+        let most = max.div_ceil(g.cluster_size());
+        let mut count = 0;
+        for word in words {
+            expected = expected.wrapping_add(stride);
+            if count >= most
+                || BigEndian::read_u64(word) & mask != expected
+                || word.get(8..) != bitmap
+            {
+                break;
+            }
+            count += 1;
+        }
+        count * g.cluster_size()
+    }
+
+    /// The slice of an L2 table that the entry for a guest offset is in, and the entry's place there.
+    fn slice_of(&self, table: u64, guest: u64) -> (u64, usize) {
+        let g = self.header.geometry;
+        let at = g.l2_index(guest) * g.l2_entry_size() as u64;
+        let within = at % slice_bytes(g);
+        (table.saturating_add(at - within), within as usize)
     }
 
     /// The L2 entry for a guest offset in the table at `table`, and its subcluster bitmap.
@@ -300,22 +397,17 @@ impl Image {
                 "L2 table offset {table:#x} unaligned"
             )));
         }
-        if self
-            .l2_cache
-            .as_ref()
-            .is_none_or(|(offset, _)| *offset != table)
-        {
-            self.l2_cache = None;
+        let (offset, at) = self.slice_of(table, guest);
+        if self.l2_cache.get(offset).is_none() {
             let bytes = self
                 .dev
-                .read_vec("Could not read an L2 table", table, g.cluster_size())?;
-            self.l2_cache = Some((table, bytes));
+                .read_vec("Could not read an L2 table", offset, slice_bytes(g))?;
+            self.l2_cache.put(offset, bytes);
         }
-        let at = g.l2_index(guest) as usize * g.l2_entry_size();
         let word = self
             .l2_cache
-            .as_ref()
-            .and_then(|(_, t)| t.get(at..at + g.l2_entry_size()))
+            .get(offset)
+            .and_then(|slice| slice.get(at..at + g.l2_entry_size()))
             .unwrap_or_default();
         let bitmap = if g.extended_l2 {
             word.get(8..).map_or(0, BigEndian::read_u64)

@@ -20,8 +20,11 @@ pub(crate) mod overlap;
 pub(crate) mod refcount;
 pub(crate) mod replay;
 mod resize;
+mod status;
 pub(crate) mod update;
 pub(crate) mod walk;
+
+pub use status::BlockStatus;
 
 /// What the last changing verb did to the image (`qcow2_last_outcome()`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,12 +77,16 @@ pub struct Image {
     pub(crate) reftable: Vec<u64>,
     pub(crate) snapshots: SnapshotList,
     pub(crate) view: Option<View>,
-    pub(crate) l2_cache: Option<(u64, Vec<u8>)>,
+    l2_cache: mapping::L2Cache,
     unpacked: Option<mapping::Unpacked>,
     /// Where the image is, for names in it that are relative; unknown behind callbacks.
     path: Option<std::path::PathBuf>,
     chain: Option<Vec<chain::Layer>>,
     data_file: Option<Device>,
+    /// Names of the files of the chain for C callers, made when first asked for.
+    host_names: Vec<Option<std::ffi::CString>>,
+    /// Were clusters allocated ahead? Found out on first use.
+    preallocated: Option<bool>,
     standing: Standing,
     outcome: Outcome,
     remark: Option<String>,
@@ -177,11 +184,13 @@ impl Image {
             reftable,
             snapshots: SnapshotList::default(),
             view: None,
-            l2_cache: None,
+            l2_cache: mapping::L2Cache::default(),
             unpacked: None,
             path: None,
             chain: None,
             data_file: None,
+            host_names: Vec::new(),
+            preallocated: None,
             standing: Standing::Good,
             outcome: Outcome::None,
             remark: None,
@@ -363,7 +372,8 @@ impl Image {
 
     /// Drop what was cached of the disk seen so far.
     pub(crate) fn forget_reads(&mut self) {
-        (self.l2_cache, self.unpacked) = (None, None);
+        (self.l2_cache, self.unpacked) = (mapping::L2Cache::default(), None);
+        self.preallocated = None;
     }
 
     /// Does the image have valid persistent bitmaps?

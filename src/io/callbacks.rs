@@ -20,6 +20,11 @@ pub trait Callbacks {
     fn truncate(&mut self, length: u64) -> i32;
     /// Make a range read as zeros; `None` when the caller has no such function.
     fn discard(&mut self, offset: u64, bytes: u64) -> Option<i32>;
+    /// Open another file that the image names, for reading; `None` when the caller has no such
+    /// function. What comes back closes itself when dropped.
+    fn open_file(&mut self, _name: &[u8], _format: &[u8]) -> Option<Result<Box<dyn Callbacks>>> {
+        None
+    }
     /// The last call, exactly once; never when the open failed.
     fn close(&mut self);
 }
@@ -56,7 +61,7 @@ impl fmt::Debug for CallbackStorage {
 
 /// The error that a caller's function means by an answer that is not a success. 4095 is the
 /// largest errno there is, and the kernel's own limit for a small negative number.
-fn failure(answer: i64) -> Error {
+pub(crate) fn failure(answer: i64) -> Error {
     Error::from_raw_os_error(match answer {
         -4095..=-1 => -answer as i32,
         _ => libc::EIO,
@@ -134,6 +139,13 @@ impl Storage for CallbackStorage {
     fn barrier(&mut self) -> Result<()> {
         let callbacks = &mut self.callbacks;
         self.flush.barrier(|| status(callbacks.flush()))
+    }
+
+    fn open_named(&mut self, name: &[u8], format: &[u8]) -> Option<Result<Box<dyn Storage>>> {
+        let opened = self.callbacks.open_file(name, format)?;
+        Some(opened.map(|functions| -> Box<dyn Storage> {
+            Box::new(CallbackStorage::new(functions, true, true))
+        }))
     }
 
     fn close(mut self: Box<Self>) -> Result<()> {

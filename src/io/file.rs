@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::lock::{self, FileKind, ImageLock};
-use super::{discard_unsupported, FlushState, Storage};
+use super::{discard_unsupported, FlushState, Run, Storage};
 use crate::error::{Error, Result};
 
 pub use super::lock::LockMode;
@@ -37,6 +37,8 @@ pub struct FileStorage {
     lock: ImageLock,
     write: bool,
     punch: bool,
+    /// The position of the open file is nobody else's: asking for holes may move it.
+    own_position: bool,
     flush: FlushState,
 }
 
@@ -83,11 +85,16 @@ impl FileStorage {
         check_flags(flags, options.write).map_err(|e| e.context(&context))?;
         let kind = lock::file_kind(fd).map_err(|e| os_error(&context, e))?;
         require_regular(kind, &name).map_err(|e| e.context(&context))?;
-        let file = match reopen(fd, kind, options.write).map_err(|e| os_error(&context, e))? {
+        let reopened = reopen(fd, kind, options.write).map_err(|e| os_error(&context, e))?;
+        let own_position = reopened.is_some();
+        let file = match reopened {
             Some(file) => file,
             None => File::from(lock::duplicate(fd).map_err(|e| os_error(&context, e))?),
         };
-        FileStorage::start(file, options, &name).map_err(|e| e.context(&context))
+        let mut storage =
+            FileStorage::start(file, options, &name).map_err(|e| e.context(&context))?;
+        storage.own_position = own_position;
+        Ok(storage)
     }
 
     fn start(file: File, options: &FileOptions, name: &str) -> Result<FileStorage> {
@@ -97,6 +104,7 @@ impl FileStorage {
             lock,
             write: options.write,
             punch: !options.no_discard,
+            own_position: true,
             flush: FlushState::new(options.no_flush),
         })
     }
@@ -195,6 +203,33 @@ impl Storage for FileStorage {
     fn barrier(&mut self) -> io::Result<()> {
         let file = self.file.as_ref().ok_or_else(|| raw(libc::EBADF))?;
         self.flush.barrier(|| file.sync_data())
+    }
+
+    /// QEMU's `find_allocation`; as there, a failure means that nothing is known.
+    fn run(&mut self, offset: u64) -> Option<Run> {
+        if !self.own_position {
+            return None;
+        }
+        let fd = self.file().ok()?.as_fd();
+        let Some(data) = lock::seek(fd, offset, true).ok()? else {
+            return Some(Run::Hole(None));
+        };
+        if let Some(hole) = data.checked_sub(offset).filter(|n| *n > 0) {
+            return Some(Run::Hole(Some(hole)));
+        }
+        let end = lock::seek(fd, offset, false).ok()??;
+        end.checked_sub(offset).filter(|n| *n > 0).map(Run::Data)
+    }
+
+    fn allocated(&mut self) -> Option<u64> {
+        use std::os::unix::fs::MetadataExt;
+        let blocks = self.file().ok()?.metadata().ok()?.blocks();
+        Some(blocks.saturating_mul(512))
+    }
+
+    fn identity(&mut self) -> Option<(u64, u64)> {
+        let kind = lock::file_kind(self.file().ok()?.as_raw_fd()).ok()?;
+        Some((kind.device, kind.inode))
     }
 
     fn close(mut self: Box<Self>) -> io::Result<()> {

@@ -279,6 +279,28 @@ pub(super) fn punch_hole(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Res
     Ok(())
 }
 
+/// The first place from `offset` on that holds data (`SEEK_DATA`) or does not (`SEEK_HOLE`); `None`
+/// if there is none before the end of the file. Moves the descriptor's position.
+pub(super) fn seek(fd: BorrowedFd<'_>, offset: u64, to_data: bool) -> io::Result<Option<u64>> {
+    let Ok(offset) = libc::off_t::try_from(offset) else {
+        return Ok(None);
+    };
+    let whence = if to_data {
+        libc::SEEK_DATA
+    } else {
+        libc::SEEK_HOLE
+    };
+    // SAFETY: all arguments are integers, and `fd` is open for as long as it is borrowed.
+    let found = unsafe { libc::lseek(fd.as_raw_fd(), offset, whence) };
+    match u64::try_from(found) {
+        Ok(found) => Ok(Some(found)),
+        Err(_) => match io::Error::last_os_error() {
+            e if e.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+            e => Err(e),
+        },
+    }
+}
+
 /// Close a descriptor and say what the file system says, which dropping it would swallow.
 pub(super) fn close(fd: OwnedFd) -> io::Result<()> {
     // SAFETY: `into_raw_fd` gives up the ownership, so this is the only close of it.

@@ -15,6 +15,15 @@ pub mod trace;
 /// The longest single request that reaches a [`Storage`], in bytes (2 MiB).
 pub const MAX_REQUEST: usize = 2 << 20;
 
+/// What a file holds from some offset on, up to where that changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Run {
+    /// That many bytes are stored.
+    Data(u64),
+    /// A hole of that many bytes; `None`: nothing but a hole up to the end, or past it.
+    Hole(Option<u64>),
+}
+
 /// One image's bytes.
 ///
 /// Requests are whole: each either does everything that was asked or fails. Errors carry a
@@ -42,6 +51,29 @@ pub trait Storage {
 
     /// When this returns, everything written, truncated or discarded before is stable.
     fn barrier(&mut self) -> Result<()>;
+
+    /// Is there data or a hole at `offset`? `None` where the storage cannot tell.
+    fn run(&mut self, _offset: u64) -> Option<Run> {
+        None
+    }
+
+    /// Bytes that the file takes on its medium, holes left out. `None` where the storage cannot
+    /// tell.
+    fn allocated(&mut self) -> Option<u64> {
+        None
+    }
+
+    /// What tells this file from every other (device and inode). `None` where the storage cannot
+    /// tell.
+    fn identity(&mut self) -> Option<(u64, u64)> {
+        None
+    }
+
+    /// Open, for reading, another file that the image names. `None` where the storage has no means
+    /// of its own for that: then a name is a path.
+    fn open_named(&mut self, _name: &[u8], _format: &[u8]) -> Option<Result<Box<dyn Storage>>> {
+        None
+    }
 
     /// Release what the storage holds (descriptor, locks). Called once, last. A storage on which
     /// no image could be opened is dropped instead: that releases what the storage opened itself.
