@@ -1,0 +1,242 @@
+//! The options, once: for the parser, the help page, the completions and the manual page.
+
+use std::ffi::{OsStr, OsString};
+
+use clap::builder::OsStringValueParser;
+use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint};
+
+/// The program's own name.
+pub(crate) const NAME: &str = "qcow2-snapshot";
+/// First words that are no image.
+pub(crate) const SUBCOMMANDS: [&str; 2] = ["export", "completions"];
+/// Long options that QEMU does not have. They cannot be abbreviated, so that abbreviations of
+/// QEMU's options mean what they mean there.
+pub(crate) const EXTENSIONS: [&str; 2] = ["output", "version"];
+/// The options of which there can be one.
+pub(crate) const ACTIONS: [&str; 4] = ["list", "apply", "create", "delete"];
+
+const AFTER: &str = "\
+Only one of -l, -a, -c and -d can be given; without any the snapshots are listed.
+Every option above but --output and --version is also one of 'qemu-img snapshot'.
+
+A link to this program that is named qemu-img and stands early in PATH serves
+'qemu-img snapshot' and hands everything else to the qemu-img behind it.";
+
+fn flag(long: &'static str, short: Option<char>, help: &'static str) -> Arg {
+    let arg = Arg::new(long)
+        .long(long)
+        .help(help)
+        .action(ArgAction::Count);
+    match short {
+        Some(c) => arg.short(c),
+        None => arg,
+    }
+}
+
+fn valued(long: &'static str, short: Option<char>, value: &'static str, help: &'static str) -> Arg {
+    let arg = Arg::new(long)
+        .long(long)
+        .help(help)
+        .value_name(value)
+        .value_parser(OsStringValueParser::new())
+        .value_hint(ValueHint::Other)
+        .allow_hyphen_values(true)
+        .action(ArgAction::Append);
+    match short {
+        Some(c) => arg.short(c),
+        None => arg,
+    }
+}
+
+/// The options of `qemu-img snapshot`.
+fn qemu_options(command: Command) -> Command {
+    command
+        .disable_help_flag(true)
+        .arg(flag("help", Some('h'), "Print this help and exit"))
+        .arg(valued(
+            "format",
+            Some('f'),
+            "FMT",
+            "The image's format: qcow2; without it the image is probed",
+        ))
+        .arg(flag(
+            "image-opts",
+            None,
+            "FILE is an option string (driver=qcow2,file.filename=PATH), not a file name",
+        ))
+        .arg(flag(
+            "list",
+            Some('l'),
+            "List the snapshots in FILE (default)",
+        ))
+        .arg(valued(
+            "apply",
+            Some('a'),
+            "SNAPSHOT",
+            "Make the disk what the snapshot with this ID, else with this name, holds",
+        ))
+        .arg(valued(
+            "create",
+            Some('c'),
+            "SNAPSHOT",
+            "Create a snapshot with this name",
+        ))
+        .arg(valued(
+            "delete",
+            Some('d'),
+            "SNAPSHOT",
+            "Delete the first snapshot with this name",
+        ))
+        .arg(flag(
+            "force-share",
+            Some('U'),
+            "Open the image even if a guest writes to it (to list only)",
+        ))
+        .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
+        .arg(valued(
+            "object",
+            None,
+            "OBJDEF",
+            "QEMU user-creatable object: refused, there is no object system here",
+        ))
+        .arg(
+            Arg::new("FILE")
+                .help("The image, or an option string with --image-opts")
+                .required(true)
+                .value_hint(ValueHint::FilePath)
+                .value_parser(OsStringValueParser::new()),
+        )
+}
+
+/// What `qemu-img snapshot` takes, and no more.
+pub(crate) fn link_command() -> Command {
+    qemu_options(
+        Command::new("snapshot")
+            .bin_name("qemu-img snapshot")
+            .about(
+                "List or manipulate the snapshots in an image (qcow2-snapshot in qemu-img's place)",
+            ),
+    )
+}
+
+/// Everything that `qcow2-snapshot` takes.
+pub(crate) fn command() -> Command {
+    let command = Command::new(NAME)
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("List, create, apply, delete and export the internal snapshots of qcow2 images")
+        .after_help(AFTER)
+        .args_conflicts_with_subcommands(true)
+        .subcommand_negates_reqs(true)
+        .disable_help_subcommand(true)
+        .disable_version_flag(true);
+    qemu_options(command)
+        .arg(
+            Arg::new("output")
+                .long("output")
+                .value_name("FORMAT")
+                .help("How to list: human, or json with the field names of 'qemu-img info'")
+                .value_parser(["human", "json"])
+                .action(ArgAction::Append),
+        )
+        .arg(flag("version", None, "Print the version and exit"))
+        .subcommand(export_command())
+        .subcommand(
+            Command::new("completions")
+                .about("Print a completion script for a shell")
+                .arg(
+                    Arg::new("SHELL")
+                        .required(true)
+                        .value_parser(clap::value_parser!(clap_complete::Shell)),
+                ),
+        )
+}
+
+fn export_command() -> Command {
+    let operand = |name: &'static str, help: &'static str, hint: ValueHint| {
+        Arg::new(name)
+            .help(help)
+            .required(true)
+            .value_hint(hint)
+            .value_parser(OsStringValueParser::new())
+    };
+    Command::new("export")
+        .about("Write the disk that a snapshot holds to a new sparse raw file")
+        .arg(
+            flag(
+                "force-share",
+                Some('U'),
+                "Open the image even if a guest writes to it: the result may be torn",
+            )
+            .action(ArgAction::SetTrue),
+        )
+        .arg(flag("quiet", Some('q'), "Show no progress, only errors").action(ArgAction::SetTrue))
+        .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
+        .arg(operand(
+            "SNAPSHOT",
+            "The snapshot's ID, else its name",
+            ValueHint::Other,
+        ))
+        .arg(operand(
+            "OUT",
+            "The raw file to make; it must not exist",
+            ValueHint::FilePath,
+        ))
+}
+
+/// What to do with the image.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Action<'a> {
+    /// `-l`, and nothing.
+    List,
+    /// `-a SNAPSHOT`
+    Apply(&'a OsStr),
+    /// `-c SNAPSHOT`
+    Create(&'a OsStr),
+    /// `-d SNAPSHOT`
+    Delete(&'a OsStr),
+}
+
+/// A call in the form of `qemu-img snapshot`.
+#[derive(Debug)]
+pub(crate) struct Request<'a> {
+    pub(crate) action: Action<'a>,
+    pub(crate) file: &'a OsStr,
+    pub(crate) format: Option<&'a OsStr>,
+    pub(crate) image_opts: bool,
+    pub(crate) object: bool,
+    pub(crate) force_share: bool,
+    pub(crate) quiet: bool,
+    pub(crate) json: bool,
+}
+
+impl<'a> Request<'a> {
+    pub(crate) fn new(m: &'a ArgMatches) -> Request<'a> {
+        // Of an option that is given again the last counts, as with getopt.
+        let last = |id: &str| -> Option<&'a OsStr> {
+            let mut values = m.get_many::<OsString>(id)?;
+            values.next_back().map(OsString::as_os_str)
+        };
+        let action = if let Some(name) = last("apply") {
+            Action::Apply(name)
+        } else if let Some(name) = last("create") {
+            Action::Create(name)
+        } else if let Some(name) = last("delete") {
+            Action::Delete(name)
+        } else {
+            Action::List
+        };
+        let output = m.try_get_many::<String>("output").ok().flatten();
+        Request {
+            action,
+            file: last("FILE").unwrap_or_default(),
+            format: last("format"),
+            image_opts: m.get_count("image-opts") > 0,
+            object: last("object").is_some(),
+            force_share: m.get_count("force-share") > 0,
+            quiet: m.get_count("quiet") > 0,
+            json: output
+                .and_then(|mut o| o.next_back())
+                .is_some_and(|o| o == "json"),
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! Which file a call means, and what is in it.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{Read, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use qcow2_snapshot::{Error, Image, OpenFlags};
+
+use crate::cli::Request;
+use crate::stop::Stop;
+
+/// The image that a call names.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) path: PathBuf,
+    /// `None`: look at the first bytes.
+    driver: Option<Driver>,
+    force_share: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Driver {
+    Qcow2,
+    Raw,
+}
+
+/// An opened target.
+pub(crate) enum Opened {
+    Image(Box<Image>),
+    /// A format that has no internal snapshots.
+    Other,
+}
+
+impl Target {
+    /// Find out what a call means.
+    pub(crate) fn of(request: &Request) -> Result<Target, Stop> {
+        if request.object {
+            return Err(not_served(
+                "--object is not supported: there is no QEMU object system here",
+            ));
+        }
+        let mut target = match (request.image_opts, request.format) {
+            (true, Some(_)) => {
+                return Err(Stop::failed(
+                    "--image-opts and --format are mutually exclusive",
+                ))
+            }
+            (true, None) => from_options(request.file)?,
+            (false, format) => from_name(request.file, format)?,
+        };
+        target.force_share |= request.force_share;
+        Ok(target)
+    }
+
+    /// Open the image. Whatever is in the way, nothing has been changed.
+    pub(crate) fn open(&self, shown: &OsStr, write: bool) -> Result<Opened, Stop> {
+        if write && self.force_share {
+            let text = "force-share=on can only be used with read-only images";
+            return Err(could_not_open(shown, text));
+        }
+        let flags = match (write, self.force_share) {
+            (true, _) => OpenFlags::RDWR,
+            (false, true) => OpenFlags::FORCE_SHARE,
+            (false, false) => OpenFlags::read_only(),
+        };
+        let error = match Image::open(&self.path, flags) {
+            Ok(image) if self.driver != Some(Driver::Raw) => {
+                return Ok(Opened::Image(Box::new(image)))
+            }
+            Ok(_) => return Ok(Opened::Other),
+            Err(e) => e,
+        };
+        if let (Some(head), false) = (head(&self.path), is_about_the_file(&error)) {
+            match self.driver {
+                Some(Driver::Raw) => return Ok(Opened::Other),
+                None if !is_qcow2(&head) => {
+                    if write && is_raw(&head) {
+                        warn_of_raw(shown);
+                    }
+                    return Ok(Opened::Other);
+                }
+                _ => {}
+            }
+        }
+        Err(could_not_open(shown, &self.words(&error)))
+    }
+
+    /// QEMU's words where the library says it in its own.
+    fn words(&self, error: &Error) -> String {
+        let text = error.to_string();
+        let text = match error {
+            Error::Os { .. } => text.as_str(),
+            _ => text
+                .strip_prefix(&format!("Could not open '{}': ", self.path.display()))
+                .unwrap_or(&text),
+        };
+        match error {
+            Error::InUse(_) => text
+                .strip_prefix("The image is in use: ")
+                .unwrap_or(text)
+                .replacen(". Is another", "\nIs another", 1),
+            // QEMU's hint, on a line of its own.
+            _ if text.starts_with("Too much extra metadata in snapshot table entry") => {
+                format!(
+                    "{text}\nYou can force-remove this extra metadata with qemu-img check -r all"
+                )
+            }
+            _ => text.to_owned(),
+        }
+    }
+}
+
+/// `Could not open 'NAME': TEXT`
+fn could_not_open(name: &OsStr, text: &str) -> Stop {
+    Stop::NotServed(
+        [
+            b"Could not open '",
+            name.as_bytes(),
+            b"': ",
+            text.as_bytes(),
+        ]
+        .concat(),
+    )
+}
+
+fn not_served(text: &str) -> Stop {
+    Stop::NotServed(text.as_bytes().to_vec())
+}
+
+/// A file name, perhaps with a protocol before it.
+fn from_name(name: &OsStr, format: Option<&OsStr>) -> Result<Target, Stop> {
+    let driver = match format.map(OsStr::as_bytes) {
+        None => None,
+        Some(b"qcow2") => Some(Driver::Qcow2),
+        Some(b"raw") => Some(Driver::Raw),
+        Some(other) => {
+            let other = String::from_utf8_lossy(other);
+            return Err(could_not_open(name, &format!("Unknown driver '{other}'")));
+        }
+    };
+    let bytes = name.as_bytes();
+    let path = match bytes.iter().position(|b| matches!(b, b':' | b'/')) {
+        Some(at) if bytes.get(at) == Some(&b':') => match bytes.split_at(at) {
+            (b"file", path) => path.get(1..).unwrap_or_default(),
+            (protocol, _) => {
+                let protocol = String::from_utf8_lossy(protocol);
+                let text = format!("Unknown protocol '{protocol}'");
+                return Err(could_not_open(name, &text));
+            }
+        },
+        _ => bytes,
+    };
+    if path.is_empty() {
+        return Err(could_not_open(
+            name,
+            "The 'file' block driver requires a file name",
+        ));
+    }
+    Ok(Target {
+        path: PathBuf::from(OsStr::from_bytes(path)),
+        driver,
+        force_share: false,
+    })
+}
+
+/// An option string: the forms that name a qcow2 image in a plain file.
+fn from_options(text: &OsStr) -> Result<Target, Stop> {
+    let mut target = Target {
+        path: PathBuf::new(),
+        driver: None,
+        force_share: false,
+    };
+    for (key, value) in split_options(text.as_bytes()) {
+        match (key.as_slice(), value.as_slice()) {
+            (b"driver", b"qcow2") => target.driver = Some(Driver::Qcow2),
+            (b"driver", b"raw") => target.driver = Some(Driver::Raw),
+            (b"driver", other) => {
+                let other = String::from_utf8_lossy(other);
+                return Err(could_not_open(text, &format!("Unknown driver '{other}'")));
+            }
+            (b"file.driver", b"file") => {}
+            (b"file.filename", path) => target.path = OsString::from_vec(path.to_vec()).into(),
+            (b"force-share", b"on") => target.force_share = true,
+            (b"force-share", b"off") => target.force_share = false,
+            (key, value) => {
+                let option = format!(
+                    "{}={}",
+                    String::from_utf8_lossy(key),
+                    String::from_utf8_lossy(value)
+                );
+                let text = format!(
+                    "--image-opts: '{option}' is not supported here, only driver=qcow2, file.driver=file, file.filename=PATH and force-share=on"
+                );
+                return Err(not_served(&text));
+            }
+        }
+    }
+    if target.path.as_os_str().is_empty() {
+        return Err(could_not_open(
+            text,
+            "A block device must be specified for \"file\"",
+        ));
+    }
+    Ok(target)
+}
+
+/// QEMU's `key=value,key=value`; two commas stand for one. A first word without `=` is the value
+/// of `file`, a later one is a key that is on.
+fn split_options(text: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let mut words = vec![Vec::new()];
+    let mut bytes = text.iter().copied().peekable();
+    while let Some(b) = bytes.next() {
+        if b == b',' && bytes.next_if_eq(&b',').is_none() {
+            words.push(Vec::new());
+        } else if let Some(word) = words.last_mut() {
+            word.push(b);
+        }
+    }
+    let mut first = true;
+    words
+        .into_iter()
+        .filter(|w| !w.is_empty())
+        .map(|word| {
+            let is_first = std::mem::replace(&mut first, false);
+            match word.iter().position(|b| *b == b'=') {
+                Some(at) => {
+                    let (key, value) = word.split_at(at);
+                    (key.to_vec(), value.get(1..).unwrap_or_default().to_vec())
+                }
+                None if is_first => (b"file".to_vec(), word),
+                None => (word, b"on".to_vec()),
+            }
+        })
+        .collect()
+}
+
+/// Did it fail before the contents of the file mattered?
+fn is_about_the_file(error: &Error) -> bool {
+    matches!(error, Error::Os { .. } | Error::InUse(_))
+}
+
+/// The first bytes of a regular file.
+fn head(path: &Path) -> Option<Vec<u8>> {
+    if !std::fs::metadata(path).ok()?.is_file() {
+        return None;
+    }
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).ok()?;
+    file.take(512).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+/// QEMU's probe for qcow2: the magic, and a version above 1.
+fn is_qcow2(head: &[u8]) -> bool {
+    let version = head.get(4..8).and_then(|b| b.try_into().ok());
+    head.starts_with(b"QFI\xfb") && version.map_or(0, u32::from_be_bytes) >= 2
+}
+
+/// No format that QEMU would recognise by its first bytes.
+fn is_raw(head: &[u8]) -> bool {
+    let known: [(usize, &[u8]); 13] = [
+        (0, b"QFI\xfb"),
+        (0, b"QED\0"),
+        (0, b"KDMV"),
+        (0, b"COWD"),
+        (0, b"# Disk DescriptorFile"),
+        (0, b"vhdxfile"),
+        (0, b"conectix"),
+        (0, b"LUKS\xba\xbe"),
+        (0, b"WithoutFreeSpace"),
+        (0, b"WithouFreSpacExt"),
+        (0, b"Bochs Virtual HD Image"),
+        (0, b"#!/bin/sh\n#V2.0 Format\n"),
+        (64, &[0x7f, 0x10, 0xda, 0xbe]),
+    ];
+    !known
+        .iter()
+        .any(|(at, magic)| head.get(*at..).is_some_and(|h| h.starts_with(magic)))
+}
+
+/// QEMU's words, for scripts that look for them.
+fn warn_of_raw(name: &OsStr) {
+    let text = [
+        b"WARNING: Image format was not specified for '".as_slice(),
+        name.as_bytes(),
+        b"' and probing guessed raw.\n",
+        b"         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.\n",
+        b"         Specify the 'raw' format explicitly to remove the restrictions.\n",
+    ]
+    .concat();
+    // There is nobody to tell when the standard error is closed.
+    let _ = std::io::stderr().write_all(&text);
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn two_commas_in_an_option_string_are_one() {
+        let target = from_options(OsStr::new("driver=qcow2,file.filename=a,,b")).unwrap();
+        assert_eq!(target.path, Path::new("a,b"));
+        assert_eq!(target.driver, Some(Driver::Qcow2));
+    }
+
+    #[test]
+    fn a_colon_behind_a_slash_is_no_protocol() {
+        assert_eq!(
+            from_name(OsStr::new("./a:b"), None).unwrap().path,
+            Path::new("./a:b")
+        );
+        assert_eq!(
+            from_name(OsStr::new("file:a:b"), None).unwrap().path,
+            Path::new("a:b")
+        );
+        assert!(from_name(OsStr::new("nbd:a"), None).is_err());
+        assert!(from_name(OsStr::new("json:{}"), None).is_err());
+    }
+}
