@@ -1,17 +1,33 @@
 // Included by crash.rs: failing disks.
 
-/// Where in the log of a clean run the publishing writes are: (event, decisive).
+/// Where in the log of a clean run the publishing writes are: (event, decisive). The decisive one is
+/// that after which the new state stands; where the L1 is written in place for lack of space, the
+/// old state has ended earlier.
 fn publishing(before: &[u8], clean: &Clean) -> Vec<(usize, bool)> {
     let mut out = vec![];
-    let mut was_old = true;
+    let (mut was_old, mut is_new) = (true, false);
+    // VM state leaves the active disk after the decisive write of a create.
+    let vm = |s: &State| {
+        if clean.sides.kind == "create with VM state" {
+            0
+        } else {
+            s.beyond
+        }
+    };
+    let key = |s: &State| (s.size, s.disk, vm(s), s.snaps.clone());
+    let (old, new) = (key(&clean.sides.old), key(&clean.sides.new));
     for (i, image) in prefixes(before, &clean.events).skip(1).enumerate() {
         let Event::Write { label, .. } = &clean.events[i] else {
             continue;
         };
-        let state = judge(&image.bytes).map(|v| clean.sides.side(&v.state));
-        let decisive = was_old && matches!(state, Ok(Ok(Side::New)));
-        was_old &= !decisive;
-        if decisive || *label == "header" {
+        let Ok(state) = judge(&image.bytes).map(|v| key(&v.state)) else {
+            continue;
+        };
+        let decisive = old != new && !is_new && state == new;
+        let ends_old = was_old && state != old;
+        is_new |= decisive;
+        was_old &= !ends_old;
+        if decisive || ends_old || *label == "header" {
             out.push((i, decisive));
         }
     }

@@ -244,3 +244,55 @@ fn the_same_cuts_in_the_writes_of_qemu_img() {
         "qemu-img's goto is known to be unsafe; does the judge see it? {totals:?}"
     );
 }
+
+/// For docs/crash-safety.md: each group of writes, and what a reader sees when the power goes in it.
+#[test]
+fn a_reader_sees_the_old_state_then_the_new_one_and_never_the_old_one_again() {
+    let run = Run::new(u64::MAX);
+    let mut told = HashSet::new();
+    for chain in cases::rare(1).iter().take(20) {
+        let mut before = chain.image.clone();
+        for verb in &chain.verbs {
+            let old = judge(&before).unwrap();
+            let Some(clean) = clean_run(&run, &chain.name, &before, &old, verb) else {
+                continue;
+            };
+            let mut last = Side::Old;
+            let mut lines = vec![];
+            for group in qcow2_snapshot::io::trace::groups(&clean.events) {
+                let base = qcow2_snapshot::io::trace::image_after(
+                    &before,
+                    &clean.events[..group.start],
+                    |_| qcow2_snapshot::io::trace::Apply::Full,
+                );
+                let mut seen = vec![];
+                for cut in crash_images(&base, &clean.events[group.clone()], &plan(base.len(), 1)) {
+                    let (_, side) = assess(&cut.bytes, &clean.sides).unwrap();
+                    if !seen.contains(&side) {
+                        seen.push(side);
+                    }
+                }
+                let mixed = clean.sides.mixture || seen.contains(&Side::Both);
+                assert!(
+                    mixed || last != Side::New || seen == [Side::New],
+                    "{}: {seen:?} after new",
+                    chain.name
+                );
+                if seen.contains(&Side::New) && !seen.contains(&Side::Old) {
+                    last = Side::New;
+                }
+                let mut labels: Vec<&str> = vec![];
+                for e in &clean.events[group] {
+                    if labels.last() != Some(&e.label()) {
+                        labels.push(e.label());
+                    }
+                }
+                lines.push(format!("    {seen:?}: {}", labels.join(", ")));
+            }
+            if told.insert((verb.kind(), lines.len(), clean.sides.mixture)) {
+                println!("  {} ({})\n{}", verb.kind(), chain.name, lines.join("\n"));
+            }
+            before = clean.after;
+        }
+    }
+}
