@@ -1,0 +1,101 @@
+//! Reads, maps and VM state of random images, compared with qemu-img and qemu-io.
+//!
+//! Each image is made by qemu alone: by the generator of the differential test (every format
+//! variant, resizes, VM state, preallocation) or by the one here (backing chains of mixed formats
+//! and sizes, external data files, compressed clusters). Then, for the disk and every snapshot:
+//!
+//! * all bytes equal those of `qemu-img convert [-l snapshot.name=NAME]`, read in random pieces (of
+//!   large disks: all that either side does not call a hole);
+//! * `block_status` gives the entries of `qemu-img map --output=json`; for a snapshot those of a
+//!   copy on which `qemu-img snapshot -a` went back to it;
+//! * VM state equals what `qemu-io read -b` shows there.
+//!
+//! `READS_SECONDS=n` runs for n seconds (25 without it) and `READS_SEED=n` makes one image again;
+//! the last lines count what was compared.
+
+#![allow(clippy::unwrap_used)]
+
+#[path = "reads/compare.rs"]
+mod compare;
+#[allow(dead_code)]
+#[path = "differential/files.rs"]
+mod files;
+#[allow(dead_code)]
+#[path = "differential/generate.rs"]
+mod generate;
+#[path = "reads/images.rs"]
+mod images;
+#[allow(dead_code)]
+#[path = "differential/qemu.rs"]
+mod qemu;
+#[allow(dead_code)]
+#[path = "differential/qimg.rs"]
+mod qimg;
+#[allow(dead_code)]
+#[path = "differential/rng.rs"]
+mod rng;
+#[allow(dead_code)]
+#[path = "abi/toolbox.rs"]
+mod toolbox;
+
+use compare::Counts;
+use files::R;
+use rng::Rng;
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// A scratch folder, in memory where there is such a place.
+fn scratch() -> tempfile::TempDir {
+    let shm = Path::new("/dev/shm");
+    match tempfile::Builder::new().prefix("reads.").tempdir_in(shm) {
+        Ok(dir) if std::env::var_os("TMPDIR").is_none() => dir,
+        _ => tempfile::tempdir().unwrap(),
+    }
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+fn one(seed: u64, counts: &mut Counts) -> R<()> {
+    let dir = scratch();
+    let mut rng = Rng::new(seed);
+    let mut tools = qemu::Tools::new(dir.path());
+    let made = images::make(&mut rng, &mut tools);
+    let done = made.and_then(|()| compare::image(&mut rng, &mut tools, counts));
+    done.map_err(|e| format!("READS_SEED={seed}: {e}\n{}", tools.log.join("\n")))
+}
+
+#[test]
+fn disks_snapshots_maps_and_vm_state_are_what_qemu_reads() {
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        return toolbox::skip("reads compared with qemu-img (there is no qemu-img here)");
+    }
+    let mut counts = Counts::default();
+    let (mut failed, mut images) = (Vec::new(), 0);
+    let start = Instant::now();
+    let time = Duration::from_secs(number("READS_SECONDS").unwrap_or(25));
+    let fresh = std::collections::hash_map::RandomState::new;
+    let first = number("READS_SEED").unwrap_or_else(|| {
+        use std::hash::BuildHasher;
+        fresh().hash_one(0) % 1_000_000_000 * 1000
+    });
+    for seed in first.. {
+        if let Err(e) = one(seed, &mut counts) {
+            failed.push(e);
+        }
+        images += 1;
+        if number("READS_SEED").is_some() || start.elapsed() > time || failed.len() > 4 {
+            break;
+        }
+    }
+    let _ = writeln!(
+        std::io::stderr(),
+        "reads: {images} images (seeds {first}..={}): {counts}; {} differences",
+        first + images - 1,
+        failed.len()
+    );
+    assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+}
