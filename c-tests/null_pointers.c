@@ -22,6 +22,10 @@ static void no_handle(void)
     CHECK(qcow2_getlength(NULL) < 0);
     CHECK_RET(qcow2_pread(NULL, 0, buf, 1, &err), -EINVAL);
     take_message(&err);
+    CHECK_RET(qcow2_load_vmstate(NULL, 0, buf, 1, &err), -EINVAL);
+    take_message(&err);
+    CHECK_RET(qcow2_block_status(NULL, 0, 1, NULL, &err), -EINVAL);
+    take_message(&err);
     CHECK_RET(qcow2_last_outcome(NULL), -EINVAL);
     qcow2_last_error(NULL);
     qcow2_free_snapshots(NULL);
@@ -46,6 +50,10 @@ static void no_argument(void)
     CHECK(qcow2_snapshot_load_tmp(bs, NULL, NULL, &err) < 0);
     take_message(&err);
     CHECK_RET(qcow2_pread(bs, 0, NULL, 1, &err), -EINVAL);
+    take_message(&err);
+    CHECK_RET(qcow2_load_vmstate(bs, 0, NULL, 1, &err), -EINVAL);
+    take_message(&err);
+    CHECK_RET(qcow2_block_status(bs, 0, 1, NULL, &err), -EINVAL);
     take_message(&err);
     CHECK_FILE("image.qcow2", before);
     drop(&before);

@@ -40,6 +40,7 @@ mod toolbox;
 
 use compare::Counts;
 use files::R;
+use qcow2_snapshot::{Image, OpenFlags};
 use rng::Rng;
 use std::io::Write;
 use std::path::Path;
@@ -98,4 +99,64 @@ fn disks_snapshots_maps_and_vm_state_are_what_qemu_reads() {
         failed.len()
     );
     assert!(failed.is_empty(), "{}", failed.join("\n\n"));
+}
+
+/// Unpack the image with the snapshots of a real QEMU (tests/images/savevm).
+fn savevm_image(to: &Path) {
+    let packed = toolbox::root().join("tests/images/savevm/image.qcow2.gz");
+    let mut from = flate2::read::GzDecoder::new(std::fs::File::open(packed).unwrap());
+    let mut file = std::fs::File::create(to).unwrap();
+    std::io::copy(&mut from, &mut file).unwrap();
+}
+
+#[test]
+fn the_vm_state_that_a_real_qemu_saved_is_what_qemu_reads() {
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        return toolbox::skip("VM state compared with qemu-io (there is no qemu-img here)");
+    }
+    let dir = scratch();
+    let (image, copy) = (
+        dir.path().join("image.qcow2"),
+        dir.path().join("copy.qcow2"),
+    );
+    savevm_image(&image);
+    let mut tools = qemu::Tools::new(dir.path());
+    let snapshots = qimg::Qcow::open(&image).unwrap().snaps;
+    assert_eq!(snapshots.len(), 2);
+    for s in snapshots {
+        let n = s.vm_size() as usize;
+        std::fs::copy(&image, &copy).unwrap();
+        tools
+            .snapshot("-a", &s.name, "copy.qcow2")
+            .unwrap()
+            .unwrap();
+        let whole = n.next_multiple_of(512);
+        let command = format!("read -b -v 0 {whole}");
+        let out = tools
+            .must("qemu-io", &["-r", "-c", &command, "copy.qcow2"])
+            .unwrap();
+        let theirs = compare::dumped(&out.stdout, whole).unwrap();
+        // What migration streams begin with, and an end that is not padding.
+        assert!(n > 30_000 && theirs.starts_with(b"QEVM"));
+
+        // Shown by load_tmp, made current by qemu-img, made current by us.
+        let read = |image: &mut Image| {
+            let mut mine = vec![0xee; whole];
+            for (i, part) in mine.chunks_mut(10_007).enumerate() {
+                image.load_vmstate(i as u64 * 10_007, part).unwrap();
+            }
+            mine
+        };
+        let mut shown = Image::open(&image, OpenFlags::read_only()).unwrap();
+        shown.snapshot_load_tmp(None, Some(&s.name)).unwrap();
+        assert!(read(&mut shown) == theirs, "shown by load_tmp");
+        let mut by_qemu = Image::open(&copy, OpenFlags::read_only()).unwrap();
+        assert!(read(&mut by_qemu) == theirs, "made current by qemu-img");
+        drop(by_qemu);
+        std::fs::copy(&image, &copy).unwrap();
+        drop(shown);
+        let mut by_us = Image::open(&copy, OpenFlags::RDWR).unwrap();
+        by_us.snapshot_goto(&s.name).unwrap();
+        assert!(read(&mut by_us) == theirs, "made current by us");
+    }
 }

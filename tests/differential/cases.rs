@@ -45,6 +45,7 @@ pub const ALL: &[(&str, Case)] = &[
     ("the corrupt bit", corrupt),
     ("an external data file", data_file),
     ("an encrypted image without the key", encrypted),
+    ("VM state saved by a real QEMU", savevm),
 ];
 
 pub fn run(ctx: &Ctx, name: &str, case: Case) -> (Stats, R<Option<&'static str>>) {
@@ -791,5 +792,37 @@ fn encrypted(run: &mut Run) -> R<Option<&'static str>> {
     must(run.delete(b"a")?)?;
     must(run.delete(b"b")?)?;
     run.keep_handle = false;
+    Ok(None)
+}
+
+/// Two snapshots with the state of machines (tests/images/savevm), changed in every way.
+fn savevm(run: &mut Run) -> R<Option<&'static str>> {
+    let packed = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/images/savevm/image.qcow2.gz"
+    );
+    let packed = at("the image of savevm", std::fs::File::open(packed))?;
+    let mut file = at("create", std::fs::File::create(&run.qemu))?;
+    let mut from = flate2::read::GzDecoder::new(packed);
+    at("unpack", std::io::copy(&mut from, &mut file))?;
+    drop(file);
+    run.sync()?;
+    let before = Qcow::open(&run.qemu)?;
+    if before.snaps.len() != 2 || before.snaps.iter().any(|s| s.vm_size() < 30_000) {
+        return Err("not the two snapshots with VM state".into());
+    }
+    must(run.goto(b"a")?)?;
+    // The active L1 has the VM state of a now; a new snapshot of the disk releases it.
+    must(run.create(b"c")?)?;
+    must(run.goto(b"b")?)?;
+    io(run, &["write -P 5 3k 30k"])?;
+    must(run.create(b"d")?)?;
+    must(run.delete(b"a")?)?;
+    must(run.goto(b"c")?)?;
+    must(run.goto(b"b")?)?;
+    must(run.delete(b"b")?)?;
+    must(run.goto(b"d")?)?;
+    must(run.delete(b"c")?)?;
+    must(run.delete(b"d")?)?;
     Ok(None)
 }
