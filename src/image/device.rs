@@ -36,12 +36,17 @@ impl Device {
         self.length
     }
 
+    /// Is there nothing at `offset` and behind it?
+    pub(crate) fn ends_before(&mut self, offset: u64) -> Result<bool> {
+        // Somebody else may have made the file longer, where no lock keeps them out.
+        Ok(offset >= self.length && offset >= self.length_now()?)
+    }
+
     /// Fill `buf` from `offset`, zeros past the end.
     pub(crate) fn read(&mut self, op: &'static str, offset: u64, buf: &mut [u8]) -> Result<()> {
         let mut at = offset;
         for part in buf.chunks_mut(MAX_REQUEST) {
-            // Somebody else may have made the file longer, where no lock keeps them out.
-            if at >= self.length && at >= self.length_now()? {
+            if self.ends_before(at)? {
                 part.fill(0);
             } else {
                 self.storage.read(at, part).map_err(|source| Error::Io {

@@ -14,6 +14,7 @@ use replay::Replay;
 use update::{Plan, Update};
 
 mod chain;
+mod damage;
 pub(crate) mod device;
 mod mapping;
 pub(crate) mod overlap;
@@ -286,9 +287,10 @@ impl Image {
     }
 
     /// The state that a verb replays on.
-    pub(crate) fn replay(&self) -> Replay {
+    pub(crate) fn replay(&self) -> Result<Replay> {
         let h = &self.header;
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable);
+        overlap.check_refblocks()?;
         overlap.protect(
             Kind::ActiveL1,
             h.l1_offset,
@@ -310,14 +312,14 @@ impl Image {
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
             overlap.protect(Kind::BitmapDirectory, offset, bytes);
         }
-        Replay::new(
+        Ok(Replay::new(
             h,
             self.l1.clone(),
             self.reftable.clone(),
             overlap,
             !self.backing_file.is_empty(),
             self.dev.length(),
-        )
+        ))
     }
 
     /// Write what a verb has found out, and make memory say what the disk says.
@@ -328,6 +330,7 @@ impl Image {
         list: Vec<Snapshot>,
         table_size: u64,
     ) -> Result<()> {
+        self.check_damage(&mut replay, plan, &list, table_size)?;
         let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
         self.dev.changed = false;

@@ -68,6 +68,18 @@ impl Overlap {
         }
     }
 
+    /// No refcount block may be in the table twice: one count would stand for two clusters. (QEMU
+    /// goes on; a search through a table that names one full block a million times takes it days.)
+    pub(crate) fn check_refblocks(&self) -> Result<()> {
+        match self.refblocks.windows(2).find(|w| w[0] == w[1]) {
+            Some(twice) => Err(Error::Corrupt(format!(
+                "Refblock offset {:#x} is in the refcount table twice",
+                twice[0]
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// Protect `bytes` at `offset`.
     pub(crate) fn protect(&mut self, kind: Kind, offset: u64, bytes: u64) {
         if bytes != 0 {

@@ -19,6 +19,10 @@ use std::collections::{BTreeMap, BTreeSet};
 /// QEMU compares the number of refcount table entries with this (`QCOW_MAX_REFTABLE_SIZE`).
 const MAX_REFTABLE_ENTRIES: u64 = 8 << 20;
 
+/// Our limit for what is kept of refcount blocks that a damaged table puts behind the end of the
+/// file, in bytes.
+const MAX_ABSENT_BLOCKS: u64 = 64 << 20;
+
 /// A refcount block in memory.
 pub(crate) struct Block {
     /// Where it lives in the file.
@@ -129,6 +133,8 @@ pub(crate) struct Refcounts {
     pub(crate) reach: u64,
     /// Refcount blocks dropped by a shrinking resize.
     pub(crate) dropped: Vec<Dropped>,
+    /// Bytes of loaded blocks that lie wholly behind the end of the file.
+    absent: u64,
     /// The last block read for its counts before the verb.
     before: Option<(u64, Vec<u8>)>,
 }
@@ -162,6 +168,7 @@ impl Refcounts {
             taken: BTreeSet::new(),
             reach: 0,
             dropped: Vec::new(),
+            absent: 0,
             before: None,
         }
     }
@@ -177,7 +184,8 @@ impl Refcounts {
         &mut self.tables[last]
     }
 
-    fn entry(&self, index: u64) -> u64 {
+    /// Offset of the block at `index` of the table; 0 for none.
+    pub(crate) fn entry(&self, index: u64) -> u64 {
         self.table()
             .entries
             .get(index as usize)
@@ -210,6 +218,15 @@ impl Refcounts {
             return Ok(false);
         }
         self.check_aligned(index, offset)?;
+        if offset >= dev.length() {
+            // Costs the image 8 bytes, and us a cluster.
+            self.absent += self.g.cluster_size();
+            if self.absent > MAX_ABSENT_BLOCKS {
+                return Err(Error::Corrupt(format!(
+                    "Refblock offset {offset:#x} is behind the end of the file, like many others"
+                )));
+            }
+        }
         let counts = dev.read_vec(
             "Could not read a refcount block",
             offset,
@@ -217,6 +234,27 @@ impl Refcounts {
         )?;
         self.insert(index, Block::new(offset, counts, None))?;
         Ok(true)
+    }
+
+    /// The counts of the block at `index` for one look, read into `scratch` if the block is not
+    /// loaded.
+    fn counts<'a>(
+        &'a self,
+        dev: &mut Device,
+        index: u64,
+        scratch: &'a mut Vec<u8>,
+    ) -> Result<Option<&'a [u8]>> {
+        if let Some(block) = self.block(index) {
+            return Ok(Some(&block.counts));
+        }
+        let offset = self.entry(index);
+        if offset == 0 {
+            return Ok(None);
+        }
+        self.check_aligned(index, offset)?;
+        scratch.resize(self.g.cluster_len(), 0);
+        dev.read("Could not read a refcount block", offset, scratch)?;
+        Ok(Some(scratch))
     }
 
     fn insert(&mut self, index: u64, block: Block) -> Result<()> {
@@ -385,14 +423,8 @@ impl Refcounts {
                 run += free;
                 continue;
             }
-            self.check_aligned(index, offset)?;
-            let counts = match self.block(index) {
-                Some(b) => &b.counts,
-                None => {
-                    scratch.resize(g.cluster_len(), 0);
-                    dev.read("Could not read a refcount block", offset, &mut scratch)?;
-                    &scratch
-                }
+            let Some(counts) = self.counts(dev, index, &mut scratch)? else {
+                continue; // not reached: the entry is not zero
             };
             let entries = g.refblock_entries() as usize;
             let mut i = g.refblock_index(HostCluster(at));
@@ -700,6 +732,31 @@ impl Refcounts {
             .map_or(0, |(_, counts)| refblock::get(g, counts, at)))
     }
 
+    /// Has the verb changed counts in the block at `index`?
+    pub(crate) fn may_lose(&self, index: u64) -> bool {
+        match self.block(index) {
+            Some(b) => b.dirty,
+            // Not looked at, so not changed; or dropped, because everything in it is free.
+            None => self.dropped.iter().any(|d| d.index == index),
+        }
+    }
+
+    /// Is this cluster free after the verb, and counted before it, punched by it, or `new`?
+    pub(crate) fn loses_last(
+        &mut self,
+        dev: &mut Device,
+        cluster: HostCluster,
+        new: bool,
+    ) -> Result<bool> {
+        let at = self.g.refblock_index(cluster);
+        let count = |counts: &[u8]| refblock::get(self.g, counts, at);
+        let block = self.block(self.g.reftable_index(cluster));
+        let left = block.map_or(0, |b| count(&b.counts));
+        let counted = block.is_some_and(|b| b.peak.as_deref().is_some_and(|p| count(p) != 0));
+        let punched = counted || self.punched.contains(&cluster.0);
+        Ok(left == 0 && (new || punched || self.count_before(dev, cluster)? != 0))
+    }
+
     /// What follows is written after the current epoch has been published.
     pub(crate) fn next_epoch(&mut self) {
         self.mark_published();
@@ -744,32 +801,44 @@ impl Refcounts {
     ) -> Result<Option<u64>> {
         let g = self.g;
         let (mut run, mut c) = (0, from);
+        let (mut scratch, mut in_scratch) = (Vec::new(), None);
         let end = g
             .first_cluster_of_block(self.table().entries.len() as u64)
             .0;
         while c < end {
             let index = g.reftable_index(HostCluster(c));
-            if !self.load(dev, index)? || self.block(index).is_some_and(|b| b.born.is_some()) {
+            if self.entry(index) == 0 || self.block(index).is_some_and(|b| b.born.is_some()) {
                 run = 0;
                 c = g.first_cluster_of_block(index + 1).0;
                 continue;
             }
-            // What a resize has freed here is still in use on the disk.
-            let counted = self.count_before(dev, HostCluster(c))? != 0
-                || self.get(dev, HostCluster(c))? != 0
-                || self.block(index).is_some_and(|b| {
-                    b.peak
-                        .as_ref()
-                        .is_some_and(|p| refblock::get(g, p, g.refblock_index(HostCluster(c))) != 0)
-                });
-            let touched = self.forgotten.contains_key(&c)
-                || self.punched.contains(&c)
-                || self.kept.contains(&c)
-                || self.taken.contains(&c);
-            run = if counted || touched { 0 } else { run + 1 };
+            let at = g.refblock_index(HostCluster(c));
+            let counted = if let Some(b) = self.block(index) {
+                let peak = b.peak.as_deref().map_or(0, |p| refblock::get(g, p, at));
+                let counted = refblock::get(g, &b.counts, at) != 0 || peak != 0;
+                // What a resize has freed here is still in use on the disk.
+                counted || self.count_before(dev, HostCluster(c))? != 0
+            } else {
+                if in_scratch != Some(index) {
+                    self.counts(dev, index, &mut scratch)?;
+                    in_scratch = Some(index);
+                }
+                refblock::get(g, &scratch, at) != 0
+            };
+            let touched = || {
+                self.forgotten.contains_key(&c)
+                    || self.punched.contains(&c)
+                    || self.kept.contains(&c)
+                    || self.taken.contains(&c)
+            };
+            run = if counted || touched() { 0 } else { run + 1 };
             c += 1;
             if run == n {
-                return Ok(Some(c - n));
+                let (first, last) = (HostCluster(c - n), HostCluster(c - 1));
+                for index in g.reftable_index(first)..=g.reftable_index(last) {
+                    self.load(dev, index)?;
+                }
+                return Ok(Some(first.0));
             }
         }
         Ok(None)
@@ -832,20 +901,23 @@ impl Refcounts {
         Ok(())
     }
 
-    /// QEMU's `qcow2_get_last_cluster`: the last cluster in use below `length` bytes.
+    /// QEMU's `qcow2_get_last_cluster`: the last cluster in use below `length` bytes. Damaged images
+    /// can be longer than any disk: only what the table describes is looked at.
     pub(crate) fn last_cluster(&mut self, dev: &mut Device, length: u64) -> Result<u64> {
         let g = self.g;
-        let mut c = g.clusters_for(length);
-        while c > 0 {
-            c -= 1;
-            let index = g.reftable_index(HostCluster(c));
-            if !self.load(dev, index)? {
-                c = g.first_cluster_of_block(index).0;
-                continue;
+        let described = g.first_cluster_of_block(self.table().entries.len() as u64);
+        let mut scratch = Vec::new();
+        let mut end = g.clusters_for(length).min(described.0);
+        while end > 0 {
+            let index = g.reftable_index(HostCluster(end - 1));
+            let first = g.first_cluster_of_block(index).0;
+            if let Some(counts) = self.counts(dev, index, &mut scratch)? {
+                let n = (end - first) as usize;
+                if let Some(last) = (0..n).rev().find(|i| refblock::get(g, counts, *i) != 0) {
+                    return Ok(first + last as u64);
+                }
             }
-            if self.get(dev, HostCluster(c))? > 0 {
-                return Ok(c);
-            }
+            end = first;
         }
         Err(Error::Corrupt(
             "There are no references in the refcount table.".into(),

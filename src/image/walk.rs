@@ -18,6 +18,9 @@ use byteorder::{BigEndian, ByteOrder};
 /// Changed tables are written in pieces of this many bytes, so that a flag does not cost a cluster.
 const PIECE: usize = 4096;
 
+/// Our limit for the entries of L2 tables that an L1 table names again: about a second.
+const MAX_REPEATED_ENTRIES: u64 = 1 << 28;
+
 /// What a walk found.
 #[derive(Default)]
 pub(crate) struct Walked {
@@ -41,6 +44,7 @@ impl Replay {
             .map_err(|_| Error::NoMemory(l1.len() as u64 * 8))?;
         out.l1.extend_from_slice(l1);
 
+        check_repeats(g, l1)?;
         let mut tables = TableReader::new(g, l1)?;
         for (index, slot) in out.l1.iter_mut().enumerate() {
             let old = *slot;
@@ -51,6 +55,8 @@ impl Replay {
             check_l2_offset(g, offset, index)?;
             let table = match self.tables.get(&offset) {
                 Some(changed) => changed.as_slice(),
+                // All zeros, however many the L1 names.
+                None if dev.ends_before(offset)? => &[],
                 None => tables.get(dev, index, offset)?,
             };
             let changed = count_table(
@@ -91,6 +97,27 @@ impl Replay {
         }
         Ok(out)
     }
+}
+
+/// An L1 table may name an L2 table twice: QEMU counts it twice. It may not do so a million times,
+/// which would take hours.
+fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
+    if (l1.len() as u64).saturating_mul(g.l2_entries()) <= MAX_REPEATED_ENTRIES {
+        return Ok(());
+    }
+    let mut tables: Vec<u64> = Vec::new();
+    tables
+        .try_reserve_exact(l1.len())
+        .map_err(|_| Error::NoMemory(l1.len() as u64 * 8))?;
+    tables.extend(l1.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0));
+    tables.sort_unstable();
+    let repeats = tables.windows(2).filter(|w| w[0] == w[1]).count() as u64;
+    if repeats.saturating_mul(g.l2_entries()) > MAX_REPEATED_ENTRIES {
+        return Err(Error::Corrupt(format!(
+            "The L1 table names L2 tables {repeats} times more than there are"
+        )));
+    }
+    Ok(())
 }
 
 /// An L2 table must be at a cluster boundary and not in the header's cluster.

@@ -30,7 +30,7 @@ impl Image {
         self.begin_change()?;
         let id = self.check_new_snapshot(new)?;
 
-        let (mut replay, mut plan) = (self.replay(), Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::new());
         let l1_bytes = self.l1.len() as u64 * TABLE_ENTRY;
         let l1_copy = replay.refs.alloc(&mut self.dev, l1_bytes)?;
         replay.check_new(l1_copy, l1_bytes)?;

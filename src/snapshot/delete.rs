@@ -29,7 +29,7 @@ impl Image {
         let l1 = self.snapshot_l1(gone.l1_table_offset, gone.l1_size)?;
         self.check_apart_from_active(&gone)?;
 
-        let (mut replay, mut plan) = (self.replay(), Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::new());
         replay.overlap.release(
             crate::image::overlap::Kind::InactiveL1,
             gone.l1_table_offset,

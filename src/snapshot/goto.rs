@@ -43,7 +43,7 @@ impl Image {
         let stored_l1 = self.snapshot_l1(snapshot.l1_table_offset, snapshot.l1_size)?;
         self.check_apart_from_active(&snapshot)?;
 
-        let (mut replay, mut plan) = (self.replay(), Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::new());
         self.replay_resize(&mut replay, &snapshot)?;
         replay.grow_l1(&mut self.dev, stored_l1.len() as u64)?;
         let up = replay.walk(&mut self.dev, &stored_l1, Step::Up)?;

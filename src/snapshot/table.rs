@@ -12,6 +12,8 @@ use crate::image::{device, Image, SnapshotList};
 
 /// The table is read in requests of this size.
 const READ_AHEAD: u64 = 1 << 20;
+/// No entry is longer: fixed part, 1024 bytes of extra data, ID and name of 65535 bytes each.
+const LONGEST_ENTRY: u64 = 256 << 10;
 
 impl Image {
     /// Load the snapshot table from the image (`qcow2_read_snapshots`).
@@ -33,9 +35,15 @@ impl Image {
                 if let Some(found) = record::decode(rest, index, self.header.disk_size())? {
                     break found;
                 }
+                // The longest entry is known only when it has been read: a second look is as long as any.
+                let least = if window_at == at && !window.is_empty() {
+                    LONGEST_ENTRY
+                } else {
+                    4096
+                };
                 let want = READ_AHEAD
                     .min(self.dev.length().saturating_sub(at))
-                    .max(4096 * 64);
+                    .max(least);
                 window = self
                     .dev
                     .read_vec("Could not read the snapshot table", at, want)?;
@@ -184,7 +192,7 @@ impl Image {
     pub fn write_snapshots(&mut self) -> Result<()> {
         self.begin_change()?;
 
-        let (mut replay, mut plan) = (self.replay(), Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::new());
         let list = self.snapshots.entries.clone();
         let size = self.replay_table(&mut replay, &mut plan, &list)?;
 

@@ -1,0 +1,196 @@
+//! What the fuzzers run, without libFuzzer: `tests/corpus.rs` and `tests/hostile.rs` of the library
+//! include these files too.
+//!
+//! An input is [`PROGRAM`] bytes that say what to do, and an image. Each target panics when the
+//! library breaks a promise; see [`verbs`] for most of them.
+
+pub mod disk;
+pub mod mutate;
+pub mod oracle;
+pub mod verbs;
+
+pub use verbs::verbs;
+
+use disk::Disk;
+use oracle::Raw;
+use qcow2_snapshot::{Image, OpenFlags};
+
+/// Bytes of an input in front of the image.
+pub const PROGRAM: usize = 16;
+/// Larger tables are QEMU's limits being met, not work being done: such inputs are passed over.
+pub const TABLE_CAP: u64 = 1 << 20;
+
+/// Program and image, if the image asks for no table above [`TABLE_CAP`].
+pub fn split(data: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (program, image) = data.split_at_checked(PROGRAM)?;
+    let raw = Raw::new(image);
+    // One program in sixteen may have them long: they cost a thousand times as much.
+    let cap = if program[0] >> 4 == 15 {
+        TABLE_CAP
+    } else {
+        TABLE_CAP >> 6
+    };
+    let small = raw.l1_size().saturating_mul(8) <= cap
+        && raw.reftable_bytes() <= cap.max(1 << raw.cluster_bits().min(16))
+        && raw.nb_snapshots().saturating_mul(40) <= cap
+        && raw.cluster_bits() <= 16;
+    small.then_some((program, image))
+}
+
+/// The flags that the program's first byte chooses, read-write or not.
+pub fn flags(program: &[u8], read_write: bool) -> OpenFlags {
+    let byte = program.first().copied().unwrap_or(0);
+    let mut flags = OpenFlags::NO_BACKING;
+    if read_write {
+        flags = flags | OpenFlags::RDWR;
+    }
+    if byte & 1 != 0 {
+        flags = flags | OpenFlags::NO_DISCARD;
+    }
+    if byte & 2 != 0 {
+        flags = flags | OpenFlags::COMPAT_2_1;
+    }
+    flags
+}
+
+/// Open, read-only and read-write. Nothing is written by it.
+pub fn open(data: &[u8]) {
+    let Some((program, image)) = split(data) else {
+        return;
+    };
+    for read_write in [false, true] {
+        let disk = Disk::new(image);
+        let seen = disk.handle();
+        let opened = Image::open_storage(Box::new(disk), flags(program, read_write));
+        assert_eq!(seen.borrow().requests, 0, "open has written");
+        if let Ok(image) = opened {
+            let _ = image.length();
+            let _ = image.close();
+        }
+        assert_eq!(seen.borrow().requests, 0, "close has written");
+    }
+}
+
+/// The snapshot table: read it, write it again, and read that.
+pub fn table(data: &[u8]) {
+    let Some((program, image)) = split(data) else {
+        return;
+    };
+    let disk = Disk::new(image);
+    let seen = disk.handle();
+    let Ok(mut image) = Image::open_storage(Box::new(disk), flags(program, true)) else {
+        return;
+    };
+    let Ok(list) = image.snapshot_list().map(<[_]>::to_vec) else {
+        return;
+    };
+    image.free_snapshots();
+    assert!(image.snapshot_list().is_ok_and(|l| l.is_empty()));
+    assert!(image.read_snapshots().is_ok());
+    assert!(image.snapshot_list().is_ok_and(|l| *l == list));
+
+    let before = seen.borrow().clone();
+    let result = image.write_snapshots();
+    oracle::judge(&before, &seen.borrow(), &image, &result, "write_snapshots");
+    if result.is_err() {
+        return;
+    }
+    let wanted = image.snapshot_list().map(<[_]>::to_vec).unwrap_or_default();
+    drop(image);
+    let copy = Disk::of(seen.borrow().clone());
+    let mut again = match Image::open_storage(Box::new(copy), OpenFlags::read_only()) {
+        Ok(image) => image,
+        Err(e) => panic!("the image does not open after write_snapshots: {e}"),
+    };
+    assert_eq!(again.snapshot_list().unwrap_or_default(), wanted);
+    assert_eq!(list.len(), wanted.len());
+    for (a, b) in list.iter().zip(&wanted) {
+        assert_eq!(
+            (&a.id, &a.name, a.l1_table_offset, a.l1_size),
+            (&b.id, &b.name, b.l1_table_offset, b.l1_size)
+        );
+    }
+}
+
+/// Guest reads: the active disk, the VM state behind it, and every snapshot.
+pub fn reads(data: &[u8]) {
+    let Some((program, image)) = split(data) else {
+        return;
+    };
+    let disk = Disk::new(image);
+    let seen = disk.handle();
+    let Ok(mut image) = Image::open_storage(Box::new(disk), flags(program, false)) else {
+        return;
+    };
+    let count = image.snapshot_list().map_or(0, <[_]>::len);
+    let mut buf = vec![0u8; 1 + usize::from(program[2]) * 97];
+    read_some(&mut image, program, &mut buf);
+    for index in 0..count.min(4) {
+        let Ok(list) = image.snapshot_list() else {
+            break;
+        };
+        let s = list[index].clone();
+        if u64::from(s.l1_size) * 8 > TABLE_CAP {
+            continue;
+        }
+        let by_name = program[1] & 1 != 0;
+        let (id, name) = if by_name {
+            (None, Some(&s.name[..]))
+        } else {
+            (Some(&s.id[..]), None)
+        };
+        if image.snapshot_load_tmp(id, name).is_ok() {
+            read_some(&mut image, program, &mut buf);
+        }
+    }
+    let _ = image.close();
+    assert_eq!(seen.borrow().requests, 0, "reading has written");
+}
+
+/// A few reads: start, end, places that the program chooses, and twice the same.
+fn read_some(image: &mut Image, program: &[u8], buf: &mut [u8]) {
+    let length = image.length();
+    let mut again = buf.to_vec();
+    let word = |at: usize| {
+        program.get(at..at + 4).map_or(0, |b| {
+            u64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+        })
+    };
+    let end = length.saturating_sub(buf.len() as u64);
+    let places = [
+        0,
+        end,
+        end.saturating_add(1),
+        word(4) << 4,
+        word(8) << 9,
+        u64::MAX - word(12),
+    ];
+    for at in places {
+        let inside = at
+            .checked_add(buf.len() as u64)
+            .is_some_and(|e| e <= length);
+        buf.fill(0x55);
+        again.fill(0xaa);
+        let first = image.read(at, buf).is_ok();
+        assert!(inside || !first, "a read past the end of the disk succeeds");
+        if first {
+            assert!(
+                image.read(at, &mut again).is_ok() && *buf == again[..],
+                "two reads differ"
+            );
+        }
+    }
+    for pos in [0, word(4), word(8) << 20, u64::MAX - word(12)] {
+        let _ = image.load_vmstate(pos, buf);
+    }
+    // The whole disk, where it is small.
+    let mut at = 0;
+    for _ in 0..64 {
+        if at >= length {
+            break;
+        }
+        let n = (length - at).min(buf.len() as u64) as usize;
+        let _ = image.read(at, &mut buf[..n]);
+        at += n as u64;
+    }
+}

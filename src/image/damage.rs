@@ -1,0 +1,111 @@
+//! What a verb must not do to an image whose counts lie.
+//!
+//! QEMU checks what it writes against the structures that it knows (`overlap`), but frees whatever
+//! reaches a count of zero, and punches it: an L2 entry that names the cluster of the snapshot
+//! table, with a count of one, costs it every snapshot. In an image without damage nothing here
+//! ever fails.
+
+use super::overlap::Kind;
+use super::replay::Replay;
+use super::update::Plan;
+use super::Image;
+use crate::error::{Error, Result};
+use crate::format::geometry::{HostCluster, TABLE_ENTRY};
+use crate::snapshot::Snapshot;
+
+impl Image {
+    /// Will the structures that the image needs after the verb still be there? Called when the
+    /// replay is over and nothing is written.
+    pub(super) fn check_damage(
+        &mut self,
+        replay: &mut Replay,
+        plan: &Plan,
+        list: &[Snapshot],
+        table_size: u64,
+    ) -> Result<()> {
+        let g = replay.g;
+        let own = self.header.l1_offset;
+        for (offset, before, _) in &plan.copied {
+            let kind = if *offset == own {
+                Kind::ActiveL1
+            } else {
+                Kind::InactiveL1
+            };
+            let bytes = before.len() as u64 * TABLE_ENTRY;
+            replay.overlap.check(*offset, bytes, Some(kind))?;
+        }
+        for offset in plan.clear.iter().chain(&plan.set) {
+            if replay.refs.taken.contains(&g.cluster_of(*offset).0) {
+                return Err(Error::Corrupt(format!(
+                    "L2 table {offset:#x} is in use but counted as free"
+                )));
+            }
+        }
+
+        let (h, was) = (replay.header, &self.header);
+        let table = replay.refs.table();
+        let mut needed = vec![
+            (0, 1, false),
+            (
+                h.l1_offset,
+                u64::from(h.l1_size) * TABLE_ENTRY,
+                h.l1_offset != was.l1_offset,
+            ),
+            (
+                h.snapshots_offset,
+                table_size,
+                h.snapshots_offset != was.snapshots_offset,
+            ),
+            (
+                table.offset,
+                table.clusters << g.cluster_bits,
+                table.born.is_some(),
+            ),
+        ];
+        let old = self.snapshots.entries.len();
+        needed.extend(list.iter().enumerate().map(|(i, s)| {
+            let bytes = u64::from(s.l1_size) * TABLE_ENTRY;
+            (s.l1_table_offset, bytes, i >= old)
+        }));
+        needed.extend((0..table.entries.len() as u64).map(|i| {
+            let born = replay.refs.block(i).is_some_and(|b| b.born.is_some());
+            (replay.refs.entry(i), 1, born)
+        }));
+        self.check_kept(replay, needed)
+    }
+
+    /// No cluster of these ranges (offset, bytes, new) may lose its last count in this verb, and
+    /// those of new ranges must have one.
+    fn check_kept(&mut self, replay: &mut Replay, mut ranges: Vec<(u64, u64, bool)>) -> Result<()> {
+        let g = replay.g;
+        ranges.retain(|(_, bytes, _)| *bytes != 0);
+        // Ranges of damaged images overlap: each cluster is looked at once, and once if new.
+        ranges.sort_unstable_by_key(|(offset, _, new)| (!*new, *offset));
+        let (mut next, mut were_new) = (0, true);
+        for (offset, bytes, new) in ranges {
+            if new != were_new {
+                (next, were_new) = (0, new);
+            }
+            let end = g.cluster_of(offset.saturating_add(bytes - 1)).0 + 1;
+            next = next.max(g.cluster_of(offset).0);
+            while next < end {
+                let index = g.reftable_index(HostCluster(next));
+                if !replay.refs.may_lose(index) {
+                    next = g.first_cluster_of_block(index + 1).0;
+                    continue;
+                }
+                if replay
+                    .refs
+                    .loses_last(&mut self.dev, HostCluster(next), new)?
+                {
+                    return Err(Error::Corrupt(format!(
+                        "The cluster at {:#x} would be freed, but a table of the image is in it",
+                        g.offset_of(HostCluster(next))
+                    )));
+                }
+                next += 1;
+            }
+        }
+        Ok(())
+    }
+}
