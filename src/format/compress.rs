@@ -41,10 +41,31 @@ fn inflate(packed: &[u8], out: &mut [u8]) -> bool {
     good && written == out.len()
 }
 
-fn unpack_zstd(packed: &[u8], out: &mut [u8]) -> bool {
-    match ruzstd::decoding::StreamingDecoder::new(packed) {
-        Ok(mut decoder) => decoder.read_exact(out).is_ok(),
-        Err(_) => false,
+/// Frames one behind the other until `out` is full. As in QEMU the last one must end there: a
+/// cluster never unpacks to more than a cluster. What a frame may claim for its window, and so
+/// the memory for it, is limited to 128 MiB by the decoder, as by QEMU's.
+fn unpack_zstd(mut packed: &[u8], mut out: &mut [u8]) -> bool {
+    loop {
+        let Ok(mut decoder) = ruzstd::decoding::StreamingDecoder::new(&mut packed) else {
+            return false;
+        };
+        loop {
+            // At the end one byte more is asked for, of which there must be none.
+            let mut beyond = [0];
+            let room = if out.is_empty() {
+                &mut beyond
+            } else {
+                &mut *out
+            };
+            match decoder.read(room) {
+                Ok(0) => break,
+                Ok(n) if n <= out.len() => out = out.split_at_mut(n).1,
+                _ => return false,
+            }
+        }
+        if out.is_empty() {
+            return true;
+        }
     }
 }
 
