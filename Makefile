@@ -4,6 +4,9 @@
 #   make demo     build it and walk through it on a scratch image
 #   make check    everything that is tested
 #   make header   make include/qcow2_snapshot.h and the golden texts of tests/abi again
+#   make bench    time the verbs against qemu-img and the floor (ROUNDS=5 BENCH_DIR=/var/tmp/...)
+#   make soak     SECONDS=1800: random images against qemu-img, fresh seeds
+#   make soak-crash  every power cut and every failing request, on every image
 #   make install  PREFIX=/usr/local DESTDIR= LIBDIR=...
 #   make setup    what the tests need and this machine lacks (check does it by itself)
 #   make clean
@@ -20,7 +23,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 SONAME  := libqcow2_snapshot.so.0
 HEADER  := include/qcow2_snapshot.h
 
-.PHONY: all library demo check c-check header install setup clean
+.PHONY: all library demo check c-check header bench soak soak-crash install setup clean
 
 all: library
 
@@ -66,6 +69,24 @@ c-check: library
 # The tests that compare write instead.
 header:
 	QCOW2_BLESS=1 $(CARGO) test --quiet --test header --test abi --target-dir '$(TARGET)'
+
+# The library, three programs in C, and a page with what they measured.
+ROUNDS ?= 5
+BENCH_DIR ?= /var/tmp/qcow2-bench
+bench: setup library
+	@mkdir -p build/bench
+	$(CC) -std=c99 -O2 -Wall -Wextra -o build/bench/genimage benches/genimage.c
+	$(CC) -std=c99 -O2 -Wall -Wextra -o build/bench/floor benches/floor.c
+	$(CC) -std=c99 -O2 -Wall -Wextra -Iinclude -o build/bench/ours benches/ours.c \
+	    -Lbuild -lqcow2_snapshot -Wl,-rpath,'$$ORIGIN/..'
+	python3 benches/bench.py build/bench docs/performance.md --dir '$(BENCH_DIR)' --rounds $(ROUNDS) $(BENCH_ARGS)
+
+SECONDS ?= 1800
+soak: setup
+	DIFF_SECONDS=$(SECONDS) $(CARGO) test --release --test differential --target-dir '$(TARGET)'
+
+soak-crash: setup
+	CRASH_ALL=1 $(CARGO) test --release --test crash --target-dir '$(TARGET)' -- --nocapture
 
 install: library
 	install -D -m 755 build/libqcow2_snapshot.so '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so.$(VERSION)'

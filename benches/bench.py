@@ -1,0 +1,291 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Time snapshot verbs: qemu-img, this library (a C program on its C API) and the floor, in turn.
+
+    bench.py BUILD OUT [--dir DIR] [--rounds N] [--only NAME,...] [--quick]
+
+BUILD holds genimage, floor and ours (make bench builds them); OUT is the Markdown page to write, with
+a picture beside it. Each round makes a fresh copy of the image for each program and runs create, goto
+and delete on it, so every program does equal work; programs alternate within a round. Medians over
+rounds. Times depend on the machine and on what else runs there; the ratios of one round do much less.
+"""
+import argparse, os, shutil, statistics, subprocess, sys, time
+
+VERBS = ("create", "goto", "delete")
+
+
+def sh(*argv):
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+
+
+def copy(src, dst):
+    """A sparse copy, on stable storage and (again) in the page cache."""
+    subprocess.run(["cp", "--sparse=auto", src, dst], check=True)
+    fd = os.open(dst, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def cold(path):
+    fd = os.open(path, os.O_RDWR)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def measure(argv):
+    """Run; return wall and CPU seconds, peak KiB, requests and bytes that the kernel counted."""
+    start = time.monotonic()
+    p = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+    # Wait without reaping, to read what the kernel counted.
+    os.waitid(os.P_PID, p.pid, os.WEXITED | os.WNOWAIT)
+    wall = time.monotonic() - start
+    io = {}
+    try:
+        for line in open(f"/proc/{p.pid}/io"):
+            key, value = line.split(":")
+            io[key] = int(value)
+    except OSError:
+        pass
+    _, status, usage = os.wait4(p.pid, 0)
+    p.returncode = os.waitstatus_to_exitcode(status)
+    if p.returncode:
+        raise SystemExit(f"failed ({p.returncode}): {argv}")
+    return dict(wall=wall, cpu=usage.ru_utime + usage.ru_stime, rss=usage.ru_maxrss,
+                requests=io.get("syscr", 0) + io.get("syscw", 0),
+                read=io.get("rchar", 0), written=io.get("wchar", 0))
+
+
+def barriers(argv):
+    """Barriers of one run, by strace; None where there is no strace."""
+    if not shutil.which("strace"):
+        return None
+    out = subprocess.run(["strace", "-f", "-c", "-e", "trace=fdatasync,fsync", *argv],
+                         capture_output=True, text=True)
+    n = 0
+    for line in out.stderr.splitlines():
+        words = line.split()
+        if words and words[-1] in ("fdatasync", "fsync"):
+            n += int(words[3])
+    return n
+
+
+class Bench:
+    def __init__(self, build, folder, rounds):
+        self.build, self.folder, self.rounds = build, folder, rounds
+        self.rows = []          # (image, verb, program, cache, [measurements])
+
+    def command(self, program, image, verb):
+        if program == "qemu-img":
+            flag = {"create": "-c", "goto": "-a", "delete": "-d", "list": "-l"}[verb]
+            tail = [] if verb == "list" else ["a"]
+            return ["qemu-img", "snapshot", flag, *tail, image] if tail else ["qemu-img", "snapshot", flag, image]
+        return [f"{self.build}/{program}", image, verb]
+
+    def image(self, name, make):
+        path = f"{self.folder}/{name}.qcow2"
+        if not os.path.exists(path):
+            print(f"making {name}", flush=True)
+            make(path)
+        return path
+
+    def gen(self, *args):
+        return lambda path: sh(f"{self.build}/genimage", path, *args)
+
+    def run(self, name, path, programs, caches=("warm",), verbs=VERBS, rounds=None):
+        rounds = rounds or self.rounds
+        results = {}
+        for cache in caches:
+            for r in range(rounds):
+                # Turn the order, so that no program always runs first.
+                turn = programs[r % len(programs):] + programs[:r % len(programs)]
+                for program in turn:
+                    work = f"{self.folder}/work-{program}.qcow2"
+                    if "list" not in verbs:
+                        copy(path, work)
+                    else:
+                        work = path
+                    for verb in verbs:
+                        if cache == "cold":
+                            cold(work)
+                        m = measure(self.command(program, work, verb))
+                        results.setdefault((verb, program, cache), []).append(m)
+                    if work != path:
+                        os.unlink(work)
+                print(f"{name} {cache} round {r + 1}: " + ", ".join(
+                    f"{p} " + "/".join(f"{results[v, p, cache][-1]['wall']:.3f}" for v in verbs)
+                    for p in programs) + " s", flush=True)
+        for (verb, program, cache), ms in results.items():
+            self.rows.append((name, verb, program, cache, ms))
+
+    def median(self, name, verb, program, cache, key):
+        for row in self.rows:
+            if row[:4] == (name, verb, program, cache):
+                return statistics.median(m[key] for m in row[4])
+        return None
+
+    def ratio(self, name, verb, cache, key, of, by):
+        """The median of the ratios of each round."""
+        a = [r[4] for r in self.rows if r[:4] == (name, verb, of, cache)]
+        b = [r[4] for r in self.rows if r[:4] == (name, verb, by, cache)]
+        if not a or not b:
+            return None
+        return statistics.median(x[key] / max(y[key], 1e-4) for x, y in zip(a[0], b[0]))
+
+
+def mib(n):
+    return f"{n / 2**20:.1f}"
+
+
+def number(x, digits=3):
+    return "-" if x is None else f"{x:.{digits}f}"
+
+
+def table(bench, out):
+    out.append("| image | verb | cache | qemu-img wall s | ours wall s | floor wall s | qemu-img / ours | "
+               "ours / floor | CPU s qemu-img | CPU s ours | CPU ratio | peak MiB ours |")
+    out.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    seen = []
+    for name, verb, _, cache, _ in bench.rows:
+        if (name, verb, cache) in seen:
+            continue
+        seen.append((name, verb, cache))
+        get = lambda program, key: bench.median(name, verb, program, cache, key)
+        rss = get("ours", "rss")
+        out.append(f"| {name} | {verb} | {cache} | {number(get('qemu-img', 'wall'))} | {number(get('ours', 'wall'))} | "
+                   f"{number(get('floor', 'wall'))} | {number(bench.ratio(name, verb, cache, 'wall', 'qemu-img', 'ours'), 1)} | "
+                   f"{number(bench.ratio(name, verb, cache, 'wall', 'ours', 'floor'), 2)} | {number(get('qemu-img', 'cpu'))} | "
+                   f"{number(get('ours', 'cpu'))} | {number(bench.ratio(name, verb, cache, 'cpu', 'qemu-img', 'ours'), 1)} | "
+                   f"{'-' if rss is None else f'{rss / 1024:.0f}'} |")
+
+
+def requests(bench, out):
+    out.append("| image | verb | program | requests | MiB read | MiB written |")
+    out.append("|---|---|---|---|---|---|")
+    for name, verb, program, cache, ms in bench.rows:
+        if cache == "warm":
+            mid = lambda key: statistics.median(m[key] for m in ms)
+            out.append(f"| {name} | {verb} | {program} | {mid('requests'):.0f} | {mib(mid('read'))} | {mib(mid('written'))} |")
+
+
+def picture(bench, path, sizes, verb="create"):
+    """Wall time against image size, both axes logarithmic."""
+    import math
+    series = {}
+    for program in ("qemu-img", "ours", "floor"):
+        points = [(gib, bench.median(name, verb, program, "warm", "wall")) for name, gib in sizes]
+        series[program] = [(x, y) for x, y in points if y]
+    values = [y for s in series.values() for _, y in s]
+    if not values:
+        return
+    w, h, left, bottom = 640, 400, 70, 50
+    x0, x1 = math.log10(min(g for _, g in sizes)), math.log10(max(g for _, g in sizes))
+    y0, y1 = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    px = lambda v: left + (math.log10(v) - x0) / max(x1 - x0, 1e-9) * (w - left - 110)
+    py = lambda v: h - bottom - (math.log10(v) - y0) / max(y1 - y0, 1e-9) * (h - bottom - 30)
+    colour = {"qemu-img": "#c0392b", "ours": "#2471a3", "floor": "#7f8c8d"}
+    s = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" font-family="sans-serif" font-size="12">',
+         f'<rect width="{w}" height="{h}" fill="white"/>',
+         f'<text x="{left}" y="18" font-size="14">{verb}: wall time against mapped disk size (warm cache)</text>']
+    for e in range(y0, y1 + 1):
+        y = py(10 ** e)
+        s.append(f'<line x1="{left}" x2="{w - 110}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
+                 f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{10 ** e:g} s</text>')
+    for name, gib in sizes:
+        label = f"{gib // 1024} TiB" if gib >= 1024 else f"{gib} GiB"
+        s.append(f'<text x="{px(gib):.1f}" y="{h - bottom + 20}" text-anchor="middle">{label}</text>')
+    for program, points in series.items():
+        path_points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
+        s.append(f'<polyline points="{path_points}" fill="none" stroke="{colour[program]}" stroke-width="2"/>')
+        for x, y in points:
+            s.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" fill="{colour[program]}"/>')
+        if points:
+            x, y = points[-1]
+            s.append(f'<text x="{px(x) + 8:.1f}" y="{py(y) + 4:.1f}" fill="{colour[program]}">{program}</text>')
+    s.append("</svg>")
+    with open(path, "w") as f:
+        f.write("\n".join(s) + "\n")
+
+
+def main():
+    ap = argparse.ArgumentParser()
+    ap.add_argument("build")
+    ap.add_argument("out")
+    ap.add_argument("--dir", default="/var/tmp/qcow2-bench")
+    ap.add_argument("--rounds", type=int, default=5)
+    ap.add_argument("--only", default="")
+    ap.add_argument("--quick", action="store_true", help="small images only")
+    a = ap.parse_args()
+    os.makedirs(a.dir, exist_ok=True)
+    b = Bench(a.build, a.dir, a.rounds)
+    only = [x for x in a.only.split(",") if x]
+    want = lambda name: (not only or name in only) and not (a.quick and name[0] == "L")
+    three, two = ["qemu-img", "ours", "floor"], ["ours", "floor"]
+
+    # (short name, what it is, how it is made, programs, caches)
+    def preallocated(size):
+        return lambda path: sh("qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", path, size)
+    cases = [
+        ("fresh-10G", "a fresh 10 GiB image", lambda p: sh("qemu-img", "create", "-q", "-f", "qcow2", p, "10G"), ["qemu-img", "ours"], ("warm",)),
+        ("100G", "100 GiB mapped (preallocation=metadata)", preallocated("100G"), three, ("warm", "cold")),
+        ("1T-2percent", "1 TiB, 2% mapped, in order", b.gen("1024", "order", "2"), three, ("warm",)),
+        ("1T", "1 TiB mapped (preallocation=metadata)", preallocated("1T"), three, ("warm", "cold")),
+        ("10T", "10 TiB mapped", b.gen("10240", "order", "100"), two, ("warm",)),
+        ("16G-random", "16 GiB in random order", b.gen("16", "random", "100"), three, ("warm",)),
+        ("1T-random", "1 TiB in random order", b.gen("1024", "random", "100"), two, ("warm",)),
+    ]
+    out = []
+    for name, what, make, programs, caches in cases:
+        if not want(name):
+            continue
+        path = b.image(name, make)
+        b.run(name, path, programs, caches[:1], rounds=a.rounds)
+        for cache in caches[1:]:
+            b.run(name, path, programs, (cache,), rounds=max(1, a.rounds // 2))
+    # In-process cost of a small verb: the process alone is most of it.
+    if want("snapshots"):
+        path = b.image("65536-snapshots", b.gen("snapshots", "65536"))
+        b.run("65536-snapshots", path, ["qemu-img", "ours"], verbs=("list",))
+        path = b.image("65535-snapshots", b.gen("snapshots", "65535"))
+        b.run("65535-snapshots", path, ["ours"], verbs=("create", "delete"))
+    if want("many"):
+        base = b.image("100G", preallocated("100G"))
+        work = f"{a.dir}/many.qcow2"
+        copy(base, work)
+        n = 0
+        for upto in (4, 8, 16, 20):
+            while n < upto:
+                n += 1
+                sh(f"{a.build}/ours", work, "create", f"s{n}")
+            b.run(f"100G-{upto}-snapshots", work, three, rounds=max(1, a.rounds // 2), verbs=("create", "goto", "delete"))
+        os.unlink(work)
+
+    table(b, out)
+    counts = []
+    for program in three:
+        path = f"{a.dir}/100G.qcow2"
+        if os.path.exists(path):
+            work = f"{a.dir}/work-strace.qcow2"
+            copy(path, work)
+            counts.append(f"{program}: " + ", ".join(f"{v} {barriers(b.command(program, work, v))}" for v in VERBS))
+            os.unlink(work)
+    svg = os.path.splitext(a.out)[0] + ".svg"
+    picture(b, svg, [("100G", 100), ("1T", 1024), ("10T", 10240)])
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cpu = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "?")
+    version = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    req = []
+    requests(b, req)
+    marker = "<!-- made by benches/bench.py -->"
+    head = open(a.out).read().split(marker)[0] if os.path.exists(a.out) else "# Performance\n\n"
+    with open(a.out, "w") as f:
+        f.write(head + marker + "\n\n")
+        f.write(f"{time.strftime('%Y-%m-%d')}, commit {commit}, {version}, {os.cpu_count()} x {cpu}, {a.rounds} rounds, medians.\n\n")
+        f.write(f"![time against size]({os.path.basename(svg)})\n\n")
+        f.write("\n".join(out) + "\n\nBarriers on the 100 GiB image (strace): " + "; ".join(counts) + ".\n\n")
+        f.write("Requests and bytes, as the kernel counts system calls of the process (warm cache):\n\n" + "\n".join(req) + "\n")
+    print("wrote", a.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
