@@ -10,7 +10,7 @@ use crate::cli::{Action, Request};
 use crate::listing;
 use crate::progress::Spinner;
 use crate::stop::{print, strerror, Stop};
-use crate::target::{Opened, Target};
+use crate::target::{warn_of_raw, Opened, Target};
 
 /// Room for text in QEMU's `QEMUSnapshotInfo`, which qemu-img goes through.
 const ID_ROOM: usize = 127;
@@ -22,8 +22,13 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
     let write = !matches!(request.action, Action::List);
     let mut image = match target.open(request.file, write)? {
         Opened::Image(image) => image,
-        Opened::Other if link => return Err(Stop::NotServed(Vec::new())),
-        Opened::Other => return without_snapshots(request),
+        Opened::Other { .. } if link => {
+            return Err(Stop::NotServed(
+                b"The image is not in qcow2 format, and there is no other qemu-img in PATH"
+                    .to_vec(),
+            ))
+        }
+        Opened::Other { guessed } => return without_snapshots(request, guessed),
     };
     let spinner = |what| Spinner::new(what, request.quiet);
     let result = match request.action {
@@ -135,9 +140,23 @@ fn delete(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
     image
         .snapshot_delete(Some(&found.id), Some(&found.name))
         .map_err(|e| {
-            let line = could_not("delete", name, &e.to_string());
+            let line = could_not("delete", name, &delete_words(&e));
             (Some(e), vec![line])
         })
+}
+
+/// The step that failed, and then the errno's words, where the library knows more.
+fn delete_words(e: &Error) -> String {
+    const STEPS: [&str; 3] = [
+        "Failed to remove snapshot from snapshot list",
+        "Failed to free the cluster and L1 table",
+        "Failed to update snapshot status in disk",
+    ];
+    let text = e.to_string();
+    match STEPS.iter().find(|s| text.starts_with(**s)) {
+        Some(step) => format!("{step}: {}", strerror(e.errno())),
+        None => text,
+    }
 }
 
 const NOT_FOUND: &str = "snapshot not found";
@@ -148,7 +167,16 @@ fn could_not(verb: &str, name: &OsStr, text: &str) -> Vec<u8> {
 }
 
 /// An image in a format without internal snapshots: QEMU opens it and then fails, or not.
-fn without_snapshots(request: &Request) -> Result<(), Stop> {
+fn without_snapshots(request: &Request, guessed: bool) -> Result<(), Stop> {
+    if guessed {
+        // QEMU opens the image again after a failed -a, and says it again.
+        let times = match request.action {
+            Action::List => 0,
+            Action::Apply(_) => 2,
+            _ => 1,
+        };
+        (0..times).for_each(|_| warn_of_raw(request.file));
+    }
     let line = match request.action {
         Action::List if request.json => {
             b"Could not list the snapshots: Operation not supported".to_vec()

@@ -26,7 +26,8 @@ fn flag(long: &'static str, short: Option<char>, help: &'static str) -> Arg {
     let arg = Arg::new(long)
         .long(long)
         .help(help)
-        .action(ArgAction::Count);
+        .overrides_with(long)
+        .action(ArgAction::SetTrue);
     match short {
         Some(c) => arg.short(c),
         None => arg,
@@ -46,6 +47,11 @@ fn valued(long: &'static str, short: Option<char>, value: &'static str, help: &'
         Some(c) => arg.short(c),
         None => arg,
     }
+}
+
+/// `--help` where clap may print its page at once.
+fn help() -> Arg {
+    flag("help", Some('h'), "Print this help and exit").action(ArgAction::Help)
 }
 
 /// The options of `qemu-img snapshot`.
@@ -143,6 +149,7 @@ pub(crate) fn command() -> Command {
         .subcommand(
             Command::new("completions")
                 .about("Print a completion script for a shell")
+                .arg(help())
                 .arg(
                     Arg::new("SHELL")
                         .required(true)
@@ -161,15 +168,13 @@ fn export_command() -> Command {
     };
     Command::new("export")
         .about("Write the disk that a snapshot holds to a new sparse raw file")
-        .arg(
-            flag(
-                "force-share",
-                Some('U'),
-                "Open the image even if a guest writes to it: the result may be torn",
-            )
-            .action(ArgAction::SetTrue),
-        )
-        .arg(flag("quiet", Some('q'), "Show no progress, only errors").action(ArgAction::SetTrue))
+        .arg(help())
+        .arg(flag(
+            "force-share",
+            Some('U'),
+            "Open the image even if a guest writes to it: the result may be torn",
+        ))
+        .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
         .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
         .arg(operand(
             "SNAPSHOT",
@@ -230,10 +235,10 @@ impl<'a> Request<'a> {
             action,
             file: last("FILE").unwrap_or_default(),
             format: last("format"),
-            image_opts: m.get_count("image-opts") > 0,
+            image_opts: m.get_flag("image-opts"),
             object: last("object").is_some(),
-            force_share: m.get_count("force-share") > 0,
-            quiet: m.get_count("quiet") > 0,
+            force_share: m.get_flag("force-share"),
+            quiet: m.get_flag("quiet"),
             json: output
                 .and_then(|mut o| o.next_back())
                 .is_some_and(|o| o == "json"),

@@ -19,6 +19,8 @@ use crate::stop::{without_number, Stop};
 const CHUNK: usize = 2 << 20;
 /// Zeros in pieces of this size, aligned, become holes: `qemu-img convert` does the same.
 const PIECE: usize = 4096;
+/// The tables are asked about so much at once, so that Ctrl-C is seen in between.
+const STRETCH: u64 = 64 << 30;
 static ZEROS: [u8; CHUNK] = [0; CHUNK];
 
 pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
@@ -95,22 +97,35 @@ fn copy(
     let bar = progress::bytes(length, quiet);
     let mut buffer = vec![0; CHUNK];
     let mut at = 0;
+    // Everything before this is data, as far as the image's tables say.
+    let mut data_end = 0;
     while at < length {
         if interrupted.load(Ordering::Relaxed) {
             bar.finish_and_clear();
             return Err(Stop::Interrupted);
         }
-        let n = (length - at).min(CHUNK as u64) as usize;
+        if at >= data_end {
+            let status = image.block_status(at, STRETCH).map_err(unreadable)?;
+            data_end = at + status.length.max(1);
+            if status.zero {
+                at = data_end.min(length);
+                bar.set_position(at);
+                continue;
+            }
+        }
+        let n = (data_end.min(length) - at).min(CHUNK as u64) as usize;
         let chunk = buffer.get_mut(..n).unwrap_or_default();
-        image
-            .read(at, chunk)
-            .map_err(|e| Stop::failed(format!("Could not read the snapshot: {e}")))?;
+        image.read(at, chunk).map_err(unreadable)?;
         write_data(file, at, chunk).map_err(|e| failed(&e))?;
         at += n as u64;
         bar.set_position(at);
     }
     bar.finish_and_clear();
     Ok(())
+}
+
+fn unreadable(e: Error) -> Stop {
+    Stop::failed(format!("Could not read the snapshot: {e}"))
 }
 
 /// Write what is not zeros; neighbouring pieces go out together.

@@ -152,7 +152,7 @@ impl Words<'_> {
             .filter(|o| !EXTENSIONS.contains(&o.long.as_str()))
             .collect();
         match candidates.as_slice() {
-            [] => Err(self.complain(&[b"unrecognized option '--", word_name(word), b"'"])),
+            [] => Err(self.complain(&[b"unrecognized option '--", word, b"'"])),
             [one] => Ok(one),
             many => {
                 let mut text = [b"option '--", word, b"' is ambiguous; possibilities:"].concat();
@@ -185,9 +185,4 @@ impl Words<'_> {
     fn complain(&self, text: &[&[u8]]) -> Stop {
         Stop::Options([self.who.as_bytes(), b": ", &text.concat()].concat())
     }
-}
-
-/// getopt names an option that it does not know without its value.
-fn word_name(word: &[u8]) -> &[u8] {
-    word.split(|b| *b == b'=').next().unwrap_or_default()
 }

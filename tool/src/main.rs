@@ -16,6 +16,8 @@ mod export;
 mod getopt;
 mod link;
 mod listing;
+#[cfg(test)]
+mod manual;
 mod progress;
 mod stop;
 mod target;

@@ -28,8 +28,10 @@ enum Driver {
 /// An opened target.
 pub(crate) enum Opened {
     Image(Box<Image>),
-    /// A format that has no internal snapshots.
-    Other,
+    /// A format that has no internal snapshots. `guessed`: nobody said so, and it may be raw.
+    Other {
+        guessed: bool,
+    },
 }
 
 impl Target {
@@ -68,17 +70,15 @@ impl Target {
             Ok(image) if self.driver != Some(Driver::Raw) => {
                 return Ok(Opened::Image(Box::new(image)))
             }
-            Ok(_) => return Ok(Opened::Other),
+            Ok(_) => return Ok(Opened::Other { guessed: false }),
             Err(e) => e,
         };
         if let (Some(head), false) = (head(&self.path), is_about_the_file(&error)) {
             match self.driver {
-                Some(Driver::Raw) => return Ok(Opened::Other),
+                Some(Driver::Raw) => return Ok(Opened::Other { guessed: false }),
                 None if !is_qcow2(&head) => {
-                    if write && is_raw(&head) {
-                        warn_of_raw(shown);
-                    }
-                    return Ok(Opened::Other);
+                    let guessed = is_raw(&head);
+                    return Ok(Opened::Other { guessed });
                 }
                 _ => {}
             }
@@ -280,7 +280,7 @@ fn is_raw(head: &[u8]) -> bool {
 }
 
 /// QEMU's words, for scripts that look for them.
-fn warn_of_raw(name: &OsStr) {
+pub(crate) fn warn_of_raw(name: &OsStr) {
     let text = [
         b"WARNING: Image format was not specified for '".as_slice(),
         name.as_bytes(),

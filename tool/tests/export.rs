@@ -1,0 +1,166 @@
+//! `export` writes what `qemu-img convert -l` writes.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+use common::{cases, ours, prepare, qemu_img, said, unpacked};
+use qcow2_snapshot::{Image, OpenFlags};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+fn leftovers(folder: &Path) -> Vec<String> {
+    std::fs::read_dir(folder)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .filter(|n| n.contains("partial") || n == "out.raw")
+        .collect()
+}
+
+#[test]
+fn the_snapshots_of_the_reference_images_are_exported_as_by_qemu_img() {
+    let Some(qemu) = qemu_img("export") else {
+        return;
+    };
+    let mut exported = 0;
+    for (name, path) in cases() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        let images = prepare(&path, folder);
+        for packed in [&images[images.len() / 2], images.last().unwrap()] {
+            std::fs::write(folder.join("image.qcow2"), unpacked(packed)).unwrap();
+            let Ok(mut image) = Image::open(&folder.join("image.qcow2"), OpenFlags::read_only())
+            else {
+                continue;
+            };
+            let size = image.length();
+            let list = image.snapshot_list().map(<[_]>::to_vec).unwrap_or_default();
+            image.close().unwrap();
+            // One that shows the way is enough for each image; of equal IDs QEMU takes the first.
+            for s in list.iter().filter(|s| s.disk_size <= 64 << 20).take(2) {
+                let id = String::from_utf8_lossy(&s.id).into_owned();
+                let (ours_out, theirs_out) = (folder.join("out.raw"), folder.join("qemu.raw"));
+                let got = ours(folder, &["export", "--", "image.qcow2", &id, "out.raw"]);
+                let expected = said(
+                    Command::new(&qemu)
+                        .current_dir(folder)
+                        .args(["convert", "-l", &format!("snapshot.id={id}")])
+                        .args(["-O", "raw", "image.qcow2", "qemu.raw"]),
+                );
+                assert_eq!(got.code, expected.code, "{name} {id}: {got:?} {expected:?}");
+                if got.code != Some(0) {
+                    assert_eq!(leftovers(folder), Vec::<String>::new(), "{name}");
+                    continue;
+                }
+                assert_eq!(got.out + &got.err, "");
+                let (a, b) = (
+                    std::fs::read(&ours_out).unwrap(),
+                    std::fs::read(&theirs_out).unwrap(),
+                );
+                assert_eq!(a.len() as u64, s.disk_size & !511, "{name}");
+                // QEMU keeps the active disk's size.
+                assert_eq!(b.len() as u64, size, "{name}");
+                let n = a.len().min(b.len());
+                assert!(a[..n] == b[..n], "{name}: snapshot {id}: contents differ");
+                if a.len() == b.len() {
+                    let blocks = |p: &Path| std::fs::metadata(p).unwrap().blocks();
+                    // File systems count a little differently while data is on its way to the disk.
+                    let (a, b) = (blocks(&ours_out), blocks(&theirs_out));
+                    assert!(a <= b + 64, "{name}: not sparse: {a} {b}");
+                }
+                exported += 1;
+                std::fs::remove_file(ours_out).unwrap();
+                std::fs::remove_file(theirs_out).unwrap();
+            }
+        }
+    }
+    println!("{exported} snapshots exported");
+    assert!(exported > 60);
+}
+
+#[test]
+fn names_count_when_no_id_matches_and_files_are_not_overwritten() {
+    let folder = common::image("names", "after-7");
+    let folder = folder.path();
+    let run = |words: &[&str]| {
+        let got = ours(folder, &[&["export"], words].concat());
+        (got.code, got.err)
+    };
+    assert_eq!(
+        run(&["-q", "image.qcow2", "a b", "out.raw"]),
+        (Some(0), String::new())
+    );
+    let first = std::fs::read(folder.join("out.raw")).unwrap();
+    let exists = "qcow2-snapshot: Could not write 'out.raw': File exists\n".to_owned();
+    assert_eq!(run(&["image.qcow2", "1", "out.raw"]), (Some(1), exists));
+    assert!(first == std::fs::read(folder.join("out.raw")).unwrap());
+    let (code, err) = run(&["image.qcow2", "1", "image.qcow2"]);
+    assert_eq!((code, err.contains("File exists")), (Some(1), true));
+    let (code, err) = run(&["image.qcow2", "nothing", "new.raw"]);
+    assert_eq!(code, Some(1));
+    assert_eq!(
+        err,
+        "qcow2-snapshot: Could not export snapshot 'nothing': Can't find snapshot\n"
+    );
+    let (code, err) = run(&["image.qcow2", "1", "no/folder/new.raw"]);
+    assert_eq!(
+        (code, err.contains("No such file or directory")),
+        (Some(1), true),
+        "{err}"
+    );
+    assert_eq!(run(&["-U", "image.qcow2", "1", "new.raw"]).0, Some(0));
+    assert_eq!(run(&["image.qcow2", "1"]).0, Some(1));
+    assert_eq!(run(&["--help"]), (Some(0), String::new()));
+    // An image may have the name of a subcommand.
+    std::fs::rename(folder.join("image.qcow2"), folder.join("export")).unwrap();
+    assert!(ours(folder, &["export"]).out.starts_with("Snapshot list:"));
+    assert!(ours(folder, &["-l", "export"])
+        .out
+        .starts_with("Snapshot list:"));
+}
+
+#[test]
+fn ctrl_c_removes_the_partial_output() {
+    let (Some(qemu), Ok(io)) = (
+        qemu_img("Ctrl-C during export"),
+        Command::new("qemu-io").arg("--version").output(),
+    ) else {
+        println!("SKIPPED: no qemu-io here: Ctrl-C during export was not tested");
+        return;
+    };
+    assert!(io.status.success());
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let run = |program: &Path, words: &[&str]| {
+        let got = said(Command::new(program).current_dir(folder).args(words));
+        assert_eq!(got.code, Some(0), "{got:?}");
+    };
+    run(
+        &qemu,
+        &["create", "-q", "-f", "qcow2", "image.qcow2", "256M"],
+    );
+    run(
+        Path::new("qemu-io"),
+        &["-c", "write -P 7 0 256M", "image.qcow2"],
+    );
+    run(common::tool(), &["-c", "x", "image.qcow2"]);
+    for signal in ["INT", "TERM"] {
+        let mut child = Command::new(common::tool())
+            .current_dir(folder)
+            .args(["export", "image.qcow2", "x", "out.raw"])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        while leftovers(folder).is_empty() && child.try_wait().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+        run(Path::new("kill"), &["-s", signal, &child.id().to_string()]);
+        let ended = child.wait_with_output().unwrap();
+        assert_eq!(ended.status.code(), Some(130), "{ended:?}");
+        assert_eq!(leftovers(folder), Vec::<String>::new());
+    }
+    run(common::tool(), &["export", "image.qcow2", "x", "out.raw"]);
+    assert_eq!(
+        std::fs::metadata(folder.join("out.raw")).unwrap().len(),
+        256 << 20
+    );
+}

@@ -1,0 +1,299 @@
+//! The listing, as a table and as JSON, is that of qemu-img to the byte.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+use common::{cases, ours, prepare, qemu_img, said, theirs, unpacked, Said};
+use qcow2_snapshot::{Image, NewSnapshot, OpenFlags};
+use std::path::Path;
+use std::process::Command;
+
+/// The lines that `qemu-img info` has under "Snapshot list:": it needs no key.
+fn by_info(qemu: &Path, folder: &Path) -> Said {
+    let mut info = said(
+        Command::new(qemu)
+            .current_dir(folder)
+            .args(["info", "image.qcow2"]),
+    );
+    let rest = info.out.find("Snapshot list:\n").map(|at| &info.out[at..]);
+    let mut lines = rest.unwrap_or_default().lines();
+    let list: Vec<&str> = lines
+        .by_ref()
+        .take_while(|l| !l.starts_with("Format specific"))
+        .collect();
+    info.out = list.iter().map(|l| format!("{l}\n")).collect();
+    info
+}
+
+/// The array under "snapshots" of `qemu-img info --output=json`.
+fn json_by_info(qemu: &Path, folder: &Path) -> String {
+    let info =
+        said(
+            Command::new(qemu)
+                .current_dir(folder)
+                .args(["info", "--output=json", "image.qcow2"]),
+        );
+    let Some((_, rest)) = info.out.split_once("\n    \"snapshots\": ") else {
+        return "[\n]\n".to_owned();
+    };
+    let (list, _) = rest.split_once("\n    ]").unwrap();
+    format!("{}\n]\n", list.replace("\n    ", "\n"))
+}
+
+#[test]
+fn every_reference_image_is_listed_as_by_qemu_img() {
+    let Some(qemu) = qemu_img("the listing of the reference images") else {
+        return;
+    };
+    let mut listed = 0;
+    for (name, path) in cases() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        for packed in prepare(&path, folder) {
+            std::fs::write(folder.join("image.qcow2"), unpacked(&packed)).unwrap();
+            let mut expected = theirs(&qemu, folder, &["-l", "image.qcow2"]);
+            // Agreed: no key is needed here.
+            if expected.err.contains("encrypt.key-secret") {
+                expected = by_info(&qemu, folder);
+            }
+            let got = ours(folder, &["-l", "image.qcow2"]);
+            assert_eq!(got, expected, "{name}: {}", packed.display());
+            assert_eq!(ours(folder, &["image.qcow2"]), got, "{name}: no action");
+            if got.code == Some(0) && name != "data-file" {
+                let json = ours(folder, &["--output=json", "image.qcow2"]);
+                assert_eq!(json.out, json_by_info(&qemu, folder), "{name}");
+                assert_eq!((json.code, json.err.as_str()), (Some(0), ""), "{name}");
+            }
+            listed += 1;
+        }
+    }
+    println!("{listed} images listed");
+    assert!(listed > 400);
+}
+
+/// An image with one snapshot for each kind of number.
+fn crafted(folder: &Path, qemu: &Path) {
+    let path = folder.join("image.qcow2");
+    let made = said(
+        Command::new(qemu)
+            .args(["create", "-q", "-f", "qcow2"])
+            .arg(&path)
+            .arg("1M"),
+    );
+    assert_eq!(made.code, Some(0), "{made:?}");
+    let sizes: Vec<u64> = vec![
+        0,
+        1,
+        9,
+        10,
+        99,
+        999,
+        1000,
+        1001,
+        1023,
+        1024,
+        1025,
+        1034,
+        1035,
+        10_239,
+        10_240,
+        10_291,
+        102_399,
+        102_400,
+        1_022_975,
+        1_022_976,
+        1_023_487,
+        1_023_488,
+        1_023_999,
+        1_024_000,
+        1_048_575,
+        1_048_576,
+        37 << 20,
+        999 << 20,
+        1000 << 20,
+        1001 << 20,
+        1 << 30,
+        5 << 40,
+        1023 << 40,
+        1 << 50,
+        1000 << 50,
+        1 << 60,
+        1 << 63,
+        u64::MAX,
+    ];
+    let clocks = [
+        0,
+        1,
+        999_999,
+        1_000_000,
+        59_999_999_999,
+        60_000_000_000,
+        3_599_999_000_000,
+        3_600_000_000_000,
+        35_999_999_000_000_000,
+        36_000_000_000_000_000,
+        1 << 62,
+        u64::MAX,
+    ];
+    let dates = [
+        0,
+        1,
+        951_782_400,
+        1_143_338_399,
+        1_143_338_400,
+        1_300_000_000,
+        1_319_936_400,
+        1_700_000_000,
+        0x7fff_ffff,
+        0x8000_0000,
+        0xffff_ffff,
+    ];
+    let icounts = [
+        0,
+        1,
+        12_345_678_901,
+        i64::MAX as u64,
+        1 << 63,
+        u64::MAX - 1,
+        u64::MAX,
+    ];
+    let mut image = Image::open(&path, OpenFlags::RDWR).unwrap();
+    for i in 0..sizes.len() {
+        let new = NewSnapshot {
+            name: format!("sn{i}").into_bytes(),
+            date_sec: dates[i % dates.len()],
+            date_nsec: 999_999_999,
+            vm_clock_nsec: clocks[i % clocks.len()],
+            icount: icounts[i % icounts.len()],
+            ..NewSnapshot::default()
+        };
+        image.snapshot_create(&new).unwrap();
+    }
+    image.close().unwrap();
+    // Sizes of VM state that no image has: into the entries by hand.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let word = |b: &[u8], at: usize, n: usize| {
+        b[at..at + n]
+            .iter()
+            .fold(0usize, |v, b| v << 8 | usize::from(*b))
+    };
+    let mut at = word(&bytes, 64, 8);
+    for size in sizes {
+        at = at.next_multiple_of(8);
+        bytes[at + 40..at + 48].copy_from_slice(&size.to_be_bytes());
+        at += 40 + word(&bytes, at + 36, 4) + word(&bytes, at + 12, 2) + word(&bytes, at + 14, 2);
+    }
+    std::fs::write(&path, bytes).unwrap();
+}
+
+#[test]
+fn sizes_clocks_counts_and_dates_are_printed_as_by_qemu_img() {
+    let Some(qemu) = qemu_img("the listing of unusual numbers") else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    crafted(folder, &qemu);
+    let zones = [
+        "",
+        "UTC",
+        "America/New_York",
+        "Asia/Kolkata",
+        "Australia/Lord_Howe",
+        ":Europe/Berlin",
+        "EST5EDT,M3.2.0,M11.1.0",
+        "XYZ-3:30",
+        "No/Such_Zone",
+    ];
+    let list = |program: &Path, words: &[&str], zone: Option<&str>| {
+        let mut command = Command::new(program);
+        command.current_dir(folder).args(words).env_remove("TZ");
+        if let Some(zone) = zone {
+            command.env("TZ", zone);
+        }
+        said(&mut command)
+    };
+    for zone in zones.map(Some).into_iter().chain([None]) {
+        let expected = list(&qemu, &["snapshot", "-l", "image.qcow2"], zone);
+        let got = list(common::tool(), &["-l", "image.qcow2"], zone);
+        assert_eq!(expected.out.lines().count(), 40);
+        assert_eq!(got, expected, "TZ={zone:?}");
+    }
+    let json = ours(folder, &["--output=json", "image.qcow2"]);
+    assert_eq!(json.out, json_by_info(&qemu, folder));
+}
+
+#[test]
+fn names_of_all_kinds_are_made_and_shown_as_by_qemu_img() {
+    use std::ffi::{OsStr, OsString};
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let Some(qemu) = qemu_img("snapshots with unusual names") else {
+        return;
+    };
+    let long = |n| OsString::from("n".repeat(n));
+    let names: Vec<OsString> = vec![
+        "".into(),
+        " ".into(),
+        "a b".into(),
+        "größer 漢字".into(),
+        "-d".into(),
+        "--list".into(),
+        "--".into(),
+        "1".into(),
+        "quote\"back\\slash\ttab\nline".into(),
+        OsString::from_vec(b"\xff\xfe bytes".to_vec()),
+        long(16),
+        long(17),
+        long(254),
+        long(255),
+        long(256),
+        long(300),
+        // Cut in the middle of a letter.
+        OsString::from_vec([&[b'x'; 254], "ß".as_bytes()].concat()),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    for image in ["a.qcow2", "image.qcow2"] {
+        let made = said(
+            Command::new(&qemu)
+                .current_dir(folder)
+                .args(["create", "-q", "-f", "qcow2", image, "1M"]),
+        );
+        assert_eq!(made.code, Some(0));
+    }
+    let both = |words: &[&OsStr]| {
+        let mut a = words.to_vec();
+        a.push(OsStr::new("a.qcow2"));
+        let mut b = words.to_vec();
+        b.push(OsStr::new("image.qcow2"));
+        assert_eq!(ours(folder, &b), theirs(&qemu, folder, &a), "{words:?}");
+    };
+    let undated = |file: &str| {
+        let text = ours(folder, &["--output=json", file]).out;
+        let lines = text.lines().filter(|l| !l.contains("\"date-"));
+        lines.map(str::to_owned).collect::<Vec<_>>()
+    };
+    for name in &names {
+        both(&[OsStr::new("-c"), name]);
+        if !name.is_empty() {
+            let stuck = [b"-c", name.as_bytes()].concat();
+            both(&[OsStr::from_bytes(&stuck)]);
+        }
+    }
+    assert_eq!(undated("image.qcow2"), undated("a.qcow2"));
+    assert_eq!(
+        ours(folder, &["--output=json", "image.qcow2"]).out,
+        json_by_info(&qemu, folder)
+    );
+    for name in &names {
+        both(&[OsStr::new("-a"), name]);
+        both(&[OsStr::new("-d"), name]);
+    }
+    assert_eq!(undated("image.qcow2"), undated("a.qcow2"));
+}
+
+#[test]
+fn without_snapshots_the_json_array_is_empty() {
+    let folder = common::image("names", "before");
+    let got = ours(folder.path(), &["--output=json", "image.qcow2"]);
+    assert_eq!((got.code, got.out.as_str()), (Some(0), "[\n]\n"));
+}

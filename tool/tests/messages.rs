@@ -1,0 +1,360 @@
+//! What is said when something is wrong, where, and the exit codes: those of `qemu-img snapshot`.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod common;
+use common::{cases, image, ours, prepare, qemu_img, said, theirs, unpacked, NAME};
+use std::path::Path;
+use std::process::Command;
+
+/// Options that qemu-img 10.0 takes too.
+const CALLS: &[&[&str]] = &[
+    &[],
+    &["-l"],
+    &["-l", "image.qcow2", "other.qcow2"],
+    &["-l", "-a", "x", "image.qcow2"],
+    &["-c", "x", "-c", "y", "image.qcow2"],
+    &["-l", "-l", "image.qcow2"],
+    &["-ll", "image.qcow2"],
+    &["-z", "image.qcow2"],
+    &["-lz", "image.qcow2"],
+    &["-l", "image.qcow2", "-z"],
+    &["-a"],
+    &["-lqa"],
+    &["--bogus", "image.qcow2"],
+    &["--bogus=1", "image.qcow2"],
+    &["--object"],
+    &["--force-share=1", "-l", "image.qcow2"],
+    &["--image-opts=", "-l", "image.qcow2"],
+    &["-l", "--", "-z"],
+    &["-l", "--", "image.qcow2", "-z"],
+    &["-l", "--force", "image.qcow2"],
+    &["-q", "-l", "image.qcow2"],
+    &["-Ul", "image.qcow2"],
+    &["image.qcow2", "-l"],
+    &["-U", "-c", "x", "image.qcow2"],
+    &["-U", "-c", "x", "nothing.qcow2"],
+    &["-l", "nothing.qcow2"],
+    &["-c", "x", "nothing.qcow2"],
+    &["-l", "no/such/folder.qcow2"],
+    &["-l", "image.qcow2/below"],
+    &["-l", ""],
+    &["-l", "."],
+    &["-l", "/dev/null/x"],
+    &["-l", "xyz:image.qcow2"],
+    &["-l", "file:image.qcow2"],
+    &["-l", "./image.qcow2"],
+    &["-l", "-"],
+    &["-d", "nothing", "image.qcow2"],
+    &["-a", "nothing", "image.qcow2"],
+    &["-a", "", "image.qcow2"],
+    &["-d2", "image.qcow2"],
+    &["-d", "2", "image.qcow2"],
+    &["-a2", "image.qcow2"],
+    &["-a", "twin", "image.qcow2"],
+    &["-d", "twin", "image.qcow2"],
+    &["-l", "raw.img"],
+    &["-c", "x", "raw.img"],
+    &["-a", "x", "raw.img"],
+    &["-d", "x", "raw.img"],
+    &["-l", "empty.img"],
+    &[
+        "-l",
+        "--image-opts",
+        "driver=qcow2,file.filename=image.qcow2",
+    ],
+    &[
+        "-l",
+        "--image-opts",
+        "file.driver=file,file.filename=image.qcow2",
+    ],
+    &[
+        "-l",
+        "--image-opts",
+        "driver=qcow2,file.filename=nothing.qcow2",
+    ],
+    &["-l", "--image-opts", "driver=qcow2,file.filename=raw.img"],
+    &["-l", "--image-opts", "driver=foo,file.filename=image.qcow2"],
+    &["-l", "--image-opts", "driver=qcow2"],
+    &[
+        "-a",
+        "2",
+        "--image-opts",
+        "driver=qcow2,file.filename=image.qcow2",
+    ],
+    &[
+        "-d",
+        "x",
+        "--image-opts",
+        "driver=qcow2,file.filename=image.qcow2,force-share=on",
+    ],
+];
+
+fn fill(folder: &Path) {
+    std::fs::write(folder.join("raw.img"), vec![0; 65536]).unwrap();
+    std::fs::write(folder.join("empty.img"), []).unwrap();
+}
+
+#[test]
+fn the_same_is_said_as_by_qemu_img() {
+    let Some(qemu) = qemu_img("messages and exit codes") else {
+        return;
+    };
+    for call in CALLS {
+        let (a, b) = (image("names", "after-7"), image("names", "after-7"));
+        fill(a.path());
+        fill(b.path());
+        let expected = theirs(&qemu, a.path(), call);
+        assert_eq!(ours(b.path(), call), expected, "{call:?}");
+        for file in ["image.qcow2", "raw.img"] {
+            assert!(
+                std::fs::read(a.path().join(file)).unwrap()
+                    == std::fs::read(b.path().join(file)).unwrap(),
+                "{call:?}: {file} differs"
+            );
+        }
+    }
+}
+
+#[test]
+fn verbs_on_reference_images_end_as_by_qemu_img() {
+    let Some(qemu) = qemu_img("what is said of the reference images") else {
+        return;
+    };
+    let mut compared = 0;
+    for (name, path) in cases() {
+        // Agreed differences: no key is needed, and the dirty bit is for qemu-img check.
+        if name.starts_with("encrypted") || name == "dirty-bit" {
+            continue;
+        }
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let images = prepare(&path, a.path());
+        prepare(&path, b.path());
+        // The state before, the one with the most snapshots on the way, and the last.
+        for packed in [images.first(), images.get(images.len() / 2), images.last()] {
+            let bytes = unpacked(packed.unwrap());
+            for call in [
+                ["-c", "new"],
+                ["-a", "1"],
+                ["-a", "two"],
+                ["-d", "one"],
+                ["-d", "a"],
+            ] {
+                for folder in [a.path(), b.path()] {
+                    std::fs::write(folder.join("image.qcow2"), &bytes).unwrap();
+                }
+                let call = [call[0], call[1], "image.qcow2"];
+                let mut expected = theirs(&qemu, a.path(), &call);
+                // Agreed: nothing is ever marked as corrupt here, and the library prints nothing.
+                expected.err = expected
+                    .err
+                    .lines()
+                    .filter(|l| !l.contains("Marking image as corrupt"))
+                    .filter(|l| !l.starts_with("qcow2_free_clusters failed"))
+                    .map(|l| format!("{l}\n"))
+                    .collect();
+                let got = ours(b.path(), &call);
+                assert_eq!(got, expected, "{name}: {packed:?}: {call:?}");
+                compared += 1;
+            }
+        }
+    }
+    println!("{compared} verbs compared");
+}
+
+#[test]
+fn an_image_in_use_is_refused_in_qemus_words() {
+    let Some(qemu) = qemu_img("an image in use") else {
+        return;
+    };
+    use qcow2_snapshot::{Image, OpenFlags};
+    let folder = image("names", "after-7");
+    let file = folder.path().join("image.qcow2");
+    let calls: [&[&str]; 4] = [
+        &["-l", "image.qcow2"],
+        &["-c", "x", "image.qcow2"],
+        &["-U", "-l", "image.qcow2"],
+        &["-a", "1", "image.qcow2"],
+    ];
+    for flags in [OpenFlags::RDWR, OpenFlags::read_only()] {
+        let held = Image::open(&file, flags).unwrap();
+        for call in calls {
+            let expected = theirs(&qemu, folder.path(), call);
+            assert_eq!(ours(folder.path(), call), expected, "{flags:?} {call:?}");
+        }
+        held.close().unwrap();
+    }
+}
+
+#[test]
+fn options_of_today_and_refusals_have_their_own_words() {
+    let folder = image("names", "after-7");
+    let expect = |words: &[&str], code: i32, err: &str| {
+        let got = ours(folder.path(), words);
+        assert_eq!(got.code, Some(code), "{words:?}: {got:?}");
+        assert_eq!(got.err, err, "{words:?}");
+        got.out
+    };
+    let listing = expect(&["-f", "qcow2", "image.qcow2"], 0, "");
+    assert!(listing.starts_with("Snapshot list:\n"));
+    assert_eq!(
+        expect(&["--list", "--format=qcow2", "image.qcow2"], 0, ""),
+        listing
+    );
+    assert_eq!(
+        expect(
+            &["--li", "--form", "qcow2", "--quiet", "image.qcow2"],
+            0,
+            ""
+        ),
+        listing
+    );
+    expect(
+        &["--f", "qcow2", "image.qcow2"],
+        1,
+        "qcow2-snapshot: option '--f' is ambiguous; possibilities: '--format' '--force-share'\n\
+         Try 'qcow2-snapshot --help' for more information\n",
+    );
+    expect(
+        &["-f", "qcow2", "--image-opts", "file.filename=image.qcow2"],
+        1,
+        "qcow2-snapshot: --image-opts and --format are mutually exclusive\n",
+    );
+    expect(
+        &["-f", "foo", "image.qcow2"],
+        1,
+        "qcow2-snapshot: Could not open 'image.qcow2': Unknown driver 'foo'\n",
+    );
+    expect(
+        &["--object", "secret,id=a,data=b", "image.qcow2"],
+        1,
+        "qcow2-snapshot: --object is not supported: there is no QEMU object system here\n",
+    );
+    let refused = ours(
+        folder.path(),
+        &[
+            "--image-opts",
+            "driver=qcow2,file.filename=image.qcow2,encrypt.key-secret=a",
+        ],
+    );
+    assert_eq!(refused.code, Some(1));
+    assert!(refused
+        .err
+        .starts_with("qcow2-snapshot: --image-opts: 'encrypt.key-secret=a'"));
+    std::fs::write(folder.path().join("raw.img"), [0; 512]).unwrap();
+    expect(&["-f", "raw", "-l", "raw.img"], 0, "");
+    expect(
+        &["-f", "raw", "-c", "x", "raw.img"],
+        1,
+        "qcow2-snapshot: Could not create snapshot 'x': Operation not supported\n",
+    );
+    expect(
+        &["-f", "qcow2", "-l", "raw.img"],
+        1,
+        "qcow2-snapshot: Could not open 'raw.img': Image is not in qcow2 format\n",
+    );
+    for help in ["-h", "--help", "--he"] {
+        let page = expect(&["-l", help, "--bogus"], 0, "");
+        for option in [
+            "--list",
+            "--apply",
+            "--create",
+            "--delete",
+            "--format",
+            "--force-share",
+        ] {
+            assert!(page.contains(option), "{page}");
+        }
+    }
+    let dirty = image("dirty-bit", "before");
+    let got = ours(dirty.path(), &["-c", "x", "image.qcow2"]);
+    assert_eq!(got.code, Some(1));
+    assert!(got.err.contains("qemu-img check -r all"), "{got:?}");
+}
+
+#[test]
+fn create_stores_what_qemu_img_stores_at_the_same_time() {
+    let Some(qemu) = qemu_img("the same bytes at the same time") else {
+        return;
+    };
+    let preload = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
+    if !Path::new(preload).exists() {
+        println!("SKIPPED: no {preload}: the same bytes at the same time were not tested");
+        return;
+    }
+    let (a, b) = (image("v3-64k", "before"), image("v3-64k", "before"));
+    for call in [
+        ["-c", "one"],
+        ["-c", "two"],
+        ["-a", "one"],
+        ["-d", "one"],
+        ["-a", "1"],
+    ] {
+        let run = |program: &Path, words: &[&str], folder: &Path| {
+            said(
+                Command::new(program)
+                    .current_dir(folder)
+                    .args(words)
+                    .args(call)
+                    .arg("image.qcow2")
+                    .env("LD_PRELOAD", preload)
+                    .env("FAKETIME", "2024-02-29 12:34:56"),
+            )
+        };
+        let expected = run(&qemu, &["snapshot"], a.path());
+        let got = run(common::tool(), &[], b.path());
+        assert_eq!(got.code, expected.code, "{call:?}: {got:?}");
+        assert_eq!(got.err, common::as_today(&expected.err, &qemu));
+        assert!(
+            std::fs::read(a.path().join("image.qcow2")).unwrap()
+                == std::fs::read(b.path().join("image.qcow2")).unwrap(),
+            "{call:?}"
+        );
+    }
+}
+
+#[test]
+fn nothing_but_the_work_is_said_where_nobody_looks() {
+    let folder = image("names", "after-7");
+    for call in [["-c", "x"], ["-a", "x"], ["-d", "x"]] {
+        let got = ours(folder.path(), &[call[0], call[1], "image.qcow2"]);
+        assert_eq!((got.code, got.out + &got.err), (Some(0), String::new()));
+    }
+}
+
+#[test]
+fn a_closed_output_is_no_crash() {
+    let folder = image("names", "after-7");
+    let line = format!("{} -l image.qcow2 | true", common::tool().display());
+    let got = said(
+        Command::new("bash")
+            .current_dir(folder.path())
+            .args(["-c", &format!("{line}; exit ${{PIPESTATUS[0]}}")]),
+    );
+    assert_eq!((got.code, got.err.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn completions_are_scripts_for_the_shell() {
+    for shell in ["bash", "zsh", "fish"] {
+        let got = ours(Path::new("."), &["completions", shell]);
+        assert_eq!(got.code, Some(0));
+        assert!(got.out.contains(NAME) && got.out.contains("force-share"));
+        if said(Command::new("sh").args(["-c", "command -v \"$0\"", shell])).code != Some(0) {
+            println!("SKIPPED: no {shell} here: its completion script was only looked at");
+            continue;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let script = folder.path().join("script");
+        let raw = Command::new(common::tool())
+            .args(["completions", shell])
+            .output()
+            .unwrap();
+        std::fs::write(&script, raw.stdout).unwrap();
+        let checked = said(Command::new(shell).arg("-n").arg(&script));
+        assert_eq!(
+            (checked.code, checked.err.as_str()),
+            (Some(0), ""),
+            "{shell}"
+        );
+    }
+}
