@@ -7,7 +7,7 @@
 
 use super::overlap::Kind;
 use super::replay::Replay;
-use super::update::Plan;
+use super::update::{self, Plan};
 use super::Image;
 use crate::error::{Error, Result};
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
@@ -79,6 +79,16 @@ impl Image {
     fn check_kept(&mut self, replay: &mut Replay, mut ranges: Vec<(u64, u64, bool)>) -> Result<()> {
         let g = replay.g;
         ranges.retain(|(_, bytes, _)| *bytes != 0);
+        // What a shrink cuts off holds nothing, say the counts.
+        let (cut, end) = (update::final_length(replay), self.dev.length());
+        let lost = |(offset, bytes, _): &&(u64, u64, bool)| {
+            cut.max(*offset) < end.min(offset.saturating_add(*bytes))
+        };
+        if let Some((offset, ..)) = ranges.iter().find(lost) {
+            return Err(Error::Corrupt(format!(
+                "The table at {offset:#x} would be cut off with the end of the file"
+            )));
+        }
         // Ranges of damaged images overlap: each cluster is looked at once, and once if new.
         ranges.sort_unstable_by_key(|(offset, _, new)| (!*new, *offset));
         let (mut next, mut were_new) = (0, true);

@@ -732,6 +732,13 @@ impl Refcounts {
             .map_or(0, |(_, counts)| refblock::get(g, counts, at)))
     }
 
+    /// The count at the end of the replay of a cluster that the replay has touched.
+    pub(crate) fn count_after(&self, cluster: HostCluster) -> u64 {
+        let at = self.g.refblock_index(cluster);
+        self.block(self.g.reftable_index(cluster))
+            .map_or(0, |b| refblock::get(self.g, &b.counts, at))
+    }
+
     /// Has the verb changed counts in the block at `index`?
     pub(crate) fn may_lose(&self, index: u64) -> bool {
         match self.block(index) {
@@ -751,7 +758,7 @@ impl Refcounts {
         let at = self.g.refblock_index(cluster);
         let count = |counts: &[u8]| refblock::get(self.g, counts, at);
         let block = self.block(self.g.reftable_index(cluster));
-        let left = block.map_or(0, |b| count(&b.counts));
+        let left = self.count_after(cluster);
         let counted = block.is_some_and(|b| b.peak.as_deref().is_some_and(|p| count(p) != 0));
         let punched = counted || self.punched.contains(&cluster.0);
         Ok(left == 0 && (new || punched || self.count_before(dev, cluster)? != 0))

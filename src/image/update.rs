@@ -439,7 +439,10 @@ impl Update<'_> {
             .iter()
             .map(|d| g.cluster_of(d.offset).0)
             .collect();
-        for c in refs.punched.iter().filter(|c| !blocks.contains(c)) {
+        // What was freed and then used again without new contents of its own keeps its bytes: only
+        // a refcount block, or something that lying counts called free.
+        let free = |c: &&u64| !blocks.contains(c) && refs.count_after(HostCluster(**c)) == 0;
+        for c in refs.punched.iter().filter(free) {
             holes.add(*c);
         }
         Ok(())
@@ -447,7 +450,7 @@ impl Update<'_> {
 }
 
 /// The file's length in the end.
-fn final_length(replay: &Replay) -> u64 {
+pub(super) fn final_length(replay: &Replay) -> u64 {
     let blocks = replay.refs.loaded().filter(|(_, b)| b.dirty && !b.ours);
     let end = blocks
         .map(|(_, b)| b.offset.saturating_add(replay.g.cluster_size()))
