@@ -29,7 +29,10 @@ fn empty(backing: &[u8]) -> Vec<u8> {
     put(96, &[0, 0, 0, 4, 0, 0, 0, 104]);
     put(CLUSTER, &(2 * CLUSTER as u64).to_be_bytes());
     put(2 * CLUSTER, &[0, 1].repeat(5));
-    put(3 * CLUSTER, &(1 << 63 | 4 * CLUSTER as u64).to_be_bytes());
+    put(
+        3 * CLUSTER,
+        &((1 << 63) | (4 * CLUSTER as u64)).to_be_bytes(),
+    );
     if !backing.is_empty() {
         // The extension that says "qcow2", the end of extensions, the name.
         put(104, b"\xe2\x79\x2a\xca\0\0\0\x05qcow2\0\0\0");
@@ -106,7 +109,7 @@ fn a_chain_of_200_files_behind_the_image_is_read_and_one_of_201_refused() {
         if n == 0 {
             image.resize(6 * CLUSTER, 0x77);
             image[4 * CLUSTER..][..8]
-                .copy_from_slice(&(1u64 << 63 | 5 * CLUSTER as u64).to_be_bytes());
+                .copy_from_slice(&((1u64 << 63) | (5 * CLUSTER as u64)).to_be_bytes());
         }
         std::fs::write(dir.path().join(format!("i{n}")), image).unwrap();
     }
@@ -198,7 +201,7 @@ fn no_backing_and_foreign_storage_open_no_file_that_an_image_names() {
 fn subcluster_bitmaps_that_lie_are_errors() {
     let mut image = empty(b"");
     image[79] = 0x10; // incompatible: extended L2 entries
-    let allocated = 1u64 << 63 | 2 * CLUSTER as u64;
+    let allocated = (1u64 << 63) | (2 * CLUSTER as u64);
     for (entry, bitmap, good) in [
         (allocated, 1, true),
         (allocated, 1 << 32, true),
@@ -255,7 +258,7 @@ fn a_compressed_cluster_never_becomes_more_than_a_cluster() {
             image[100..112].copy_from_slice(&[0, 0, 0, 112, 1, 0, 0, 0, 0, 0, 0, 0]);
         }
         let sectors = (packed.len() as u64).div_ceil(512).min(255);
-        let entry = 1u64 << 62 | (sectors - 1) << 54 | 5 * CLUSTER as u64;
+        let entry = (1u64 << 62) | ((sectors - 1) << 54) | (5 * CLUSTER as u64);
         image[4 * CLUSTER..][..8].copy_from_slice(&entry.to_be_bytes());
         image.extend(packed);
         let storage = Box::new(MemoryStorage::new(image));

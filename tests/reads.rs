@@ -101,9 +101,7 @@ fn disks_snapshots_maps_and_vm_state_are_what_qemu_reads() {
     assert!(failed.is_empty(), "{}", failed.join("\n\n"));
 }
 
-/// Unpack the image with the snapshots of a real QEMU (tests/images/savevm).
-fn savevm_image(to: &Path) {
-    let packed = toolbox::root().join("tests/images/savevm/image.qcow2.gz");
+fn unpack(packed: &Path, to: &Path) {
     let mut from = flate2::read::GzDecoder::new(std::fs::File::open(packed).unwrap());
     let mut file = std::fs::File::create(to).unwrap();
     std::io::copy(&mut from, &mut file).unwrap();
@@ -119,7 +117,8 @@ fn the_vm_state_that_a_real_qemu_saved_is_what_qemu_reads() {
         dir.path().join("image.qcow2"),
         dir.path().join("copy.qcow2"),
     );
-    savevm_image(&image);
+    let packed = "tests/images/savevm/image.qcow2.gz";
+    unpack(&toolbox::root().join(packed), &image);
     let mut tools = qemu::Tools::new(dir.path());
     let snapshots = qimg::Qcow::open(&image).unwrap().snaps;
     assert_eq!(snapshots.len(), 2);
@@ -159,4 +158,59 @@ fn the_vm_state_that_a_real_qemu_saved_is_what_qemu_reads() {
         by_us.snapshot_goto(&s.name).unwrap();
         assert!(read(&mut by_us) == theirs, "made current by us");
     }
+}
+
+/// All that the reference images hold: of each case the image before the verbs.
+#[test]
+fn the_reference_images_read_as_in_qemu() {
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        return toolbox::skip(
+            "reference images compared with qemu-img (there is no qemu-img here)",
+        );
+    }
+    let (mut counts, mut cases, mut failed) = (Counts::default(), 0, Vec::new());
+    let mut refused = Vec::new();
+    for case in std::fs::read_dir(toolbox::root().join("c-tests/images")).unwrap() {
+        let case = case.unwrap().path();
+        if !case.is_dir() {
+            continue;
+        }
+        let dir = scratch();
+        for packed in std::fs::read_dir(&case).unwrap() {
+            let packed = packed.unwrap().path();
+            let name = packed.file_name().unwrap().to_str().unwrap();
+            let Some(name) = name.strip_suffix(".gz").filter(|n| !n.starts_with("after")) else {
+                continue;
+            };
+            let to = match name {
+                "before.qcow2" => generate::QEMU,
+                other => other,
+            };
+            unpack(&packed, &dir.path().join(to));
+        }
+        let mut tools = qemu::Tools::new(dir.path());
+        let name = case.file_name().unwrap().to_str().unwrap().to_owned();
+        let args = [&b"convert"[..], b"-O", b"raw"];
+        let readable = tools.on("qemu-img", &args, generate::QEMU, &[b"x.raw"]);
+        if !readable.unwrap().ok {
+            // Damaged or encrypted: then ours must not be read either.
+            let image = Image::open(&dir.path().join(generate::QEMU), OpenFlags::read_only());
+            let read = image.and_then(|mut i| {
+                let mut whole = vec![0; i.length() as usize];
+                i.read(0, &mut whole)
+            });
+            assert!(read.is_err(), "{name}: read, though qemu-img refuses");
+            refused.push(name);
+            continue;
+        }
+        cases += 1;
+        if let Err(e) = compare::image(&mut Rng::new(1), &mut tools, &mut counts) {
+            failed.push(format!("{name}: {e}"));
+        }
+    }
+    let _ = writeln!(
+        std::io::stderr(),
+        "reads: {cases} reference images: {counts}; refused by both: {refused:?}"
+    );
+    assert!(cases > 50 && failed.is_empty(), "{}", failed.join("\n\n"));
 }
