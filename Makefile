@@ -48,12 +48,12 @@ pc_file = printf '%s\n' \
 	'Libs: -L$${libdir} -lqcow2_snapshot' \
 	'Libs.private: -lgcc_s -lpthread -ldl -lm'
 
-build/demo build/list: build/%: examples/%.c $(HEADER) | library
+build/demo build/list build/export-snapshot: build/%: examples/%.c $(HEADER) | library
 	$(CC) -std=c99 -Wall -Wextra -Wpedantic $(CFLAGS) -Iinclude -o $@ $< \
 	    -Lbuild -lqcow2_snapshot -Wl,-rpath,'$$ORIGIN'
 
 # The program is linked against the library by name, so a new library needs no new program.
-demo: library build/demo build/list
+demo: library build/demo build/list build/export-snapshot
 	@echo
 	@build/demo build/demo.qcow2
 	@echo
