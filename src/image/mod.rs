@@ -15,6 +15,7 @@ use update::{Plan, Update};
 
 mod chain;
 mod damage;
+mod counts;
 pub(crate) mod device;
 mod mapping;
 pub(crate) mod overlap;

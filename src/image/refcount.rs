@@ -7,6 +7,7 @@
 //! needs. The writing half brings the disk to the peak before the first publish and down to the
 //! final counts after the last, so that at no moment a count is below the references to a cluster.
 
+use super::counts::{Counts, Residents};
 use super::device::{self, Device};
 use crate::error::{Error, Result};
 use crate::format::entry::{OFFSET_MASK, REFTABLE_OFFSET_MASK};
@@ -14,6 +15,7 @@ use crate::format::geometry::{Geometry, HostCluster, MAX_CLUSTER_OFFSET, TABLE_E
 use crate::format::refblock;
 use crate::format::run::{self, Run, Step};
 use byteorder::{BigEndian, ByteOrder};
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// QEMU compares the number of refcount table entries with this (`QCOW_MAX_REFTABLE_SIZE`).
@@ -28,7 +30,7 @@ pub(crate) struct Block {
     /// Where it lives in the file.
     pub(crate) offset: u64,
     /// Counts at the end of the replay.
-    pub(crate) counts: Vec<u8>,
+    counts: Counts,
     /// Counts that published states in between need, where there is more than one publish.
     pub(crate) peak: Option<Vec<u8>>,
     /// The counts or the peak differ from what was read.
@@ -48,7 +50,7 @@ impl Block {
         let made = born.is_some();
         Block {
             offset,
-            counts,
+            counts: Counts::Plain(counts),
             peak: None,
             dirty: made,
             raised: made,
@@ -56,6 +58,12 @@ impl Block {
             ours: false,
             born,
         }
+    }
+
+    /// The counts at the end of the replay.
+    #[inline]
+    pub(crate) fn counts(&self) -> Cow<'_, [u8]> {
+        self.counts.bytes()
     }
 
     /// The counts are the highest that any published state needs: writing them once is enough.
@@ -116,6 +124,8 @@ pub(crate) struct Refcounts {
     pub(crate) tables: Vec<Table>,
     /// Loaded blocks by refcount table index.
     blocks: Vec<Option<Box<Block>>>,
+    /// Which of them are plain.
+    residents: Residents,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
     pub(crate) next: u64,
     /// The epoch that new structures belong to; see `update`.
@@ -160,6 +170,7 @@ impl Refcounts {
                 born: None,
             }],
             blocks: Vec::new(),
+            residents: Residents::new(g.cluster_size()),
             next: 0,
             epoch: 0,
             forgotten: BTreeMap::new(),
@@ -209,8 +220,10 @@ impl Refcounts {
 
     /// Load the block at `index`; false where the table has none.
     fn load(&mut self, dev: &mut Device, index: u64) -> Result<bool> {
-        let slot = index as usize;
-        if self.blocks.get(slot).is_some_and(Option::is_some) {
+        if let Some(block) = self.block(index) {
+            if !block.counts.is_plain() {
+                self.admit(index);
+            }
             return Ok(true);
         }
         let offset = self.entry(index);
@@ -233,7 +246,24 @@ impl Refcounts {
             self.g.cluster_size(),
         )?;
         self.insert(index, Block::new(offset, counts, None))?;
+        self.admit(index);
         Ok(true)
+    }
+
+    /// Make the counts of a block plain, and those of one that was not used for long packed.
+    fn admit(&mut self, index: u64) {
+        if let Some(block) = self.block_mut(index) {
+            block.counts.bytes_mut();
+        }
+        let oldest = self.residents.enter(index).filter(|i| *i != index);
+        if let Some(slot) = oldest.and_then(|i| self.blocks.get_mut(i as usize)) {
+            match slot {
+                // What was only looked at is read again if need be.
+                Some(block) if !block.dirty && block.peak.is_none() => *slot = None,
+                Some(block) => block.counts.pack(),
+                None => {}
+            }
+        }
     }
 
     /// The counts of the block at `index` for one look, read into `scratch` if the block is not
@@ -245,7 +275,12 @@ impl Refcounts {
         scratch: &'a mut Vec<u8>,
     ) -> Result<Option<&'a [u8]>> {
         if let Some(block) = self.block(index) {
-            return Ok(Some(&block.counts));
+            if let Counts::Plain(counts) = &block.counts {
+                return Ok(Some(counts));
+            }
+            scratch.clear();
+            scratch.extend_from_slice(&block.counts());
+            return Ok(Some(scratch));
         }
         let offset = self.entry(index);
         if offset == 0 {
@@ -308,7 +343,7 @@ impl Refcounts {
         let at = self.g.refblock_index(cluster);
         Ok(self
             .block(index)
-            .map_or(0, |b| refblock::get(self.g, &b.counts, at)))
+            .map_or(0, |b| refblock::get(self.g, &b.counts(), at)))
     }
 
     /// Add 1 to or take 1 from a count during a walk and return it. The block must exist.
@@ -316,9 +351,7 @@ impl Refcounts {
     pub(crate) fn bump(&mut self, dev: &mut Device, cluster: HostCluster, up: bool) -> Result<u64> {
         let g = self.g;
         let index = g.reftable_index(cluster);
-        if !self.blocks.get(index as usize).is_some_and(Option::is_some)
-            && !self.load(dev, index)?
-        {
+        if !self.load(dev, index)? {
             return Err(Error::Corrupt(format!(
                 "No refcount block describes the cluster at {:#x}, which is in use",
                 g.offset_of(cluster)
@@ -328,7 +361,7 @@ impl Refcounts {
         let Some(block) = self.block_mut(index) else {
             return Ok(0); // loaded above
         };
-        let old = refblock::get(g, &block.counts, at);
+        let old = refblock::get(g, &block.counts(), at);
         let new = if up {
             if old == g.refcount_max() {
                 return Err(overflow(g, cluster));
@@ -337,7 +370,7 @@ impl Refcounts {
         } else {
             old.checked_sub(1).ok_or_else(|| underflow(g, cluster))?
         };
-        refblock::set(g, &mut block.counts, at, new);
+        refblock::set(g, block.counts.bytes_mut(), at, new);
         block.touch(up);
         if new == 0 && cluster.0 < self.next {
             self.next = cluster.0;
@@ -361,7 +394,7 @@ impl Refcounts {
         else {
             return Ok(Run::default()); // loaded above
         };
-        let run = run::count(g, table, &mut block.counts, index, step);
+        let run = run::count(g, table, block.counts.bytes_mut(), index, step);
         if step != Step::Look && run.entries != 0 {
             block.touch(step == Step::Up);
         }
@@ -385,11 +418,8 @@ impl Refcounts {
         if !self.load(dev, index)? {
             return Ok((0, false));
         }
-        let counts = self
-            .block(index)
-            .map(|b| b.counts.as_slice())
-            .unwrap_or_default();
-        Ok(run::set_copied(g, table, counts, index, only_clear))
+        let counts = self.block(index).map(Block::counts).unwrap_or_default();
+        Ok(run::set_copied(g, table, &counts, index, only_clear))
     }
 
     /// QEMU's `qcow2_alloc_clusters`: first fit from where the search stands, all counted once.
@@ -479,8 +509,8 @@ impl Refcounts {
         let g = self.g;
         let at = g.refblock_index(cluster);
         if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
-            let up = count >= refblock::get(g, &block.counts, at);
-            refblock::set(g, &mut block.counts, at, count);
+            let up = count >= refblock::get(g, &block.counts(), at);
+            refblock::set(g, block.counts.bytes_mut(), at, count);
             block.touch(up);
             let end = block.offset.saturating_add(g.cluster_size());
             self.reach = self.reach.max(end);
@@ -736,7 +766,7 @@ impl Refcounts {
     pub(crate) fn count_after(&self, cluster: HostCluster) -> u64 {
         let at = self.g.refblock_index(cluster);
         self.block(self.g.reftable_index(cluster))
-            .map_or(0, |b| refblock::get(self.g, &b.counts, at))
+            .map_or(0, |b| refblock::get(self.g, &b.counts(), at))
     }
 
     /// Has the verb changed counts in the block at `index`?
@@ -758,7 +788,7 @@ impl Refcounts {
         let at = self.g.refblock_index(cluster);
         let count = |counts: &[u8]| refblock::get(self.g, counts, at);
         let block = self.block(self.g.reftable_index(cluster));
-        let left = self.count_after(cluster);
+        let left = block.map_or(0, |b| count(&b.counts()));
         let counted = block.is_some_and(|b| b.peak.as_deref().is_some_and(|p| count(p) != 0));
         let punched = counted || self.punched.contains(&cluster.0);
         Ok(left == 0 && (new || punched || self.count_before(dev, cluster)? != 0))
@@ -775,10 +805,13 @@ impl Refcounts {
         let g = self.g;
         for block in self.blocks.iter_mut().flatten().filter(|b| b.dirty) {
             match &mut block.peak {
-                Some(peak) => {
-                    refblock::raise_to(g, peak, &block.counts, g.refblock_entries() as usize)
-                }
-                None => block.peak = Some(block.counts.clone()),
+                Some(peak) => refblock::raise_to(
+                    g,
+                    peak,
+                    &block.counts.bytes(),
+                    g.refblock_entries() as usize,
+                ),
+                None => block.peak = Some(block.counts.bytes().into_owned()),
             }
         }
     }
@@ -789,7 +822,9 @@ impl Refcounts {
         let g = self.g;
         let at = g.refblock_index(cluster);
         if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
-            let peak = block.peak.get_or_insert_with(|| block.counts.clone());
+            let peak = block
+                .peak
+                .get_or_insert_with(|| block.counts.bytes().into_owned());
             refblock::set(g, peak, at, 1);
             block.raised = true;
             block.lowered = true;
@@ -822,7 +857,7 @@ impl Refcounts {
             let at = g.refblock_index(HostCluster(c));
             let counted = if let Some(b) = self.block(index) {
                 let peak = b.peak.as_deref().map_or(0, |p| refblock::get(g, p, at));
-                let counted = refblock::get(g, &b.counts, at) != 0 || peak != 0;
+                let counted = refblock::get(g, &b.counts(), at) != 0 || peak != 0;
                 // What a resize has freed here is still in use on the disk.
                 counted || self.count_before(dev, HostCluster(c))? != 0
             } else {
@@ -863,7 +898,7 @@ impl Refcounts {
             }
             self.check_aligned(index, offset)?;
             let mut copy = match self.block(index) {
-                Some(b) => b.counts.clone(),
+                Some(b) => b.counts().into_owned(),
                 None => {
                     scratch.resize(g.cluster_len(), 0);
                     dev.read("Could not read a refcount block", offset, &mut scratch)?;
@@ -901,7 +936,7 @@ impl Refcounts {
                 self.dropped.push(Dropped {
                     index,
                     offset,
-                    counts: block.map(|b| b.counts),
+                    counts: block.map(|b| b.counts().into_owned()),
                 });
             }
         }

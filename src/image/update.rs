@@ -194,12 +194,12 @@ impl Update<'_> {
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
             if block.only_raised() {
-                out.write_changes(self.dev, block.offset, &old, &block.counts)?;
+                out.write_changes(self.dev, block.offset, &old, &block.counts())?;
                 continue;
             }
             raised.clear();
             raised.extend_from_slice(&old);
-            raise(g, &mut raised, block.peak.as_deref(), &block.counts);
+            raise(g, &mut raised, block.peak.as_deref(), &block.counts());
             out.write_changes(self.dev, block.offset, &old, &raised)?;
         }
         out.finish(self.dev)
@@ -416,9 +416,10 @@ impl Update<'_> {
         for (index, block) in refs.loaded().filter(|(_, b)| b.dirty && !b.only_raised()) {
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
-            if old != block.counts {
-                out.write_changes(self.dev, block.offset, &old, &block.counts)?;
-                holes.add_freed(refs, g, index, &old, &block.counts, temp);
+            let counts = block.counts();
+            if old != *counts {
+                out.write_changes(self.dev, block.offset, &old, &counts)?;
+                holes.add_freed(refs, g, index, &old, &counts, temp);
             }
         }
         out.finish(self.dev)?;
@@ -490,8 +491,8 @@ type Write<'a> = (&'static str, u64, std::borrow::Cow<'a, [u8]>);
 fn new_structures(refs: &Refcounts, g: Geometry, epoch: usize) -> Result<Vec<Write<'static>>> {
     let mut writes: Vec<Write> = Vec::new();
     for (_, block) in refs.loaded().filter(|(_, b)| b.born == Some(epoch)) {
-        let mut counts = block.counts.clone();
-        raise(g, &mut counts, block.peak.as_deref(), &block.counts);
+        let mut counts = block.counts().into_owned();
+        raise(g, &mut counts, block.peak.as_deref(), &block.counts());
         writes.push(("refcount block", block.offset, counts.into()));
     }
     for table in refs.tables.iter().filter(|t| t.born == Some(epoch)) {
