@@ -28,74 +28,103 @@ pub struct Run {
     pub entries: usize,
     /// Behind the last entry whose bit 63 does not say whether its count is one; 0 for none.
     pub changed: usize,
-    /// A count became one.
-    pub dropped_to_one: bool,
+    /// Some cluster's count is one now.
+    pub ones: bool,
     /// The lowest index in the block whose count became zero.
     pub freed: Option<usize>,
 }
 
-/// Go through `table` as long as entries are zero words or standard clusters whose counts stand in
-/// `counts`, the refcount block at `block` of the refcount table.
-pub fn count(g: Geometry, table: &[u8], counts: &mut [u8], block: u64, step: Step) -> Run {
-    match (g.refcount_order, g.extended_l2) {
-        (0, _) => count_width::<0>(g, table, counts, block, step),
-        (1, _) => count_width::<1>(g, table, counts, block, step),
-        (2, _) => count_width::<2>(g, table, counts, block, step),
-        (3, _) => count_width::<3>(g, table, counts, block, step),
-        (4, _) => count_width::<4>(g, table, counts, block, step),
-        (5, _) => count_width::<5>(g, table, counts, block, step),
-        _ => count_width::<6>(g, table, counts, block, step),
+/// Call `$call` with the constant `$width` standing for the refcount width of `$g`: one copy of the
+/// loop for each of the seven.
+#[macro_export]
+#[doc(hidden)]
+macro_rules! by_refcount_width {
+    ($g:expr, $width:ident => $call:expr) => {
+        match $g.refcount_order {
+            0 => {
+                const $width: u32 = 0;
+                $call
+            }
+            1 => {
+                const $width: u32 = 1;
+                $call
+            }
+            2 => {
+                const $width: u32 = 2;
+                $call
+            }
+            3 => {
+                const $width: u32 = 3;
+                $call
+            }
+            4 => {
+                const $width: u32 = 4;
+                $call
+            }
+            5 => {
+                const $width: u32 = 5;
+                $call
+            }
+            _ => {
+                const $width: u32 = 6;
+                $call
+            }
+        }
+    };
+}
+
+/// `g` with its refcount width known to the compiler: `get` and `set` shrink to a load and a store.
+#[inline(always)]
+pub fn with_width<const WIDTH: u32>(g: Geometry) -> Geometry {
+    Geometry {
+        refcount_order: WIDTH,
+        ..g
     }
 }
 
+/// The refcount block that counts `entry`, if that is a standard cluster.
 #[inline(always)]
-fn count_width<const ORDER: u32>(
+pub fn block_of(g: Geometry, entry: u64) -> Option<u64> {
+    let zero_flag = if g.extended_l2 { 0 } else { ZERO };
+    let offset = entry & OFFSET_MASK;
+    let plain = entry & (COMPRESSED | zero_flag) == 0 && offset != 0 && g.in_cluster(offset) == 0;
+    plain.then(|| g.reftable_index(g.cluster_of(offset)))
+}
+
+/// Go through `table` as long as entries are zero words or standard clusters whose counts stand in
+/// `counts`, the refcount block at `block` of the refcount table.
+#[inline(always)]
+pub fn count<const WIDTH: u32>(
     g: Geometry,
     table: &[u8],
     counts: &mut [u8],
     block: u64,
     step: Step,
 ) -> Run {
-    match step {
-        Step::Up => count_step::<ORDER, 1>(g, table, counts, block),
-        Step::Down => count_step::<ORDER, 2>(g, table, counts, block),
-        Step::Look => count_step::<ORDER, 0>(g, table, counts, block),
-    }
-}
-
-/// `STEP` is 1 for up, 2 for down, 0 to look.
-fn count_step<const ORDER: u32, const STEP: u8>(
-    g: Geometry,
-    table: &[u8],
-    counts: &mut [u8],
-    block: u64,
-) -> Run {
-    // With the width known, `get` and `set` shrink to a load and a store.
-    let g = Geometry::new(g.cluster_bits, ORDER, g.extended_l2);
+    let g = with_width::<WIDTH>(g);
     let max = g.refcount_max();
     let mut run = Run::default();
     for word in table.chunks_exact(g.l2_entry_size()) {
         let entry = BigEndian::read_u64(word);
         if entry != 0 {
-            let Some(index) = standard(g, entry, block) else {
+            if block_of(g, entry) != Some(block) {
                 break;
-            };
+            }
+            let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
             let old = refblock::get(g, counts, index);
-            let new = match STEP {
-                1 if old == max => break,
-                1 => old.wrapping_add(1),
-                2 if old == 0 => break,
-                2 => old.wrapping_sub(1),
-                _ => old,
+            let new = match step {
+                Step::Up if old == max => break,
+                Step::Up => old.wrapping_add(1),
+                Step::Down if old == 0 => break,
+                Step::Down => old.wrapping_sub(1),
+                Step::Look => old,
             };
-            if STEP != 0 {
+            if step != Step::Look {
                 refblock::set(g, counts, index, new);
             }
-            if STEP == 2 {
-                run.dropped_to_one |= new == 1;
-                if new == 0 && run.freed.is_none_or(|f| index < f) {
-                    run.freed = Some(index);
-                }
+            run.ones |= new == 1;
+            if step == Step::Down && new == 0 && run.freed.is_none_or(|f| index < f) {
+                run.freed = Some(index);
             }
             if (entry & COPIED != 0) != (new == 1) {
                 run.changed = run.entries.wrapping_add(1);
@@ -108,20 +137,23 @@ fn count_step<const ORDER: u32, const STEP: u8>(
 
 /// Set bit 63 in the entries of `table` as `counts` demand, for as long as [`count`] would go on.
 /// With `only_clear` it is never set. Returns the entries dealt with and whether one changed.
-pub fn set_copied(
+#[inline(always)]
+pub fn set_copied<const WIDTH: u32>(
     g: Geometry,
     table: &mut [u8],
     counts: &[u8],
     block: u64,
     only_clear: bool,
 ) -> (usize, bool) {
+    let g = with_width::<WIDTH>(g);
     let (mut entries, mut changed) = (0usize, false);
     for word in table.chunks_exact_mut(g.l2_entry_size()) {
         let entry = BigEndian::read_u64(word);
         if entry != 0 {
-            let Some(index) = standard(g, entry, block) else {
+            if block_of(g, entry) != Some(block) {
                 break;
-            };
+            }
+            let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
             let copied = refblock::get(g, counts, index) == 1;
             if (entry & COPIED != 0) != copied && !(only_clear && copied) {
                 BigEndian::write_u64(word, entry ^ COPIED);
@@ -133,20 +165,25 @@ pub fn set_copied(
     (entries, changed)
 }
 
-/// The index in the block of a standard cluster's count, if that is what the entry is.
-#[inline(always)]
-fn standard(g: Geometry, entry: u64, block: u64) -> Option<usize> {
-    let zero_flag = if g.extended_l2 { 0 } else { ZERO };
-    let offset = entry & OFFSET_MASK;
-    let plain = entry & (COMPRESSED | zero_flag) == 0 && offset != 0 && g.in_cluster(offset) == 0;
-    let cluster = g.cluster_of(offset);
-    (plain && g.reftable_index(cluster) == block).then(|| g.refblock_index(cluster))
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
-    use super::*;
+    use super::{refblock, Geometry, Run, Step, COMPRESSED, COPIED, ZERO};
+    use byteorder::{BigEndian, ByteOrder};
+
+    fn count(g: Geometry, table: &[u8], counts: &mut [u8], block: u64, step: Step) -> Run {
+        by_refcount_width!(g, W => super::count::<W>(g, table, counts, block, step))
+    }
+
+    fn set_copied(
+        g: Geometry,
+        t: &mut [u8],
+        counts: &[u8],
+        block: u64,
+        only_clear: bool,
+    ) -> (usize, bool) {
+        by_refcount_width!(g, W => super::set_copied::<W>(g, t, counts, block, only_clear))
+    }
 
     /// A table whose entries name clusters 1, 2, 3, ... with COPIED.
     fn table(g: Geometry, n: u64) -> Vec<u8> {

@@ -14,8 +14,8 @@ use replay::Replay;
 use update::{Plan, Update};
 
 mod chain;
-mod damage;
 mod counts;
+mod damage;
 pub(crate) mod device;
 mod mapping;
 pub(crate) mod overlap;

@@ -9,6 +9,7 @@
 
 use super::counts::{Counts, Residents};
 use super::device::{self, Device};
+use crate::by_refcount_width;
 use crate::error::{Error, Result};
 use crate::format::entry::{OFFSET_MASK, REFTABLE_OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster, MAX_CLUSTER_OFFSET, TABLE_ENTRY};
@@ -378,32 +379,60 @@ impl Refcounts {
         Ok(new)
     }
 
-    /// Count a run of an L2 table's entries, as far as they are standard clusters in one refcount
-    /// block that exists. No entries: the first one is something else.
+    /// Count a run of an L2 table's entries, as far as they are standard clusters in refcount blocks
+    /// that are at hand. No entries: the first one is something else.
     #[inline]
     pub(crate) fn count_run(&mut self, dev: &mut Device, table: &[u8], step: Step) -> Result<Run> {
         let g = self.g;
-        let index = first_block(g, table);
-        if !self.load(dev, index)? {
+        if !self.load(dev, first_block(g, table))? {
             return Ok(Run::default());
         }
-        let Some(block) = self
-            .blocks
-            .get_mut(index as usize)
-            .and_then(Option::as_deref_mut)
-        else {
-            return Ok(Run::default()); // loaded above
-        };
-        let run = run::count(g, table, block.counts.bytes_mut(), index, step);
-        if step != Step::Look && run.entries != 0 {
-            block.touch(step == Step::Up);
+        Ok(by_refcount_width!(g, W => match step {
+            Step::Up => self.count_at_hand::<W>(table, Step::Up),
+            Step::Down => self.count_at_hand::<W>(table, Step::Down),
+            Step::Look => self.count_at_hand::<W>(table, Step::Look),
+        }))
+    }
+
+    /// [`Refcounts::count_run`] from block to block. With the width known and each step in a copy of
+    /// its own, a cluster that is not next to the last one costs little more than one that is.
+    #[inline(always)]
+    fn count_at_hand<const WIDTH: u32>(&mut self, table: &[u8], step: Step) -> Run {
+        let g = run::with_width::<WIDTH>(self.g);
+        let size = g.l2_entry_size();
+        let mut all = Run::default();
+        while let Some(rest) = table.get(all.entries * size..).filter(|r| !r.is_empty()) {
+            let entry = BigEndian::read_u64(rest);
+            if entry == 0 {
+                all.entries += 1;
+                continue;
+            }
+            let index = run::block_of(g, entry).unwrap_or(u64::MAX);
+            let Some(Some(block)) = self.blocks.get_mut(index as usize) else {
+                break;
+            };
+            let Counts::Plain(counts) = &mut block.counts else {
+                break;
+            };
+            let run = run::count::<WIDTH>(g, rest, counts, index, step);
+            if run.entries == 0 {
+                break;
+            }
+            if step != Step::Look {
+                block.touch(step == Step::Up);
+            }
+            if run.changed != 0 {
+                all.changed = all.entries + run.changed;
+            }
+            if let Some(freed) = run.freed {
+                self.next = self
+                    .next
+                    .min(g.first_cluster_of_block(index).0 + freed as u64);
+            }
+            all.ones |= run.ones;
+            all.entries += run.entries;
         }
-        if let Some(freed) = run.freed {
-            self.next = self
-                .next
-                .min(g.first_cluster_of_block(index).0 + freed as u64);
-        }
-        Ok(run)
+        all
     }
 
     /// Set bit 63 in a run of an L2 table's entries, as [`Refcounts::count_run`] goes.
@@ -414,12 +443,39 @@ impl Refcounts {
         only_clear: bool,
     ) -> Result<(usize, bool)> {
         let g = self.g;
-        let index = first_block(g, table);
-        if !self.load(dev, index)? {
+        if !self.load(dev, first_block(g, table))? {
             return Ok((0, false));
         }
-        let counts = self.block(index).map(Block::counts).unwrap_or_default();
-        Ok(run::set_copied(g, table, &counts, index, only_clear))
+        Ok(by_refcount_width!(g, W => self.copied_at_hand::<W>(table, only_clear)))
+    }
+
+    #[inline(always)]
+    fn copied_at_hand<const WIDTH: u32>(
+        &self,
+        table: &mut [u8],
+        only_clear: bool,
+    ) -> (usize, bool) {
+        let g = run::with_width::<WIDTH>(self.g);
+        let size = g.l2_entry_size();
+        let (mut entries, mut changed) = (0, false);
+        while let Some(rest) = table.get_mut(entries * size..).filter(|r| !r.is_empty()) {
+            let entry = BigEndian::read_u64(rest);
+            if entry == 0 {
+                entries += 1;
+                continue;
+            }
+            let index = run::block_of(g, entry).unwrap_or(u64::MAX);
+            let Some(Counts::Plain(counts)) = self.block(index).map(|b| &b.counts) else {
+                break;
+            };
+            let (n, differs) = run::set_copied::<WIDTH>(g, rest, counts, index, only_clear);
+            if n == 0 {
+                break;
+            }
+            entries += n;
+            changed |= differs;
+        }
+        (entries, changed)
     }
 
     /// QEMU's `qcow2_alloc_clusters`: first fit from where the search stands, all counted once.

@@ -30,8 +30,8 @@ pub(crate) struct Walked {
     pub(crate) l1_changed: bool,
     /// Offsets of L2 tables that remain and in which some bit 63 differs from what the counts demand.
     pub(crate) tables: Vec<u64>,
-    /// Some count became one.
-    pub(crate) dropped_to_one: bool,
+    /// Some count is one now.
+    pub(crate) ones: bool,
 }
 
 impl Replay {
@@ -59,22 +59,14 @@ impl Replay {
                 None if dev.ends_before(offset)? => &[],
                 None => tables.get(dev, index, offset)?,
             };
-            let changed = count_table(
-                &mut self.refs,
-                dev,
-                g,
-                table,
-                offset,
-                step,
-                &mut out.dropped_to_one,
-            )?;
+            let changed = count_table(&mut self.refs, dev, g, table, offset, step, &mut out.ones)?;
 
             let own = g.cluster_of(offset);
             let count = match step {
                 Step::Look => self.refs.get(dev, own)?,
                 _ => self.refs.bump(dev, own, step == Step::Up)?,
             };
-            out.dropped_to_one |= step == Step::Down && count == 1;
+            out.ones |= count == 1;
             if let Some(end) = changed {
                 // QEMU drops the first slice of a table that is freed, and writes the others.
                 let slice = g.l2_slice_bytes(self.header.size);
@@ -144,20 +136,20 @@ fn count_table(
     table: &[u8],
     offset: u64,
     step: Step,
-    dropped_to_one: &mut bool,
+    ones: &mut bool,
 ) -> Result<Option<u64>> {
     let size = g.l2_entry_size();
     let (mut at, mut changed) = (0, None);
     while let Some(rest) = table.get(at..).filter(|r| !r.is_empty()) {
         let run = refs.count_run(dev, rest, step)?;
-        *dropped_to_one |= run.dropped_to_one;
+        *ones |= run.ones;
         if run.changed != 0 {
             changed = Some((at + run.changed * size) as u64);
         }
         at += run.entries * size;
         if run.entries == 0 {
             let old = BigEndian::read_u64(rest);
-            let count = count_entry(refs, dev, g, old, (offset, at / size), step, dropped_to_one)?;
+            let count = count_entry(refs, dev, g, old, (offset, at / size), step, ones)?;
             at += size;
             if (old & COPIED != 0) != (count == 1) {
                 changed = Some(at as u64);
@@ -176,7 +168,7 @@ fn count_entry(
     entry: u64,
     place: (u64, usize),
     step: Step,
-    dropped_to_one: &mut bool,
+    ones: &mut bool,
 ) -> Result<u64> {
     let mut bump = |refs: &mut Refcounts, c: HostCluster| -> Result<u64> {
         let count = match step {
@@ -184,7 +176,7 @@ fn count_entry(
             Step::Up => refs.bump(dev, c, true)?,
             Step::Down => refs.bump(dev, c, false)?,
         };
-        *dropped_to_one |= step == Step::Down && count == 1;
+        *ones |= count == 1;
         Ok(count)
     };
     match entry::cluster(g, entry & !COPIED) {
@@ -226,6 +218,8 @@ pub(crate) enum Counts {
     Final,
     /// Those at the first publish: create looks at its tables before it lets go of VM state.
     Published,
+    /// None is one, as the walks have seen: nothing is COPIED.
+    NoneIsOne,
 }
 
 /// Bit 63 of one L2 entry as the counts demand.
@@ -243,6 +237,7 @@ fn wanted(
     let count = match counts {
         Counts::Final => refs.get(dev, g.cluster_of(at))?,
         Counts::Published => refs.get_published(dev, g.cluster_of(at))?,
+        Counts::NoneIsOne => 0,
     };
     Ok(count == 1)
 }
@@ -257,6 +252,14 @@ pub(crate) fn set_copied(
     counts: Counts,
 ) -> Result<bool> {
     let size = g.l2_entry_size();
+    if counts == Counts::NoneIsOne {
+        let mut changed = false;
+        for word in table.chunks_exact_mut(size) {
+            changed |= word[0] & 0x80 != 0;
+            word[0] &= 0x7f;
+        }
+        return Ok(changed);
+    }
     // Peaks are kept only where a verb publishes more than once.
     let runs = counts == Counts::Final || !refs.has_peaks();
     let (mut at, mut changed) = (0, false);

@@ -50,8 +50,13 @@ impl Image {
                 .push((self.header.l1_offset, self.l1.clone(), walked.l1.clone()));
         }
         replay.l1 = walked.l1;
-        (plan.clear, plan.set) = (walked.tables.clone(), walked.tables);
-        plan.counts = Counts::Published;
+        plan.clear = walked.tables;
+        plan.counts = if walked.ones {
+            plan.set = plan.clear.clone();
+            Counts::Published
+        } else {
+            Counts::NoneIsOne
+        };
         let mut list = self.snapshots.entries.clone();
         list.push(self.new_entry(new, &id, l1_copy));
         let table_size = self.replay_table(&mut replay, &mut plan, &list)?;

@@ -12,7 +12,7 @@ use crate::image::overlap::Kind;
 use crate::image::refcount::Refcounts;
 use crate::image::replay::Replay;
 use crate::image::update::{L1Change, Plan};
-use crate::image::walk::Walked;
+use crate::image::walk::{Counts, Walked};
 use crate::image::Image;
 
 impl Image {
@@ -61,7 +61,7 @@ impl Image {
         let old_l1 = std::mem::take(&mut replay.l1);
         let down = replay.walk(&mut self.dev, &old_l1, Step::Down)?;
         self.check_after_resize(&mut replay)?;
-        let last = if down.dropped_to_one {
+        let last = if down.ones {
             replay.walk(&mut self.dev, &new_l1, Step::Look)?
         } else {
             Walked {
@@ -71,6 +71,9 @@ impl Image {
         };
         replay.l1 = last.l1;
         (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables));
+        if !up.ones && !down.ones {
+            plan.counts = Counts::NoneIsOne;
+        }
         plan.decisive = replay.refs.epoch;
         self.place_l1(&mut replay, &mut plan, change)?;
 
