@@ -353,10 +353,7 @@ impl Refcounts {
         let g = self.g;
         let index = g.reftable_index(cluster);
         if !self.load(dev, index)? {
-            return Err(Error::Corrupt(format!(
-                "No refcount block describes the cluster at {:#x}, which is in use",
-                g.offset_of(cluster)
-            )));
+            return Err(self.not_described(cluster));
         }
         let at = g.refblock_index(cluster);
         let Some(block) = self.block_mut(index) else {
@@ -377,6 +374,24 @@ impl Refcounts {
             self.next = cluster.0;
         }
         Ok(new)
+    }
+
+    /// Why a cluster in use cannot be counted: no refcount block describes it. QEMU would make one,
+    /// and refuse if the table cannot grow that far.
+    fn not_described(&self, cluster: HostCluster) -> Error {
+        let g = self.g;
+        let at = g.offset_of(cluster);
+        let used = (cluster.0 + 1).div_ceil(g.refblock_entries());
+        let blocks = blocks_with_metadata(g, g.first_cluster_of_block(used).0);
+        let within = g.reftable_index(cluster) < self.table().entries.len() as u64;
+        if !within && blocks + blocks.div_ceil(2) > MAX_REFTABLE_ENTRIES {
+            return Error::TooBig(format!(
+                "The cluster at {at:#x}, which is in use, is out of range"
+            ));
+        }
+        Error::Corrupt(format!(
+            "No refcount block describes the cluster at {at:#x}, which is in use"
+        ))
     }
 
     /// Count a run of an L2 table's entries, as far as they are standard clusters in refcount blocks
