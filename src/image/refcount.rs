@@ -40,6 +40,8 @@ pub(crate) struct Block {
     pub(crate) raised: bool,
     /// Some count went down.
     pub(crate) lowered: bool,
+    /// Some count went down to zero: there may be holes to punch.
+    pub(crate) freed: bool,
     /// QEMU would not write this block: only a temporary table of ours is counted in it.
     pub(crate) ours: bool,
     /// Made by this verb, in this epoch: nothing on disk yet.
@@ -56,6 +58,7 @@ impl Block {
             dirty: made,
             raised: made,
             lowered: false,
+            freed: false,
             ours: false,
             born,
         }
@@ -370,6 +373,7 @@ impl Refcounts {
         };
         refblock::set(g, block.counts.bytes_mut(), at, new);
         block.touch(up);
+        block.freed |= new == 0;
         if new == 0 && cluster.0 < self.next {
             self.next = cluster.0;
         }
@@ -440,6 +444,7 @@ impl Refcounts {
                 all.changed = all.entries + run.changed;
             }
             if let Some(freed) = run.freed {
+                block.freed = true;
                 self.next = self
                     .next
                     .min(g.first_cluster_of_block(index).0 + freed as u64);
@@ -583,6 +588,7 @@ impl Refcounts {
             let up = count >= refblock::get(g, &block.counts(), at);
             refblock::set(g, block.counts.bytes_mut(), at, count);
             block.touch(up);
+            block.freed |= count == 0;
             let end = block.offset.saturating_add(g.cluster_size());
             self.reach = self.reach.max(end);
         }
