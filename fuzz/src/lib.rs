@@ -153,7 +153,7 @@ fn read_some(image: &mut Image, program: &[u8], buf: &mut [u8]) {
     let mut again = buf.to_vec();
     let word = |at: usize| {
         program.get(at..at + 4).map_or(0, |b| {
-            u64::from(u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            u64::from(u32::from_be_bytes([b[0], b[1], b[2], b[3]]))
         })
     };
     let end = length.saturating_sub(buf.len() as u64);

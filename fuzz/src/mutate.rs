@@ -1,7 +1,7 @@
 //! Damage that knows the format.
 
-use crate::oracle::{be, entries, Raw};
-use crate::PROGRAM;
+use super::oracle::{be, entries, Raw};
+use super::PROGRAM;
 
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
@@ -112,7 +112,7 @@ fn offset(rng: &mut Rng, p: &Places, file_len: u64, own: u64) -> u64 {
             1 << 55,
             1 << 40,
             i64::MAX as u64 & !(p.cs - 1),
-            u64::MAX & !(p.cs - 1),
+            !(p.cs - 1),
             1 << 62,
             (1 << 63) + p.cs,
         ]),
@@ -288,7 +288,7 @@ pub fn image(file: &mut [u8], rng: &mut Rng) {
                     0 => number(rng, old),
                     1 => old.wrapping_add(p.cs * rng.below(300)),
                     2 => old.saturating_sub(p.cs * rng.below(300)),
-                    _ => old & !511 | 512 * rng.below(20),
+                    _ => (old & !511) | (512 * rng.below(20)),
                 }),
                 // The snapshot's L1 is the active one.
                 _ => {

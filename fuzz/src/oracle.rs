@@ -1,6 +1,6 @@
 //! What a verb may do to an image, found out from the bytes alone, apart from the library's code.
 
-use crate::disk::State;
+use super::disk::State;
 use qcow2_snapshot::{Image, Outcome};
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;

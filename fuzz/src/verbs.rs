@@ -1,8 +1,8 @@
 //! A chain of verbs on one handle, chosen by the program.
 
-use crate::disk::Disk;
-use crate::oracle::judge;
-use crate::{flags, split, TABLE_CAP};
+use super::disk::Disk;
+use super::oracle::judge;
+use super::{flags, split, TABLE_CAP};
 use qcow2_snapshot::{Error, Image, NewSnapshot, OpenFlags, Snapshot};
 
 /// The promises that this checks after every verb:
@@ -38,7 +38,12 @@ pub fn verbs(data: &[u8]) {
         let was = seen.borrow().clone();
         let (what, wanted, result) = one(&mut image, op, arg, &list);
         if std::env::var_os("FUZZ_SAY").is_some() {
-            eprintln!("{what}: {result:?}");
+            let is = seen.borrow();
+            let (writes, holes) = (&is.writes[was.writes.len()..], &is.holes[was.holes.len()..]);
+            eprintln!(
+                "{what}: {result:?}\n{writes:x?}\nholes {holes:x?} length {:x}",
+                is.length
+            );
         }
         judge(&was, &seen.borrow(), &image, &result, what);
         if seen.borrow().failed {
@@ -135,7 +140,7 @@ fn one(
 }
 
 /// The list in memory, on the disk and in theory.
-fn check_list(image: &mut Image, state: &crate::disk::State, wanted: Wanted, what: &str) {
+fn check_list(image: &mut Image, state: &super::disk::State, wanted: Wanted, what: &str) {
     let list = match image.snapshot_list() {
         Ok(list) => list.to_vec(),
         Err(e) => panic!("no list after {what}: {e}"),

@@ -379,8 +379,11 @@ impl Update<'_> {
         if self.dev.length() < length {
             self.dev.truncate(length)?;
         }
+        // Unless something that lying counts called free is in a dropped block's cluster.
         for dropped in &replay.refs.dropped {
-            self.dev.discard(dropped.offset, g.cluster_size());
+            if replay.refs.count_after(g.cluster_of(dropped.offset)) == 0 {
+                self.dev.discard(dropped.offset, g.cluster_size());
+            }
         }
         if self.dev.length() > length {
             // What is cut off is unused: a failure costs space only.
@@ -419,9 +422,7 @@ impl Update<'_> {
             let counts = block.counts();
             if old != *counts {
                 out.write_changes(self.dev, block.offset, &old, &counts)?;
-                if block.freed {
-                    holes.add_freed(refs, g, index, &old, &counts, temp);
-                }
+                holes.add_freed(refs, g, index, &old, &counts, temp);
             }
         }
         out.finish(self.dev)?;

@@ -61,7 +61,9 @@ impl Image {
         let old_l1 = std::mem::take(&mut replay.l1);
         let down = replay.walk(&mut self.dev, &old_l1, Step::Down)?;
         self.check_after_resize(&mut replay)?;
-        let last = if down.ones {
+        // A count of one after counting up was none before: only where counts lie, and now it is
+        // none again.
+        let last = if down.ones || up.ones {
             replay.walk(&mut self.dev, &new_l1, Step::Look)?
         } else {
             Walked {
