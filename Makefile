@@ -1,13 +1,15 @@
 # libqcow2_snapshot: what can be made.
 #
-#   make          the library, in build/
+#   make          the library and the tool, in build/
+#   make library  the library alone
 #   make demo     build it and walk through it on a scratch image
 #   make check    everything that is tested
-#   make header   make include/qcow2_snapshot.h and the golden texts of tests/abi again
+#   make header   make include/qcow2_snapshot.h, man/man3 and the golden texts of tests/abi again
 #   make bench    time the verbs against qemu-img and the floor (ROUNDS=5 BENCH_DIR=/var/tmp/...)
 #   make soak     SECONDS=1800: random images against qemu-img, fresh seeds
 #   make soak-crash  every power cut and every failing request, on every image
-#   make install  PREFIX=/usr/local DESTDIR= LIBDIR=...
+#   make install  PREFIX=/usr/local DESTDIR= LIBDIR= BINDIR= INCLUDEDIR= MANDIR= DATADIR=
+#   make uninstall  with the same variables
 #   make setup    what the tests need and this machine lacks (check does it by itself)
 #   make clean
 
@@ -15,7 +17,11 @@ CARGO  ?= cargo
 CC     ?= cc
 CFLAGS ?= -O1 -g
 PREFIX ?= /usr/local
+BINDIR ?= $(PREFIX)/bin
 LIBDIR ?= $(PREFIX)/lib
+INCLUDEDIR ?= $(PREFIX)/include
+DATADIR ?= $(PREFIX)/share
+MANDIR ?= $(DATADIR)/man
 
 # Cargo's own variable, so that a caller may keep the artefacts elsewhere.
 TARGET  := $(or $(CARGO_TARGET_DIR),target)
@@ -23,22 +29,41 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 SONAME  := libqcow2_snapshot.so.0
 HEADER  := include/qcow2_snapshot.h
 
-.PHONY: all library demo check c-check header bench soak soak-crash install setup clean
+.PHONY: all library tool demo check c-check header bench soak soak-crash install uninstall \
+	install-smoke python-example setup clean
 
-all: library
+all: library tool
 
-# Cargo knows what is up to date, so it is always asked.
+# Cargo knows what is up to date, so it is always asked. Only the static library, for only by
+# itself is it optimised across crates (no LTO beside an rlib). The shared library is linked from
+# it, with symbol versions, which Cargo cannot do; build/ has new dates only where something is new.
 library:
-	$(CARGO) build --release --lib --target-dir '$(TARGET)'
+	$(CARGO) rustc --release --lib -p qcow2-snapshot --crate-type staticlib --target-dir '$(TARGET)'
 	@mkdir -p build
-	@cmp -s '$(TARGET)/release/libqcow2_snapshot.so' build/libqcow2_snapshot.so || \
-	    cp '$(TARGET)/release/libqcow2_snapshot.so' build/libqcow2_snapshot.so
 	@cmp -s '$(TARGET)/release/libqcow2_snapshot.a' build/libqcow2_snapshot.a || \
 	    cp '$(TARGET)/release/libqcow2_snapshot.a' build/libqcow2_snapshot.a
+	@for file in build/libqcow2_snapshot.a src/libqcow2_snapshot.map tools/link-shared; do \
+	    [ build/libqcow2_snapshot.so -nt $$file ] || touch build/.relink; done
+	@[ ! -e build/.relink ] || \
+	    { CC='$(CC)' tools/link-shared build/libqcow2_snapshot.a build/libqcow2_snapshot.so && \
+	    rm -f build/.relink; }
 	@ln -sf libqcow2_snapshot.so build/$(SONAME)
 	@$(call pc_file,$${pcfiledir},$${pcfiledir}/../include) > build/qcow2_snapshot.pc
 
-# $(call pc_file,LIBDIR,INCLUDEDIR)
+# The tool is Rust through and through: it does not need the shared library.
+tool:
+	$(CARGO) build --release -p qcow2-snapshot-tool --target-dir '$(TARGET)'
+	@mkdir -p build/completions
+	@cmp -s '$(TARGET)/release/qcow2-snapshot' build/qcow2-snapshot || \
+	    cp '$(TARGET)/release/qcow2-snapshot' build/qcow2-snapshot
+	@build/qcow2-snapshot completions bash > build/completions/qcow2-snapshot
+	@build/qcow2-snapshot completions zsh > build/completions/_qcow2-snapshot
+	@build/qcow2-snapshot completions fish > build/completions/qcow2-snapshot.fish
+
+# $(call pc_file,LIBDIR,INCLUDEDIR). The private libraries are what rustc names for a static
+# library (--print native-static-libs), without two that every C compiler adds itself, last and
+# in the right form: -lc and -lgcc_s (which does not exist for "cc -static": there it is
+# -lgcc_eh). tests/install.sh compares.
 pc_file = printf '%s\n' \
 	'libdir=$(1)' 'includedir=$(2)' '' \
 	'Name: qcow2_snapshot' \
@@ -46,7 +71,8 @@ pc_file = printf '%s\n' \
 	'Version: $(VERSION)' \
 	'Cflags: -I$${includedir}' \
 	'Libs: -L$${libdir} -lqcow2_snapshot' \
-	'Libs.private: -lgcc_s -lpthread -ldl -lm'
+	'Libs.private: $(PRIVATE_LIBS)'
+PRIVATE_LIBS := -lutil -lrt -lpthread -lm -ldl
 
 build/demo build/list build/export-snapshot: build/%: examples/%.c $(HEADER) | library
 	$(CC) -std=c99 -Wall -Wextra -Wpedantic $(CFLAGS) -Iinclude -o $@ $< \
@@ -60,7 +86,7 @@ demo: library build/demo build/list build/export-snapshot
 	@echo '$$ build/list build/demo.qcow2'
 	@build/list build/demo.qcow2
 
-check: setup library
+check: setup all
 	@CARGO='$(CARGO)' TARGET='$(TARGET)' MAKE='$(MAKE)' tools/check
 
 c-check: library
@@ -68,7 +94,7 @@ c-check: library
 
 # The tests that compare write instead.
 header:
-	QCOW2_BLESS=1 $(CARGO) test --quiet --test header --test abi --target-dir '$(TARGET)'
+	QCOW2_BLESS=1 $(CARGO) test --quiet --test header --test abi --test man --target-dir '$(TARGET)'
 
 # The library, three programs in C, and a page with what they measured.
 ROUNDS ?= 5
@@ -88,14 +114,52 @@ soak: setup
 soak-crash: setup
 	CRASH_ALL=1 $(CARGO) test --release --test crash --target-dir '$(TARGET)' -- --nocapture
 
-install: library
-	install -D -m 755 build/libqcow2_snapshot.so '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so.$(VERSION)'
+# "make && sudo make install" must not need root to have Cargo, nor leave root's files among
+# the user's: what is built is taken as it is then.
+install:
+	@if [ -f build/libqcow2_snapshot.so ] && [ -f build/qcow2-snapshot ] && \
+	    { [ -n "$$SUDO_USER" ] || ! command -v '$(CARGO)' > /dev/null; }; \
+	then echo 'Installing what is in build/.'; else $(MAKE) --no-print-directory all; fi
+	install -d '$(DESTDIR)$(LIBDIR)/pkgconfig' '$(DESTDIR)$(INCLUDEDIR)' '$(DESTDIR)$(BINDIR)' \
+	    '$(DESTDIR)$(MANDIR)/man1' '$(DESTDIR)$(MANDIR)/man3' $(COMPLETIONS:%='$(DESTDIR)$(DATADIR)/%')
+	install -m 755 build/libqcow2_snapshot.so '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so.$(VERSION)'
 	ln -sf libqcow2_snapshot.so.$(VERSION) '$(DESTDIR)$(LIBDIR)/$(SONAME)'
 	ln -sf $(SONAME) '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so'
-	install -D -m 644 build/libqcow2_snapshot.a '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.a'
-	install -D -m 644 $(HEADER) '$(DESTDIR)$(PREFIX)/include/qcow2_snapshot.h'
-	mkdir -p '$(DESTDIR)$(LIBDIR)/pkgconfig'
-	$(call pc_file,$(LIBDIR),$(PREFIX)/include) > '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
+	install -m 644 build/libqcow2_snapshot.a '$(DESTDIR)$(LIBDIR)'
+	@$(call pc_file,$(LIBDIR),$(INCLUDEDIR)) > '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
+	chmod 644 '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
+	install -m 644 $(HEADER) '$(DESTDIR)$(INCLUDEDIR)'
+	install -m 755 build/qcow2-snapshot '$(DESTDIR)$(BINDIR)'
+	install -m 644 tool/qcow2-snapshot.1 '$(DESTDIR)$(MANDIR)/man1'
+	install -m 644 man/man3/*.3 '$(DESTDIR)$(MANDIR)/man3'
+	install -m 644 build/completions/qcow2-snapshot '$(DESTDIR)$(DATADIR)/bash-completion/completions'
+	install -m 644 build/completions/_qcow2-snapshot '$(DESTDIR)$(DATADIR)/zsh/site-functions'
+	install -m 644 build/completions/qcow2-snapshot.fish '$(DESTDIR)$(DATADIR)/fish/vendor_completions.d'
+	@[ -n '$(DESTDIR)' ] || echo 'If programs do not find $(SONAME) now: "sudo ldconfig", or LD_LIBRARY_PATH=$(LIBDIR)'
+
+COMPLETIONS := bash-completion/completions zsh/site-functions fish/vendor_completions.d
+
+# Only what install made; folders stay, they may be anybody's.
+uninstall:
+	rm -f '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so' '$(DESTDIR)$(LIBDIR)/$(SONAME)' \
+	    '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so.$(VERSION)' '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.a' \
+	    '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc' '$(DESTDIR)$(INCLUDEDIR)/qcow2_snapshot.h' \
+	    '$(DESTDIR)$(BINDIR)/qcow2-snapshot' '$(DESTDIR)$(MANDIR)/man1/qcow2-snapshot.1' \
+	    $(patsubst man/%,'$(DESTDIR)$(MANDIR)/%',$(wildcard man/man3/*.3)) \
+	    '$(DESTDIR)$(DATADIR)/bash-completion/completions/qcow2-snapshot' \
+	    '$(DESTDIR)$(DATADIR)/zsh/site-functions/_qcow2-snapshot' \
+	    '$(DESTDIR)$(DATADIR)/fish/vendor_completions.d/qcow2-snapshot.fish'
+
+# Install into a scratch folder, and build and run programs against what is there.
+install-smoke: all
+	@CC='$(CC)' CARGO='$(CARGO)' MAKE='$(MAKE)' CARGO_TARGET_DIR='$(TARGET)' tests/install.sh
+
+# The library from Python, against what the example in C says of the same image.
+python-example: demo
+	@if command -v python3 > /dev/null; then \
+	    python3 examples/list.py build/libqcow2_snapshot.so build/demo.qcow2 > build/list.py.out && \
+	    build/list build/demo.qcow2 | diff - build/list.py.out && echo 'list.py says what list.c says'; \
+	else echo 'SKIPPED: no python3 here: examples/list.py was not run'; fi
 
 setup:
 	@tools/setup
