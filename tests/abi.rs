@@ -3,8 +3,9 @@
 #[path = "abi/toolbox.rs"]
 mod toolbox;
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use toolbox::{compare_with_golden, compile_and_run, run, shared_library};
+use toolbox::{compare_with_golden, compile_and_run, compiler, root, run, shared_library};
 
 #[test]
 fn the_shared_library_exports_exactly_the_functions_of_the_contract() {
@@ -31,6 +32,91 @@ fn the_shared_library_exports_exactly_the_functions_of_the_contract() {
         symbols.iter().all(|s| s.starts_with("qcow2_")),
         "{symbols:?}"
     );
+}
+
+/// The library of "make", linked from Cargo's archive by the same script.
+fn linked_by_make(dir: &Path) -> Option<PathBuf> {
+    let out = dir.join("libqcow2_snapshot.so");
+    let mut link = Command::new(root().join("tools/link-shared"));
+    link.arg(shared_library().with_extension("a")).arg(&out);
+    let compiler = compiler(false)?;
+    link.env("CC", compiler.get_program());
+    let output = run(&mut link, "the library with symbol versions")?;
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Some(out)
+}
+
+/// The answer of a program that looks at a library.
+fn told(program: &str, arguments: &[&str], library: &Path) -> Option<String> {
+    let mut command = Command::new(program);
+    command.args(arguments).arg(library);
+    let output = run(&mut command, "what the library of \"make\" exports")?;
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Some(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[test]
+fn the_installed_library_exports_the_same_with_versions_and_nothing_else() {
+    let dir = tempfile::tempdir().expect("a scratch folder");
+    let Some(library) = linked_by_make(dir.path()) else {
+        return;
+    };
+    let Some(table) = told("readelf", &["--dyn-syms", "--wide"], &library) else {
+        return;
+    };
+    let mut exported = Vec::new();
+    for line in table.lines() {
+        // Num: Value Size Type Bind Vis Ndx Name. ABS: the name of a version itself.
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        if let [_, _, _, _, bind, _, index, name] = fields[..] {
+            if bind != "LOCAL" && bind != "Bind" && index != "UND" && index != "ABS" {
+                exported.push(format!("{name}\n"));
+            }
+        }
+    }
+    exported.sort();
+    compare_with_golden("tests/abi/versions.txt", &exported.concat());
+
+    let names: String = exported
+        .iter()
+        .filter_map(|line| line.split_once("@@"))
+        .map(|(name, _)| format!("{name}\n"))
+        .collect();
+    let symbols = std::fs::read_to_string(root().join("tests/abi/symbols.txt")).expect("is there");
+    assert_eq!(names, symbols, "src/libqcow2_snapshot.map lacks a function");
+}
+
+#[test]
+fn the_library_does_not_ask_the_program_for_its_own_functions() {
+    let dir = tempfile::tempdir().expect("a scratch folder");
+    let Some(library) = linked_by_make(dir.path()) else {
+        return;
+    };
+    for library in [library, shared_library()] {
+        let Some(dynamic) = told("readelf", &["--dynamic", "--wide"], &library) else {
+            return;
+        };
+        assert!(dynamic.contains("SYMBOLIC"), "{dynamic}");
+        // A relocation by name is what another definition of that name can catch.
+        let relocations = told("readelf", &["--relocs", "--wide"], &library).unwrap_or_default();
+        let own: Vec<&str> = relocations
+            .lines()
+            .filter(|line| line.split_whitespace().any(|w| w.starts_with("qcow2_")))
+            .collect();
+        assert!(own.is_empty(), "{own:?}");
+        for what in ["libqcow2_snapshot.so.0", "NOW"] {
+            assert!(dynamic.contains(what), "no {what}: {dynamic}");
+        }
+        assert!(!dynamic.contains("TEXTREL"), "{dynamic}");
+    }
 }
 
 #[test]
@@ -71,13 +157,17 @@ fn structs_and_constants_are_laid_out_as_ever() {
 #[test]
 fn the_library_can_be_unloaded() {
     let dir = tempfile::tempdir().expect("a scratch folder");
-    let library = shared_library();
-    compile_and_run(
-        dir.path(),
-        UNLOADS_THE_LIBRARY,
-        &[],
-        &[library.as_os_str(), dir.path().as_os_str()],
-    );
+    for library in [Some(shared_library()), linked_by_make(dir.path())] {
+        let Some(library) = library else {
+            return;
+        };
+        compile_and_run(
+            dir.path(),
+            UNLOADS_THE_LIBRARY,
+            &[],
+            &[library.as_os_str(), dir.path().as_os_str()],
+        );
+    }
 }
 
 const PRINTS_THE_LAYOUT: &str = r#"

@@ -9,6 +9,7 @@ dir=$(mktemp -d "${TMPDIR:-/tmp}/qcow2-install.XXXXXX") || exit 1
 trap 'rm -rf "$dir"' EXIT
 trap 'exit 1' INT TERM
 unset LD_LIBRARY_PATH PKG_CONFIG_PATH PKG_CONFIG_SYSROOT_DIR
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 flags='-std=c99 -Wall -Wextra -Wpedantic -Werror'
 passed=0 failed=0 skipped=0
 
@@ -42,7 +43,7 @@ staged_right() {
 ./usr/lib/some-linux-gnu/libqcow2_snapshot.a
 ./usr/lib/some-linux-gnu/libqcow2_snapshot.so
 ./usr/lib/some-linux-gnu/libqcow2_snapshot.so.0
-./usr/lib/some-linux-gnu/libqcow2_snapshot.so.0.1.0
+./usr/lib/some-linux-gnu/libqcow2_snapshot.so.$version
 ./usr/lib/some-linux-gnu/pkgconfig/qcow2_snapshot.pc
 ./usr/man/man1/qcow2-snapshot.1
 ./usr/share/bash-completion/completions/qcow2-snapshot
@@ -79,7 +80,7 @@ same_private_libraries() {
     diff <(tr ' ' '\n' <<< "$named" | grep -vxE -e '-lgcc_s|-lc|' | sort) \
         <(tr ' ' '\n' <<< "$ours" | grep -vxE -e '-lqcow2_snapshot|' | sort)
 }
-claim version-for-pkg-config pkg-config --exact-version=0.1.0 qcow2_snapshot
+claim version-for-pkg-config pkg-config --exact-version="$version" qcow2_snapshot
 claim private-libraries-are-those-of-rustc same_private_libraries
 
 # Three ways to link: shared; our archive in a program that is dynamic otherwise; wholly static.
@@ -203,8 +204,8 @@ claim loaded-used-on-a-thread-unloaded \
 # ---- the rest of what was installed ---------------------------------------------------------
 exports_only_versioned() {
     readelf --dyn-syms --wide "$lib/libqcow2_snapshot.so" |
-        awk '$5 != "LOCAL" && $7 != "UND" && $8 != "" && $4 != "OBJECT" { print $8 }' |
-        grep '^qcow2_\|@\|^_' | sort > "$dir/exported"
+        awk '$1 ~ /^[0-9]+:$/ && $5 != "LOCAL" && $7 != "UND" && $7 != "ABS" { print $8 }' |
+        sort > "$dir/exported"
     diff "$dir/exported" <(sed 's/$/@@QCOW2_SNAPSHOT_0.1/' tests/abi/symbols.txt | sort)
 }
 claim versioned-symbols-and-no-others exports_only_versioned
