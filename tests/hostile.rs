@@ -177,11 +177,8 @@ fn ours(path: &Path, verb: Verb, name: &[u8], date: (u32, u32)) -> (Result<(), E
             })
             .map(drop),
         Verb::Goto => image.snapshot_goto(name),
-        // As qemu-img: by ID, else by name.
-        Verb::Delete => match image.snapshot_delete(Some(name), None) {
-            Err(Error::NotFound(_)) => image.snapshot_delete(None, Some(name)),
-            other => other,
-        },
+        // As qemu-img, which takes no ID here.
+        Verb::Delete => image.snapshot_delete(None, Some(name)),
     };
     let outcome = image.last_outcome();
     let _ = image.close();

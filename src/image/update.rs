@@ -359,8 +359,14 @@ impl Update<'_> {
             Flags::AsCounted,
             plan.counts,
         )?;
+        let (change, _, last) = &plan.l1;
         for (offset, before, after) in &plan.copied {
-            self.write_l1(*offset, &without_new_flags(before, after), after)?;
+            let bare = without_new_flags(before, after);
+            // Entries published one by one are on the disk already, and stay: pieces are written whole.
+            let published = matches!(change, L1Change::EachEntry)
+                && *offset == replay.header.l1_offset
+                && bare != *after;
+            self.write_l1(*offset, &bare, if published { last } else { after })?;
         }
         let (change, before, after) = &plan.l1;
         if !matches!(change, L1Change::None | L1Change::EachEntry) {

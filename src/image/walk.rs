@@ -70,12 +70,13 @@ impl Replay {
             if let Some(end) = changed {
                 // QEMU drops the first slice of a table that is freed, and writes the others.
                 let slice = g.l2_slice_bytes(self.header.size);
-                if count != 0 || end > slice {
+                let freed = step == Step::Down && count == 0;
+                if !freed || end > slice {
                     self.reach = self
                         .reach
                         .max(offset.saturating_add(end.div_ceil(slice) * slice));
                 }
-                if count != 0 {
+                if !freed {
                     self.overlap
                         .check(offset, g.cluster_size(), Some(Kind::ActiveL2))?;
                     out.tables.push(offset);
