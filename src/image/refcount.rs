@@ -158,6 +158,8 @@ pub(crate) struct Dropped {
     pub(crate) offset: u64,
     /// The counts it had at the end, if the verb changed them.
     pub(crate) counts: Option<Vec<u8>>,
+    /// Its counts on disk and those of a temporary table, if one is put into its range.
+    pub(crate) peak: Option<Vec<u8>>,
 }
 
 impl Refcounts {
@@ -877,6 +879,13 @@ impl Refcounts {
     pub(crate) fn count_temporarily(&mut self, cluster: HostCluster) {
         let g = self.g;
         let at = g.refblock_index(cluster);
+        let index = g.reftable_index(cluster);
+        if let Some(d) = self.dropped.iter_mut().find(|d| d.index == index) {
+            if let Some(peak) = &mut d.peak {
+                refblock::set(g, peak, at, 1);
+            }
+            return;
+        }
         if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
             let peak = block
                 .peak
@@ -923,13 +932,11 @@ impl Refcounts {
                 }
                 refblock::get(g, &scratch, at) != 0
             };
-            let touched = || {
-                self.forgotten.contains_key(&c)
-                    || self.punched.contains(&c)
-                    || self.kept.contains(&c)
-                    || self.taken.contains(&c)
+            run = if counted || self.touched(c) {
+                0
+            } else {
+                run + 1
             };
-            run = if counted || touched() { 0 } else { run + 1 };
             c += 1;
             if run == n {
                 let (first, last) = (HostCluster(c - n), HostCluster(c - 1));
@@ -939,7 +946,62 @@ impl Refcounts {
                 return Ok(Some(first.0));
             }
         }
-        Ok(None)
+        self.find_untouched_in_dropped(dev, n)
+    }
+
+    /// [`Refcounts::find_untouched`] in the range of a block that a shrinking resize drops: until the
+    /// new state is published the table names it, and afterwards its counts go with it.
+    fn find_untouched_in_dropped(&mut self, dev: &mut Device, n: u64) -> Result<Option<u64>> {
+        let g = self.g;
+        let mut dropped = std::mem::take(&mut self.dropped);
+        let mut found = None;
+        for d in &mut dropped {
+            let before = dev.read_vec(
+                "Could not read a refcount block",
+                d.offset,
+                g.cluster_size(),
+            )?;
+            let base = g.first_cluster_of_block(d.index).0;
+            let mut run = 0;
+            for at in 0..g.refblock_entries() as usize {
+                let c = base + at as u64;
+                let counted = refblock::get(g, &before, at) != 0
+                    || d.counts
+                        .as_ref()
+                        .is_some_and(|b| refblock::get(g, b, at) != 0);
+                run = if counted || self.touched(c) || c == 0 {
+                    0
+                } else {
+                    run + 1
+                };
+                if run == n {
+                    found = Some(c + 1 - n);
+                    break;
+                }
+            }
+            if found.is_some() {
+                d.peak = Some(before);
+                break;
+            }
+        }
+        self.dropped = dropped;
+        Ok(found)
+    }
+
+    /// Has an allocation of this verb taken one of `n` clusters from `first` on?
+    pub(crate) fn any_taken(&self, first: u64, n: u64) -> bool {
+        self.taken
+            .range(first..first.saturating_add(n))
+            .next()
+            .is_some()
+    }
+
+    /// Has the replay done anything to a cluster?
+    fn touched(&self, c: u64) -> bool {
+        self.forgotten.contains_key(&c)
+            || self.punched.contains(&c)
+            || self.kept.contains(&c)
+            || self.taken.contains(&c)
     }
 
     /// QEMU's `qcow2_shrink_reftable`: drop blocks that describe nothing but themselves.
@@ -993,6 +1055,7 @@ impl Refcounts {
                     index,
                     offset,
                     counts: block.map(|b| b.counts().into_owned()),
+                    peak: None,
                 });
             }
         }

@@ -45,6 +45,8 @@ pub(crate) struct Replay {
     pub(crate) tables: BTreeMap<u64, Vec<u8>>,
     /// Clusters that a resize takes and the goto that follows frees again, by offset.
     pub(crate) temporary: Vec<u64>,
+    /// The first L1 table's place and last contents, once it has moved. QEMU leaves them there.
+    pub(crate) left_l1: Option<(u64, Vec<u64>)>,
     /// Contents for new clusters.
     pub(crate) new_data: Vec<NewData>,
     /// The length that QEMU's writes and truncates give the file, up to this point.
@@ -88,6 +90,7 @@ impl Replay {
             l1,
             tables: BTreeMap::new(),
             temporary: Vec::new(),
+            left_l1: None,
             new_data: Vec::new(),
             reach: length,
             v3: header.version >= 3,
@@ -193,6 +196,15 @@ impl Replay {
         self.write_new(dev, "L1 table", offset, device::bytes_of(&l1)?)?;
 
         let (old_offset, old_bytes) = (self.header.l1_offset, self.l1.len() as u64 * TABLE_ENTRY);
+        // What a resize has entered in the table since stays in it when it is left.
+        let left = device::bytes_of(&self.l1)?;
+        match self.new_data.iter_mut().find(|w| w.offset == old_offset) {
+            Some(made) => made
+                .data
+                .splice(..left.len().min(made.data.len()), left)
+                .for_each(drop),
+            None => self.left_l1 = Some((old_offset, self.l1.clone())),
+        }
         self.switch(|h| (h.l1_offset, h.l1_size) = (offset, entries as u32));
         let epoch = self.refs.epoch;
         self.refs

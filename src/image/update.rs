@@ -66,6 +66,9 @@ pub(crate) struct Plan {
     pub(crate) counts: Counts,
     /// L1 tables that change in bit 63 only: (offset, words before, words after).
     pub(crate) copied: Vec<(u64, Vec<u64>, Vec<u64>)>,
+    /// The L1 table that a growth has left behind: (offset, words before, words in the end). Its
+    /// clusters are free, but QEMU leaves these bytes in them.
+    pub(crate) left: Option<(u64, Vec<u64>, Vec<u64>)>,
     /// The active L1 before and after, where it changes in more than bit 63.
     pub(crate) l1: (L1Change, Vec<u64>, Vec<u64>),
 }
@@ -78,6 +81,7 @@ impl Plan {
             set: Vec::new(),
             counts: Counts::Final,
             copied: Vec::new(),
+            left: None,
             l1: (L1Change::None, Vec::new(), Vec::new()),
         }
     }
@@ -201,6 +205,13 @@ impl Update<'_> {
             raised.extend_from_slice(&old);
             raise(g, &mut raised, block.peak.as_deref(), &block.counts());
             out.write_changes(self.dev, block.offset, &old, &raised)?;
+        }
+        for dropped in &refs.dropped {
+            if let Some(peak) = &dropped.peak {
+                self.dev
+                    .read("Could not read a refcount block", dropped.offset, &mut old)?;
+                out.write_changes(self.dev, dropped.offset, &old, peak)?;
+            }
         }
         out.finish(self.dev)
     }
@@ -375,6 +386,9 @@ impl Update<'_> {
                 &without_new_flags(before, after),
                 after,
             )?;
+        }
+        if let Some((offset, before, after)) = &plan.left {
+            self.write_l1(*offset, before, after)?;
         }
         if let Some(temp) = temp {
             temp.restore(self.dev)?;

@@ -242,6 +242,14 @@ impl Image {
             }
             _ => {}
         }
+        if let Some((offset, after)) = replay.left_l1.take() {
+            // Not where something else has taken its clusters.
+            let bytes = after.len() as u64 * TABLE_ENTRY;
+            let (first, n) = (replay.g.cluster_of(offset).0, replay.g.clusters_for(bytes));
+            if !replay.refs.any_taken(first, n) {
+                plan.left = Some((offset, self.l1.clone(), after));
+            }
+        }
         plan.l1 = (change, before, replay.l1.clone());
         Ok(())
     }
