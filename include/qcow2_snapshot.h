@@ -663,8 +663,8 @@ int qcow2_pread(struct Qcow2Image *bs,
  * What the disk that the handle sees is made of: the run of bytes of one kind that begins at
  * an offset. For copying without the zeros, and for finding what is allocated where:
  *
- *     for (int64_t at = 0; at < qcow2_getlength(bs); at += e.length)
- *         if (qcow2_block_status(bs, at, INT64_MAX, &e, NULL) < 0) break; else ...
+ *   for (int64_t at = 0; at < qcow2_getlength(bs); at += e.length)
+ *       if (qcow2_block_status(bs, at, INT64_MAX, &e, NULL) < 0) break; else ...
  *
  * Each call gives one entry of "qemu-img map --output=json", no shorter: neighbours that
  * are alike are one. The differences: after qcow2_snapshot_load_tmp() it is the map of the

@@ -40,6 +40,8 @@ pub(crate) struct Block {
     pub(crate) raised: bool,
     /// Some count went down.
     pub(crate) lowered: bool,
+    /// Some count went down to zero: there may be holes to punch.
+    pub(crate) freed: bool,
     /// QEMU would not write this block: only a temporary table of ours is counted in it.
     pub(crate) ours: bool,
     /// Made by this verb, in this epoch: nothing on disk yet.
@@ -56,6 +58,7 @@ impl Block {
             dirty: made,
             raised: made,
             lowered: false,
+            freed: false,
             ours: false,
             born,
         }
@@ -355,10 +358,7 @@ impl Refcounts {
         let g = self.g;
         let index = g.reftable_index(cluster);
         if !self.load(dev, index)? {
-            return Err(Error::Corrupt(format!(
-                "No refcount block describes the cluster at {:#x}, which is in use",
-                g.offset_of(cluster)
-            )));
+            return Err(self.not_described(cluster));
         }
         let at = g.refblock_index(cluster);
         let Some(block) = self.block_mut(index) else {
@@ -375,10 +375,29 @@ impl Refcounts {
         };
         refblock::set(g, block.counts.bytes_mut(), at, new);
         block.touch(up);
+        block.freed |= new == 0;
         if new == 0 && cluster.0 < self.next {
             self.next = cluster.0;
         }
         Ok(new)
+    }
+
+    /// Why a cluster in use cannot be counted: no refcount block describes it. QEMU would make one,
+    /// and refuse if the table cannot grow that far.
+    fn not_described(&self, cluster: HostCluster) -> Error {
+        let g = self.g;
+        let at = g.offset_of(cluster);
+        let used = (cluster.0 + 1).div_ceil(g.refblock_entries());
+        let blocks = blocks_with_metadata(g, g.first_cluster_of_block(used).0);
+        let within = g.reftable_index(cluster) < self.table().entries.len() as u64;
+        if !within && blocks + blocks.div_ceil(2) > MAX_REFTABLE_ENTRIES {
+            return Error::TooBig(format!(
+                "The cluster at {at:#x}, which is in use, is out of range"
+            ));
+        }
+        Error::Corrupt(format!(
+            "No refcount block describes the cluster at {at:#x}, which is in use"
+        ))
     }
 
     /// Count a run of an L2 table's entries, as far as they are standard clusters in refcount blocks
@@ -427,6 +446,7 @@ impl Refcounts {
                 all.changed = all.entries + run.changed;
             }
             if let Some(freed) = run.freed {
+                block.freed = true;
                 self.next = self
                     .next
                     .min(g.first_cluster_of_block(index).0 + freed as u64);
@@ -570,6 +590,7 @@ impl Refcounts {
             let up = count >= refblock::get(g, &block.counts(), at);
             refblock::set(g, block.counts.bytes_mut(), at, count);
             block.touch(up);
+            block.freed |= count == 0;
             let end = block.offset.saturating_add(g.cluster_size());
             self.reach = self.reach.max(end);
         }

@@ -442,7 +442,9 @@ impl Update<'_> {
             let counts = block.counts();
             if old != *counts {
                 out.write_changes(self.dev, block.offset, &old, &counts)?;
-                holes.add_freed(refs, g, index, &old, &counts, temp);
+                if block.freed {
+                    holes.add_freed(refs, g, index, &old, &counts, temp);
+                }
             }
         }
         out.finish(self.dev)?;

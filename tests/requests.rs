@@ -1,0 +1,104 @@
+//! How many requests, bytes and barriers each verb costs on fixed images, compared with the committed
+//! table `tests/requests.txt`. A change that costs more must change the table, and say why. `make
+//! header`'s way of making golden texts again works here too: `QCOW2_BLESS=1`.
+
+#![allow(clippy::unwrap_used)]
+
+use flate2::read::GzDecoder;
+use qcow2_snapshot::io::trace::{Counts, TraceStorage};
+use qcow2_snapshot::{Image, NewSnapshot, OpenFlags};
+use std::fmt::Write as _;
+use std::io::Read as _;
+use std::path::Path;
+
+/// Reference images of `c-tests/images` that cover the shapes of verbs, not all formats.
+const CASES: &[&str] = &[
+    "v3-64k",
+    "v3-4k",
+    "v3-512",
+    "v2-4k",
+    "extended-l2",
+    "compressed-zlib",
+    "refcount-1",
+    "resize-512",
+    "refblock-growth-0",
+    "reftable-growth-reuse",
+    "l1-growth-goto",
+    "vm-state-v3",
+    "table-long",
+];
+
+fn image(case: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("c-tests/images/{case}/before.qcow2.gz"));
+    let file = std::fs::File::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let mut bytes = Vec::new();
+    GzDecoder::new(file).read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+/// Run one verb on a fresh handle and say what it cost, opening included.
+fn cost(bytes: Vec<u8>, verb: impl FnOnce(&mut Image) -> Result<(), qcow2_snapshot::Error>) -> (String, Vec<u8>) {
+    let storage = TraceStorage::new(bytes);
+    let trace = storage.trace();
+    let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+    let result = verb(&mut image);
+    image.close().unwrap();
+    let c: Counts = trace.counts();
+    let text = match result {
+        Ok(()) => format!(
+            "reads {} ({} bytes) writes {} ({} bytes) truncates {} discards {} barriers {}",
+            c.reads, c.bytes_read, c.writes, c.bytes_written, c.truncates, c.discards, c.barriers
+        ),
+        Err(e) => format!("errno {}", e.errno()),
+    };
+    (text, trace.contents())
+}
+
+fn measured() -> String {
+    let mut out = String::new();
+    for case in CASES {
+        let start = image(case);
+        let new = NewSnapshot { name: b"requests".to_vec(), date_sec: 1, ..NewSnapshot::default() };
+        let (text, created) = cost(start.clone(), |i| i.snapshot_create(&new).map(|_| ()));
+        writeln!(out, "{case} create: {text}").unwrap();
+        let first = |i: &mut Image| i.snapshot_list().map(|l| l.first().map(|s| s.id.clone()).unwrap_or_default());
+        let (text, _) = cost(created.clone(), |i| {
+            let id = first(i)?;
+            i.snapshot_goto(&id)
+        });
+        writeln!(out, "{case} goto first: {text}").unwrap();
+        let (text, _) = cost(created.clone(), |i| {
+            let id = first(i)?;
+            i.snapshot_delete(Some(&id), None)
+        });
+        writeln!(out, "{case} delete first: {text}").unwrap();
+        let (text, _) = cost(created, |i| i.snapshot_delete(None, Some(b"requests")));
+        writeln!(out, "{case} delete last: {text}").unwrap();
+    }
+    out
+}
+
+#[test]
+fn each_verb_costs_what_the_table_says() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/requests.txt");
+    let now = measured();
+    if std::env::var_os("QCOW2_BLESS").is_some() {
+        std::fs::write(&path, &now).unwrap();
+        return;
+    }
+    let table = std::fs::read_to_string(&path).unwrap();
+    for (n, (now, then)) in now.lines().zip(table.lines()).enumerate() {
+        assert_eq!(now, then, "line {} of tests/requests.txt", n + 1);
+    }
+    assert_eq!(now.lines().count(), table.lines().count());
+}
+
+#[test]
+fn the_usual_verb_needs_three_barriers() {
+    let start = image("v3-64k");
+    let new = NewSnapshot { name: b"n".to_vec(), ..NewSnapshot::default() };
+    let (text, created) = cost(start, |i| i.snapshot_create(&new).map(|_| ()));
+    assert!(text.ends_with("barriers 3"), "create: {text}");
+    let (text, _) = cost(created, |i| i.snapshot_delete(None, Some(b"n")));
+    assert!(text.ends_with("barriers 3"), "delete: {text}");
+}
