@@ -29,7 +29,8 @@ const CASES: &[&str] = &[
 ];
 
 fn image(case: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("c-tests/images/{case}/before.qcow2.gz"));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join(format!("c-tests/images/{case}/before.qcow2.gz"));
     let file = std::fs::File::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let mut bytes = Vec::new();
     GzDecoder::new(file).read_to_end(&mut bytes).unwrap();
@@ -37,7 +38,10 @@ fn image(case: &str) -> Vec<u8> {
 }
 
 /// Run one verb on a fresh handle and say what it cost, opening included.
-fn cost(bytes: Vec<u8>, verb: impl FnOnce(&mut Image) -> Result<(), qcow2_snapshot::Error>) -> (String, Vec<u8>) {
+fn cost(
+    bytes: Vec<u8>,
+    verb: impl FnOnce(&mut Image) -> Result<(), qcow2_snapshot::Error>,
+) -> (String, Vec<u8>) {
     let storage = TraceStorage::new(bytes);
     let trace = storage.trace();
     let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
@@ -58,10 +62,17 @@ fn measured() -> String {
     let mut out = String::new();
     for case in CASES {
         let start = image(case);
-        let new = NewSnapshot { name: b"requests".to_vec(), date_sec: 1, ..NewSnapshot::default() };
+        let new = NewSnapshot {
+            name: b"requests".to_vec(),
+            date_sec: 1,
+            ..NewSnapshot::default()
+        };
         let (text, created) = cost(start.clone(), |i| i.snapshot_create(&new).map(|_| ()));
         writeln!(out, "{case} create: {text}").unwrap();
-        let first = |i: &mut Image| i.snapshot_list().map(|l| l.first().map(|s| s.id.clone()).unwrap_or_default());
+        let first = |i: &mut Image| {
+            i.snapshot_list()
+                .map(|l| l.first().map(|s| s.id.clone()).unwrap_or_default())
+        };
         let (text, _) = cost(created.clone(), |i| {
             let id = first(i)?;
             i.snapshot_goto(&id)
@@ -96,7 +107,10 @@ fn each_verb_costs_what_the_table_says() {
 #[test]
 fn the_usual_verb_needs_three_barriers() {
     let start = image("v3-64k");
-    let new = NewSnapshot { name: b"n".to_vec(), ..NewSnapshot::default() };
+    let new = NewSnapshot {
+        name: b"n".to_vec(),
+        ..NewSnapshot::default()
+    };
     let (text, created) = cost(start, |i| i.snapshot_create(&new).map(|_| ()));
     assert!(text.ends_with("barriers 3"), "create: {text}");
     let (text, _) = cost(created, |i| i.snapshot_delete(None, Some(b"n")));
