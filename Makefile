@@ -29,7 +29,7 @@ VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 SONAME  := libqcow2_snapshot.so.0
 HEADER  := include/qcow2_snapshot.h
 
-.PHONY: all library tool demo check c-check header bench soak soak-crash install uninstall \
+.PHONY: fuzz soak-hostile asan tsan miri all library tool demo check c-check header bench soak soak-crash install uninstall \
 	install-smoke python-example setup clean
 
 all: library tool
@@ -116,6 +116,26 @@ soak-crash: setup
 
 # "make && sudo make install" must not need root to have Cargo, nor leave root's files among
 # the user's: what is built is taken as it is then.
+# A long run of one fuzz target (nightly Rust, cargo-fuzz); hostile images beside qemu-img; sanitizers.
+FUZZ_TARGET ?= verbs
+FUZZ_RUNS ?= 2000000
+HOSTILE_SECONDS ?= 600
+fuzz:
+	python3 fuzz/seeds.py fuzz/corpus/seeds
+	mkdir -p fuzz/corpus/$(FUZZ_TARGET)
+	cd fuzz && $(CARGO) +nightly fuzz run --sanitizer none $(FUZZ_TARGET) corpus/$(FUZZ_TARGET) corpus/seeds -- \
+	    -runs=$(FUZZ_RUNS) -max_len=20000 -timeout=10 -rss_limit_mb=512
+
+soak-hostile: setup
+	HOSTILE_SECONDS=$(HOSTILE_SECONDS) $(CARGO) test --test hostile --target-dir '$(TARGET)' -- --nocapture
+
+asan:
+	tools/sanitize address
+tsan:
+	tools/sanitize thread
+miri:
+	tools/sanitize miri
+
 install:
 	@if [ -f build/libqcow2_snapshot.so ] && [ -f build/qcow2-snapshot ] && \
 	    { [ -n "$$SUDO_USER" ] || ! command -v '$(CARGO)' > /dev/null; }; \
