@@ -16,7 +16,7 @@ impl Replay {
     pub(crate) fn shrink(&mut self, dev: &mut Device, old_size: u64, new_size: u64) -> Result<()> {
         let g = self.g;
         let start = g.round_up(new_size);
-        self.discard_fully(dev, start, old_size)?;
+        let unwritten = self.discard_fully(dev, start, old_size)?;
 
         // `qcow2_shrink_l1_table`
         let keep = g.l1_entries_for(new_size) as usize;
@@ -44,12 +44,17 @@ impl Replay {
         if wanted < length {
             self.truncate(wanted);
         }
+        // What QEMU's cache still holds of tables that are free by now makes the file longer again.
+        self.reach = self.reach.max(unwritten);
         Ok(())
     }
 
-    /// QEMU's `qcow2_cluster_discard(ALWAYS, full)` over `start..end` of the disk.
-    fn discard_fully(&mut self, dev: &mut Device, start: u64, end: u64) -> Result<()> {
+    /// QEMU's `qcow2_cluster_discard(ALWAYS, full)` over `start..end` of the disk. Returns the end in
+    /// the file of what is changed in QEMU's cache and not written when the tables are freed: of a
+    /// freed table the cache forgets the first slice only; a table that is made writes them all.
+    fn discard_fully(&mut self, dev: &mut Device, start: u64, end: u64) -> Result<u64> {
         let g = self.g;
+        let (slice, mut unwritten) = (g.l2_slice_bytes(end), 0);
         let mut at = start;
         while at < end {
             let l1_index = g.l1_index(at);
@@ -63,9 +68,14 @@ impl Replay {
             let (offset, mut table) = self.own_table(dev, l1_index)?;
             if !owned {
                 self.temporary.push(offset);
+                unwritten = 0;
             }
             let size = g.l2_entry_size();
-            for word in table.chunks_exact_mut(size).skip(from).take(n) {
+            for (i, word) in table.chunks_exact_mut(size).enumerate().skip(from).take(n) {
+                let slice_end = ((i * size) as u64 / slice + 1) * slice;
+                if slice_end > slice && word.iter().any(|b| *b != 0) {
+                    unwritten = unwritten.max(offset.saturating_add(slice_end));
+                }
                 match entry::cluster(g, BigEndian::read_u64(word)) {
                     Cluster::Standard(at) | Cluster::ZeroAllocated(at) if g.in_cluster(at) == 0 => {
                         self.refs.free_data(dev, at, g.cluster_size())?;
@@ -83,7 +93,7 @@ impl Replay {
             }
             at = next;
         }
-        Ok(())
+        Ok(unwritten)
     }
 
     /// Make the disk larger where a longer backing file would show in the new part: QEMU enters zero
