@@ -30,6 +30,8 @@ pub struct Run {
     pub changed: usize,
     /// Some cluster's count is one now.
     pub ones: bool,
+    /// Some cluster's count is not one; only noted where counts are just looked at.
+    pub others: bool,
     /// The lowest index in the block whose count became zero.
     pub freed: Option<usize>,
 }
@@ -123,6 +125,7 @@ pub fn count<const WIDTH: u32>(
                 refblock::set(g, counts, index, new);
             }
             run.ones |= new == 1;
+            run.others |= step == Step::Look && new != 1;
             if step == Step::Down && new == 0 && run.freed.is_none_or(|f| index < f) {
                 run.freed = Some(index);
             }

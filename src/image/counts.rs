@@ -101,6 +101,11 @@ impl Residents {
         }
     }
 
+    /// How many blocks are plain.
+    pub(crate) fn plain_blocks(&self) -> usize {
+        self.plain.len()
+    }
+
     /// Block `index` has become plain. Returns a block that should be left for it.
     pub(crate) fn enter(&mut self, index: u64) -> Option<u64> {
         self.now += 1;

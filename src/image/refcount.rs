@@ -26,6 +26,35 @@ const MAX_REFTABLE_ENTRIES: u64 = 8 << 20;
 /// file, in bytes.
 const MAX_ABSENT_BLOCKS: u64 = 64 << 20;
 
+/// Counts that are likely to be in the processor's own cache, in bytes: looking ahead costs more.
+const CACHED: u64 = 1 << 20;
+
+/// Entries whose counts are loaded together where a walk jumps about.
+const AHEAD: usize = 32;
+
+/// When a walk looks ahead: where few clusters in a row are counted in the same block.
+struct Ahead {
+    /// At this entry the next ones have not been looked at.
+    due_at: usize,
+    jumps: bool,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn due(&mut self, entry: usize) -> bool {
+        let due = self.jumps && entry >= self.due_at;
+        if due {
+            self.due_at = entry + AHEAD;
+        }
+        due
+    }
+
+    #[inline(always)]
+    fn ran(&mut self, entries: usize) {
+        self.jumps = entries < AHEAD / 4;
+    }
+}
+
 /// A refcount block in memory.
 pub(crate) struct Block {
     /// Where it lives in the file.
@@ -422,11 +451,15 @@ impl Refcounts {
         let g = run::with_width::<WIDTH>(self.g);
         let size = g.l2_entry_size();
         let mut all = Run::default();
+        let mut ahead = self.ahead();
         while let Some(rest) = table.get(all.entries * size..).filter(|r| !r.is_empty()) {
             let entry = BigEndian::read_u64(rest);
             if entry == 0 {
                 all.entries += 1;
                 continue;
+            }
+            if ahead.due(all.entries) {
+                self.touch::<WIDTH>(rest);
             }
             let index = run::block_of(g, entry).unwrap_or(u64::MAX);
             let Some(Some(block)) = self.blocks.get_mut(index as usize) else {
@@ -451,10 +484,38 @@ impl Refcounts {
                     .next
                     .min(g.first_cluster_of_block(index).0 + freed as u64);
             }
+            ahead.ran(run.entries);
             all.ones |= run.ones;
+            all.others |= run.others;
             all.entries += run.entries;
         }
         all
+    }
+
+    /// How a walk that starts here looks ahead.
+    fn ahead(&self) -> Ahead {
+        let here = self.residents.plain_blocks() as u64 * self.g.cluster_size();
+        Ahead {
+            due_at: if here > CACHED { 0 } else { usize::MAX },
+            jumps: false,
+        }
+    }
+
+    /// Load the counts of the next entries, so that the memory answers for all of them at once. A
+    /// walk that jumps about waits for little else.
+    #[inline(always)]
+    fn touch<const WIDTH: u32>(&self, table: &[u8]) {
+        let g = run::with_width::<WIDTH>(self.g);
+        let mut sum = 0;
+        for word in table.chunks_exact(g.l2_entry_size()).take(AHEAD) {
+            let entry = BigEndian::read_u64(word);
+            let index = run::block_of(g, entry).unwrap_or(u64::MAX);
+            if let Some(Counts::Plain(counts)) = self.block(index).map(|b| &b.counts) {
+                let at = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
+                sum ^= refblock::get(g, counts, at);
+            }
+        }
+        std::hint::black_box(sum);
     }
 
     /// Set bit 63 in a run of an L2 table's entries, as [`Refcounts::count_run`] goes.
@@ -480,11 +541,15 @@ impl Refcounts {
         let g = run::with_width::<WIDTH>(self.g);
         let size = g.l2_entry_size();
         let (mut entries, mut changed) = (0, false);
+        let mut ahead = self.ahead();
         while let Some(rest) = table.get_mut(entries * size..).filter(|r| !r.is_empty()) {
             let entry = BigEndian::read_u64(rest);
             if entry == 0 {
                 entries += 1;
                 continue;
+            }
+            if ahead.due(entries) {
+                self.touch::<WIDTH>(rest);
             }
             let index = run::block_of(g, entry).unwrap_or(u64::MAX);
             let Some(Counts::Plain(counts)) = self.block(index).map(|b| &b.counts) else {
@@ -494,6 +559,7 @@ impl Refcounts {
             if n == 0 {
                 break;
             }
+            ahead.ran(n);
             entries += n;
             changed |= differs;
         }

@@ -24,7 +24,7 @@ use super::device::{self, Device};
 use super::overlap::Kind;
 use super::refcount::{Block, Refcounts};
 use super::replay::{Replay, Switched};
-use super::walk::{self, Counts, Flags, Pieces};
+use super::walk::{self, Counts, Flags, Marked, Pieces};
 use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::entry::{COPIED, REFTABLE_OFFSET_MASK};
@@ -59,9 +59,9 @@ pub(crate) struct Plan {
     /// The epoch whose publish is the verb's own.
     pub(crate) decisive: usize,
     /// Tables whose entries lose COPIED in prepare.
-    pub(crate) clear: Vec<u64>,
+    pub(crate) clear: Vec<Marked>,
     /// Tables whose entries get the final COPIED in reclaim.
-    pub(crate) set: Vec<u64>,
+    pub(crate) set: Vec<Marked>,
     /// The counts that decide about COPIED in both.
     pub(crate) counts: Counts,
     /// L1 tables that change in bit 63 only: (offset, words before, words after).
