@@ -193,17 +193,17 @@ impl Update<'_> {
         let mut out = Pieces::new("refcount block");
         let mut old = device::zeroed(g.cluster_size())?;
         let mut raised = Vec::new();
-        let changed = |b: &Block| b.born.is_none() && (b.raised || b.peak.is_some());
+        let changed = |b: &Block| b.born.is_none() && (b.raised || b.has_peak());
         for (_, block) in refs.loaded().filter(|(_, b)| changed(b)) {
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
             if block.only_raised() {
-                out.write_changes(self.dev, block.offset, &old, &block.counts())?;
+                out.write_changes(self.dev, block.offset, &old, &block.counts(g))?;
                 continue;
             }
             raised.clear();
             raised.extend_from_slice(&old);
-            raise(g, &mut raised, block.peak.as_deref(), &block.counts());
+            raise(g, &mut raised, block.peak(g).as_deref(), &block.counts(g));
             out.write_changes(self.dev, block.offset, &old, &raised)?;
         }
         for dropped in &refs.dropped {
@@ -439,7 +439,7 @@ impl Update<'_> {
         for (index, block) in refs.loaded().filter(|(_, b)| b.dirty && !b.only_raised()) {
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
-            let counts = block.counts();
+            let counts = block.counts(g);
             if old != *counts {
                 out.write_changes(self.dev, block.offset, &old, &counts)?;
                 if block.freed {
@@ -516,8 +516,8 @@ type Write<'a> = (&'static str, u64, std::borrow::Cow<'a, [u8]>);
 fn new_structures(refs: &Refcounts, g: Geometry, epoch: usize) -> Result<Vec<Write<'static>>> {
     let mut writes: Vec<Write> = Vec::new();
     for (_, block) in refs.loaded().filter(|(_, b)| b.born == Some(epoch)) {
-        let mut counts = block.counts().into_owned();
-        raise(g, &mut counts, block.peak.as_deref(), &block.counts());
+        let mut counts = block.counts(g).into_owned();
+        raise(g, &mut counts, block.peak(g).as_deref(), &block.counts(g));
         writes.push(("refcount block", block.offset, counts.into()));
     }
     for table in refs.tables.iter().filter(|t| t.born == Some(epoch)) {
