@@ -177,6 +177,8 @@ pub(crate) struct Refcounts {
     residents: Residents,
     /// Runs of few clusters since the last long one: the walk jumps about.
     short_runs: u32,
+    /// Blocks have been narrowed.
+    narrow: bool,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
     pub(crate) next: u64,
     /// The epoch that new structures belong to; see `update`.
@@ -225,6 +227,7 @@ impl Refcounts {
             blocks: Vec::new(),
             residents: Residents::new(),
             short_runs: 0,
+            narrow: false,
             next: 0,
             epoch: 0,
             forgotten: BTreeMap::new(),
@@ -308,6 +311,13 @@ impl Refcounts {
     fn admit(&mut self, index: u64) {
         let g = self.g;
         let narrow = self.short_runs >= JUMPS && self.residents.held() > CACHED;
+        if narrow && !self.narrow {
+            // All of them: between blocks of one width the walk does not stop.
+            self.narrow = true;
+            for block in self.blocks.iter_mut().flatten() {
+                block.counts.narrow(g);
+            }
+        }
         let Some(block) = self.block_mut(index) else {
             return;
         };
