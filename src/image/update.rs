@@ -664,7 +664,17 @@ impl Holes {
         }
     }
 
-    fn punch(&self, dev: &mut Device, g: Geometry) {
+    fn punch(mut self, dev: &mut Device, g: Geometry) {
+        // What an explicit free has punched became free in a block as well.
+        self.clusters.sort_unstable();
+        self.clusters.dedup_by(|next, last| {
+            let (end, next_end) = (last.0 + last.1, next.0 + next.1);
+            let touches = next.0 <= end;
+            if touches {
+                last.1 = end.max(next_end) - last.0;
+            }
+            touches
+        });
         for (first, n) in &self.clusters {
             dev.discard(g.offset_of(HostCluster(*first)), n << g.cluster_bits);
         }
