@@ -34,7 +34,7 @@ impl Image {
             let bytes = before.len() as u64 * TABLE_ENTRY;
             replay.overlap.check(*offset, bytes, Some(kind))?;
         }
-        for offset in plan.clear.iter().chain(&plan.set) {
+        for offset in plan.clear.iter().chain(&plan.set).map(|t| &t.offset) {
             if replay.refs.taken.contains(&g.cluster_of(*offset).0) {
                 return Err(Error::Corrupt(format!(
                     "L2 table {offset:#x} is in use but counted as free"
