@@ -56,6 +56,14 @@ impl Image {
 
         let (h, was) = (replay.header, &self.header);
         let table = replay.refs.table();
+        let born = replay.refs.loaded().filter(|(_, b)| b.born.is_some());
+        let dropped = replay.refs.dropped.iter().map(|d| d.index);
+        for index in born.map(|(index, _)| index).chain(dropped) {
+            let at = table.offset.saturating_add(index * TABLE_ENTRY);
+            replay
+                .overlap
+                .check(at, TABLE_ENTRY, Some(Kind::Reftable))?;
+        }
         let mut needed = vec![
             (0, 1, false),
             (
