@@ -4,7 +4,7 @@ use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 fuzz_target!(|data: &[u8]| qcow2_snapshot_fuzz::verbs(data));
 
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
-    // One time in eight what libFuzzer does by itself, which brings in the words it saw compared.
+    // One time in eight what libFuzzer does by itself.
     if seed % 8 == 0 {
         return fuzzer_mutate(data, size, max_size);
     }

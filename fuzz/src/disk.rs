@@ -1,4 +1,4 @@
-//! A disk in memory that is sparse, small, and remembers where it was written.
+//! A disk in memory that is sparse, small, copied in no time, and remembers where it was written.
 
 use qcow2_snapshot::io::Storage;
 use std::cell::RefCell;
@@ -7,7 +7,7 @@ use std::io::{Error, Result};
 use std::rc::Rc;
 
 /// Bytes below this are in one vector.
-const DENSE: u64 = 4 << 20;
+const DENSE: u64 = 256 << 10;
 /// Pages behind it.
 const PAGE: u64 = 4096;
 /// So many pages, and the disk is full.
@@ -15,11 +15,13 @@ const MAX_PAGES: usize = 2048;
 /// As ext4: 16 TiB.
 const MAX_LENGTH: u64 = 16 << 40;
 
-/// What is on the disk, and what was asked of it.
-#[derive(Clone, Default, PartialEq, Eq)]
+type Page = [u8; PAGE as usize];
+
+/// What is on the disk, and what was asked of it. A copy shares the bytes until one is written.
+#[derive(Clone, Default)]
 pub struct State {
-    dense: Vec<u8>,
-    pages: BTreeMap<u64, Vec<u8>>,
+    dense: Rc<Vec<u8>>,
+    pages: Rc<BTreeMap<u64, Rc<Page>>>,
     /// Length in bytes.
     pub length: u64,
     /// Writes: label, offset, bytes.
@@ -35,16 +37,21 @@ pub struct State {
 impl State {
     /// Same bytes and length?
     pub fn same_bytes(&self, other: &State) -> bool {
-        self.length == other.length && self.dense == other.dense && self.pages == other.pages
+        self.length == other.length
+            && (Rc::ptr_eq(&self.dense, &other.dense) || self.dense == other.dense)
+            && (Rc::ptr_eq(&self.pages, &other.pages) || self.pages == other.pages)
     }
 
     /// Fill `buf` from `offset`.
     pub fn read(&self, offset: u64, buf: &mut [u8]) {
-        buf.fill(0);
         let end = offset.saturating_add(buf.len() as u64);
-        if let Some(part) = self.dense.get(offset.min(DENSE) as usize..) {
-            let n = part.len().min(buf.len());
-            buf[..n].copy_from_slice(&part[..n]);
+        let part = self.dense.get(offset.min(DENSE) as usize..);
+        let part = part.unwrap_or_default();
+        let n = part.len().min(buf.len());
+        buf[..n].copy_from_slice(&part[..n]);
+        buf[n..].fill(0);
+        if end <= DENSE {
+            return;
         }
         for (number, page) in self.pages.range(offset / PAGE..end.div_ceil(PAGE)) {
             let start = number * PAGE;
@@ -61,9 +68,11 @@ impl State {
         buf
     }
 
-    /// The whole file, if it is not long.
-    pub fn file(&self) -> Option<Vec<u8>> {
-        (self.length <= 2 * DENSE).then(|| self.bytes(0, self.length))
+    /// The big-endian number of `n` bytes, at most 8, at `offset`.
+    pub fn number(&self, offset: u64, n: usize) -> u64 {
+        let mut buf = [0; 8];
+        self.read(offset, &mut buf[8 - n..]);
+        u64::from_be_bytes(buf)
     }
 
     fn grow(&mut self, end: u64) -> Result<()> {
@@ -73,7 +82,7 @@ impl State {
         self.length = self.length.max(end);
         let dense = self.length.min(DENSE) as usize;
         if self.dense.len() < dense {
-            self.dense.resize(dense, 0);
+            Rc::make_mut(&mut self.dense).resize(dense, 0);
         }
         Ok(())
     }
@@ -87,7 +96,8 @@ impl State {
         let dense = (DENSE.saturating_sub(offset) as usize).min(data.len());
         let (low, high) = data.split_at(dense);
         if !low.is_empty() {
-            self.dense[offset as usize..][..low.len()].copy_from_slice(low);
+            let bytes = Rc::make_mut(&mut self.dense);
+            bytes[offset as usize..][..low.len()].copy_from_slice(low);
         }
         let mut at = offset + dense as u64;
         let mut rest = high;
@@ -97,11 +107,10 @@ impl State {
             if self.pages.len() >= MAX_PAGES && !self.pages.contains_key(&(at / PAGE)) {
                 return Err(self.fail(28)); // ENOSPC
             }
-            let page = self
-                .pages
+            let page = Rc::make_mut(&mut self.pages)
                 .entry(at / PAGE)
-                .or_insert_with(|| vec![0; PAGE as usize]);
-            page[in_page..in_page + n].copy_from_slice(&rest[..n]);
+                .or_insert_with(|| Rc::new([0; PAGE as usize]));
+            Rc::make_mut(page)[in_page..in_page + n].copy_from_slice(&rest[..n]);
             at += n as u64;
             rest = &rest[n..];
         }
@@ -112,19 +121,21 @@ impl State {
         let end = offset.saturating_add(bytes).min(self.length);
         if offset < self.dense.len() as u64 {
             let to = end.min(self.dense.len() as u64) as usize;
-            self.dense[offset as usize..to].fill(0);
+            Rc::make_mut(&mut self.dense)[offset as usize..to].fill(0);
         }
-        for (number, page) in self
-            .pages
-            .range_mut(offset / PAGE..end.div_ceil(PAGE).max(offset / PAGE))
-        {
+        let numbers = offset / PAGE..end.div_ceil(PAGE).max(offset / PAGE);
+        if self.pages.range(numbers.clone()).next().is_none() {
+            return;
+        }
+        let pages = Rc::make_mut(&mut self.pages);
+        for (number, page) in pages.range_mut(numbers) {
             let start = number * PAGE;
             let (from, to) = (start.max(offset), (start + PAGE).min(end));
             if from < to {
-                page[(from - start) as usize..(to - start) as usize].fill(0);
+                Rc::make_mut(page)[(from - start) as usize..(to - start) as usize].fill(0);
             }
         }
-        self.pages.retain(|_, page| page.iter().any(|b| *b != 0));
+        pages.retain(|_, page| page.iter().any(|b| *b != 0));
     }
 }
 
@@ -136,7 +147,7 @@ impl Disk {
     pub fn new(file: &[u8]) -> Disk {
         assert!(file.len() as u64 <= DENSE);
         Disk::of(State {
-            dense: file.to_vec(),
+            dense: Rc::new(file.to_vec()),
             length: file.len() as u64,
             ..State::default()
         })
@@ -185,7 +196,7 @@ impl Storage for Disk {
             s.zero(length, end - length);
             s.length = length;
             let dense = length.min(DENSE) as usize;
-            s.dense.truncate(dense);
+            Rc::make_mut(&mut s.dense).truncate(dense);
         }
         s.grow(length)
     }

@@ -24,17 +24,22 @@ pub const TABLE_CAP: u64 = 1 << 20;
 pub fn split(data: &[u8]) -> Option<(&[u8], &[u8])> {
     let (program, image) = data.split_at_checked(PROGRAM)?;
     let raw = Raw::new(image);
-    // One program in sixteen may have them long: they cost a thousand times as much.
-    let cap = if program[0] >> 4 == 15 {
-        TABLE_CAP
-    } else {
-        TABLE_CAP >> 6
-    };
+    let cap = cap(program);
     let small = raw.l1_size().saturating_mul(8) <= cap
         && raw.reftable_bytes() <= cap.max(1 << raw.cluster_bits().min(16))
-        && raw.nb_snapshots().saturating_mul(40) <= cap
+        && raw.nb_snapshots().saturating_mul(256) <= cap
         && raw.cluster_bits() <= 16;
     small.then_some((program, image))
+}
+
+/// One program in sixteen may have longer tables, one in sixty-four the longest: they cost a
+/// thousand times as much.
+pub fn cap(program: &[u8]) -> u64 {
+    match program[0] {
+        0xfc.. => TABLE_CAP,
+        0xf0.. => TABLE_CAP >> 3,
+        _ => TABLE_CAP >> 6,
+    }
 }
 
 /// The flags that the program's first byte chooses, read-write or not.
@@ -130,7 +135,7 @@ pub fn reads(data: &[u8]) {
             break;
         };
         let s = list[index].clone();
-        if u64::from(s.l1_size) * 8 > TABLE_CAP {
+        if u64::from(s.l1_size) * 8 > cap(program) {
             continue;
         }
         let by_name = program[1] & 1 != 0;

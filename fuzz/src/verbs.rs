@@ -2,8 +2,9 @@
 
 use super::disk::Disk;
 use super::oracle::judge;
-use super::{flags, split, TABLE_CAP};
+use super::{cap, flags, split};
 use qcow2_snapshot::{Error, Image, NewSnapshot, OpenFlags, Snapshot};
+use std::sync::LazyLock;
 
 /// The promises that this checks after every verb:
 ///
@@ -27,17 +28,13 @@ pub fn verbs(data: &[u8]) {
         let Ok(list) = image.snapshot_list().map(<[_]>::to_vec) else {
             return;
         };
-        let cap = if program[0] >> 4 == 15 {
-            TABLE_CAP
-        } else {
-            TABLE_CAP >> 6
-        };
+        let cap = cap(program);
         if image.length() >> 48 != 0 || list.iter().any(|s| !small(s, cap)) {
             return;
         }
         let was = seen.borrow().clone();
         let (what, wanted, result) = one(&mut image, op, arg, &list);
-        if std::env::var_os("FUZZ_SAY").is_some() {
+        if *SAY {
             let is = seen.borrow();
             let (writes, holes) = (&is.writes[was.writes.len()..], &is.holes[was.holes.len()..]);
             eprintln!(
@@ -54,6 +51,9 @@ pub fn verbs(data: &[u8]) {
         }
     }
 }
+
+/// `FUZZ_SAY=1` tells what is done and written.
+static SAY: LazyLock<bool> = LazyLock::new(|| std::env::var_os("FUZZ_SAY").is_some());
 
 /// Does the snapshot ask for no larger table than the runs are for?
 fn small(s: &Snapshot, cap: u64) -> bool {

@@ -353,20 +353,25 @@ fn check_compression(kind: u8, incompatible: u64) -> Result<()> {
 
 /// The names of unknown incompatible bits, as the image gives them.
 fn name_bits(bits: u64, names: &[(u8, u8, Vec<u8>)]) -> String {
+    // The first name of each bit; a table may have tens of thousands.
+    let mut named: [Option<&[u8]>; 64] = [None; 64];
+    for (_, bit, name) in names
+        .iter()
+        .filter(|(kind, _, name)| *kind == 0 && !name.is_empty())
+    {
+        if let Some(slot) = named.get_mut(usize::from(*bit)) {
+            slot.get_or_insert(name);
+        }
+    }
     let mut words = Vec::new();
-    for bit in 0u8..64 {
-        if bits.checked_shr(bit.into()).unwrap_or(0) & 1 == 0 {
+    for (bit, name) in named.into_iter().enumerate() {
+        let bit = 1u64.checked_shl(bit as u32).unwrap_or(0);
+        if bits & bit == 0 {
             continue;
         }
-        let named = names
-            .iter()
-            .find(|(kind, b, name)| *kind == 0 && *b == bit && !name.is_empty());
-        words.push(match named {
-            Some((_, _, name)) => String::from_utf8_lossy(name).into_owned(),
-            None => format!(
-                "Unknown incompatible feature: {:x}",
-                1u64.checked_shl(bit.into()).unwrap_or(0)
-            ),
+        words.push(match name {
+            Some(name) => String::from_utf8_lossy(name).into_owned(),
+            None => format!("Unknown incompatible feature: {bit:x}"),
         });
     }
     words.join(", ")

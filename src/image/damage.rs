@@ -34,6 +34,18 @@ impl Image {
             let bytes = before.len() as u64 * TABLE_ENTRY;
             replay.overlap.check(*offset, bytes, Some(kind))?;
         }
+        // QEMU enters what it makes for a resize in the table that it leaves in the end.
+        if let Some((offset, before, after)) = &plan.left {
+            for (i, _) in (0u64..)
+                .zip(before.iter().zip(after))
+                .filter(|(_, (b, a))| b != a)
+            {
+                let at = offset.saturating_add(i * TABLE_ENTRY);
+                replay
+                    .overlap
+                    .check(at, TABLE_ENTRY, Some(Kind::ActiveL1))?;
+            }
+        }
         for offset in plan.clear.iter().chain(&plan.set).map(|t| &t.offset) {
             if replay.refs.taken.contains(&g.cluster_of(*offset).0) {
                 return Err(Error::Corrupt(format!(
@@ -44,6 +56,14 @@ impl Image {
 
         let (h, was) = (replay.header, &self.header);
         let table = replay.refs.table();
+        let born = replay.refs.loaded().filter(|(_, b)| b.born.is_some());
+        let dropped = replay.refs.dropped.iter().map(|d| d.index);
+        for index in born.map(|(index, _)| index).chain(dropped) {
+            let at = table.offset.saturating_add(index * TABLE_ENTRY);
+            replay
+                .overlap
+                .check(at, TABLE_ENTRY, Some(Kind::Reftable))?;
+        }
         let mut needed = vec![
             (0, 1, false),
             (
@@ -91,12 +111,15 @@ impl Image {
         }
         // Ranges of damaged images overlap: each cluster is looked at once, and once if new.
         ranges.sort_unstable_by_key(|(offset, _, new)| (!*new, *offset));
+        let blocks = replay.refs.table().entries.len() as u64;
+        let counted = g.first_cluster_of_block(blocks).0;
         let (mut next, mut were_new) = (0, true);
         for (offset, bytes, new) in ranges {
             if new != were_new {
                 (next, were_new) = (0, new);
             }
-            let end = g.cluster_of(offset.saturating_add(bytes - 1)).0 + 1;
+            // A snapshot's L1 may be said to be gigabytes long: only what has counts is looked at.
+            let end = (g.cluster_of(offset.saturating_add(bytes - 1)).0 + 1).min(counted);
             next = next.max(g.cluster_of(offset).0);
             while next < end {
                 let index = g.reftable_index(HostCluster(next));

@@ -41,10 +41,11 @@ pub(crate) struct Replay {
     pub(crate) epoch_headers: Vec<Switched>,
     /// The active L1 in memory.
     pub(crate) l1: Vec<u64>,
-    /// L2 tables whose contents the replay has changed, by offset.
+    /// L2 tables whose contents the replay has changed, by offset. An empty one is all zeros.
     pub(crate) tables: BTreeMap<u64, Vec<u8>>,
-    /// Clusters that a resize takes and the goto that follows frees again, by offset.
-    pub(crate) temporary: Vec<u64>,
+    /// Clusters that a resize takes and the goto that follows frees again, by offset. `true`: an L2
+    /// table of zeros. A resize may make millions of those, so they are not in `tables`.
+    pub(crate) temporary: BTreeMap<u64, bool>,
     /// The first L1 table's place and last contents, once it has moved. QEMU leaves them there.
     pub(crate) left_l1: Option<(u64, Vec<u64>)>,
     /// Contents for new clusters.
@@ -57,6 +58,20 @@ pub(crate) struct Replay {
     has_backing: bool,
     /// Where the refcount table was when `overlap` was last brought up to date.
     protected_table: u64,
+}
+
+/// The contents of an L2 table where they differ from the disk's, none for zeros, in a replay's
+/// `tables` and `temporary`.
+pub(super) fn changed_table<'a>(
+    tables: &'a BTreeMap<u64, Vec<u8>>,
+    temporary: &BTreeMap<u64, bool>,
+    offset: u64,
+) -> Option<&'a [u8]> {
+    let zeros = || temporary.get(&offset).is_some_and(|zeros| *zeros);
+    match tables.get(&offset) {
+        Some(table) => Some(table),
+        None => zeros().then_some(&[]),
+    }
 }
 
 impl Replay {
@@ -89,7 +104,7 @@ impl Replay {
             epoch_headers: Vec::new(),
             l1,
             tables: BTreeMap::new(),
-            temporary: Vec::new(),
+            temporary: BTreeMap::new(),
             left_l1: None,
             new_data: Vec::new(),
             reach: length,
@@ -216,18 +231,17 @@ impl Replay {
         Ok(())
     }
 
-    /// The contents of an L2 table at this point of the replay.
+    /// The contents of an L2 table at this point of the replay; none for zeros.
     fn read_table(&self, dev: &mut Device, offset: u64) -> Result<Vec<u8>> {
-        match self.tables.get(&offset) {
-            // An empty overlay stands for a table of zeros.
-            Some(table) if table.is_empty() => device::zeroed(self.g.cluster_size()),
-            Some(table) => Ok(table.clone()),
+        match changed_table(&self.tables, &self.temporary, offset) {
+            Some(table) => Ok(table.to_vec()),
+            None if dev.ends_before(offset)? => Ok(Vec::new()),
             None => dev.read_vec("Could not read an L2 table", offset, self.g.cluster_size()),
         }
     }
 
     /// QEMU's `get_cluster_table`: the active L2 table at `l1_index`, made or copied if the L1 does
-    /// not own it. Returns its offset and contents, and the offset of a table that it replaces.
+    /// not own it. Returns its offset and contents, none for zeros: millions of tables may be made.
     pub(crate) fn own_table(&mut self, dev: &mut Device, l1_index: u64) -> Result<(u64, Vec<u8>)> {
         let g = self.g;
         let old = self.l1.get(l1_index as usize).copied().unwrap_or(0);
@@ -253,7 +267,7 @@ impl Replay {
         }
         self.reach = self.reach.max(new.saturating_add(g.cluster_size()));
         let table = if offset == 0 {
-            device::zeroed(g.cluster_size())?
+            Vec::new()
         } else {
             self.read_table(dev, offset)?
         };

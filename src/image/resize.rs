@@ -1,12 +1,17 @@
 //! Resizing the disk in the middle of a goto (QEMU's `qcow2_co_truncate`), in memory.
 
-use super::device::Device;
+use super::device::{self, Device};
 use super::refcount::{Freed, NEVER};
 use super::replay::Replay;
+use super::walk::check_repeats;
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::TABLE_ENTRY;
 use byteorder::{BigEndian, ByteOrder};
+
+/// Bytes of L2 tables that a larger disk copies because the L1 does not own them, at most. Only
+/// those behind the old end count, which hold old VM state: QEMU would have to write these copies.
+const MOST_COPIES: u64 = 128 << 20;
 
 impl Replay {
     /// Make the disk smaller: QEMU first discards everything behind the new end (copying L2 tables
@@ -55,6 +60,12 @@ impl Replay {
     fn discard_fully(&mut self, dev: &mut Device, start: u64, end: u64) -> Result<u64> {
         let g = self.g;
         let (slice, mut unwritten) = (g.l2_slice_bytes(end), 0);
+        check_repeats(
+            g,
+            self.l1
+                .get(g.l1_index(start) as usize..)
+                .unwrap_or_default(),
+        )?;
         let mut at = start;
         while at < end {
             let l1_index = g.l1_index(at);
@@ -67,7 +78,7 @@ impl Replay {
                 .is_some_and(|e| e & COPIED != 0);
             let (offset, mut table) = self.own_table(dev, l1_index)?;
             if !owned {
-                self.temporary.push(offset);
+                self.temporary.insert(offset, false);
                 unwritten = 0;
             }
             let size = g.l2_entry_size();
@@ -149,14 +160,16 @@ impl Replay {
         let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
         let (offset, table) = self.own_table(dev, l1_index)?;
         if entry & COPIED == 0 {
-            self.temporary.push(offset);
-            // An empty overlay stands for a table of zeros.
-            let overlay = if entry & OFFSET_MASK == 0 {
-                Vec::new()
+            self.temporary.insert(offset, table.is_empty());
+            if table.is_empty() {
+                self.tables.remove(&offset);
             } else {
-                table.clone()
-            };
-            self.tables.insert(offset, overlay);
+                let copies = self.tables.len() as u64 * self.g.cluster_size();
+                if copies > MOST_COPIES {
+                    return Err(Error::NoMemory(copies));
+                }
+                self.tables.insert(offset, table.clone());
+            }
         }
         Ok(table)
     }
@@ -168,6 +181,9 @@ impl Replay {
         let written_end = in_cluster + (end - start);
         let l1_index = g.l1_index(start);
         let mut table = self.own_temporary_table(dev, l1_index)?;
+        if table.is_empty() {
+            table = device::zeroed(g.cluster_size())?;
+        }
         let offset = self.l1.get(l1_index as usize).copied().unwrap_or(0) & OFFSET_MASK;
         let at = g.l2_index(start) as usize * g.l2_entry_size();
         let old = table.get(at..).map_or(0, BigEndian::read_u64);
@@ -189,7 +205,7 @@ impl Replay {
         }
         let new = self.refs.alloc(dev, g.cluster_size())?;
         self.reach = self.reach.max(new.saturating_add(reach));
-        self.temporary.push(new);
+        self.temporary.insert(new, false);
         if let Some(word) = table.get_mut(at..at + 8) {
             let old_word = word.to_vec();
             BigEndian::write_u64(word, new | COPIED);

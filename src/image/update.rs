@@ -460,14 +460,16 @@ impl Update<'_> {
                 holes.add_freed(refs, g, dropped.index, &old, counts, temp);
             }
         }
-        let blocks: Vec<u64> = refs
+        let mut blocks: Vec<u64> = refs
             .dropped
             .iter()
             .map(|d| g.cluster_of(d.offset).0)
             .collect();
+        blocks.sort_unstable();
         // What was freed and then used again without new contents of its own keeps its bytes: only
         // a refcount block, or something that lying counts called free.
-        let free = |c: &&u64| !blocks.contains(c) && refs.count_after(HostCluster(**c)) == 0;
+        let free =
+            |c: &&u64| blocks.binary_search(c).is_err() && refs.count_after(HostCluster(**c)) == 0;
         for c in refs.punched.iter().filter(free) {
             holes.add(*c);
         }

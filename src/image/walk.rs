@@ -7,7 +7,7 @@
 use super::device::Device;
 use super::overlap::Kind;
 use super::refcount::Refcounts;
-use super::replay::Replay;
+use super::replay::{changed_table, Replay};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster};
@@ -82,10 +82,10 @@ impl Replay {
             check_l2_offset(g, offset, index)?;
             // What is rewritten is the table on disk.
             let mut on_disk = true;
-            let table = match self.tables.get(&offset) {
+            let table = match changed_table(&self.tables, &self.temporary, offset) {
                 Some(changed) => {
                     on_disk = false;
-                    changed.as_slice()
+                    changed
                 }
                 // All zeros, however many the L1 names.
                 None if dev.ends_before(offset)? => &[],
@@ -133,7 +133,7 @@ impl Replay {
 
 /// An L1 table may name an L2 table twice: QEMU counts it twice. It may not do so a million times,
 /// which would take hours.
-fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
+pub(super) fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
     if (l1.len() as u64).saturating_mul(g.l2_entries()) <= MAX_REPEATED_ENTRIES {
         return Ok(());
     }

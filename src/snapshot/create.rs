@@ -6,7 +6,7 @@ use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
 use crate::format::run::Step;
-use crate::image::device::bytes_of;
+use crate::image::device::{bytes_of, zeroed};
 use crate::image::replay::Replay;
 use crate::image::update::{L1Change, Plan};
 use crate::image::walk::{set_copied, Counts, Flags};
@@ -159,6 +159,9 @@ impl Image {
                     "L2 table {offset:#x} is shared but flagged as COPIED"
                 )));
             }
+            if table.is_empty() {
+                table = zeroed(g.cluster_size())?;
+            }
             set_copied(
                 &mut replay.refs,
                 &mut self.dev,
@@ -168,9 +171,9 @@ impl Image {
                 Counts::Published,
             )?;
             for word in table.chunks_exact_mut(g.l2_entry_size()).take(n as usize) {
-                if let Some(zeroed) = replay.zeroed_entry(word) {
+                if let Some(new) = replay.zeroed_entry(word) {
                     replay.forget_cluster(&mut self.dev, word)?;
-                    word.copy_from_slice(zeroed.get(..word.len()).unwrap_or_default());
+                    word.copy_from_slice(new.get(..word.len()).unwrap_or_default());
                 }
             }
             debug_assert_eq!(offset & !OFFSET_MASK, 0);

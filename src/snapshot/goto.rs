@@ -59,7 +59,9 @@ impl Image {
         new_l1.resize(replay.l1.len(), 0);
         let change = self.choose_publish(&mut replay, &new_l1)?;
         let old_l1 = std::mem::take(&mut replay.l1);
-        let down = replay.walk(&mut self.dev, &old_l1, Step::Down)?;
+        let mut down = replay.walk(&mut self.dev, &old_l1, Step::Down)?;
+        // A table may have 32 MiB.
+        drop((old_l1, std::mem::take(&mut down.l1)));
         self.check_after_resize(&mut replay)?;
         // A count of one after counting up was none before: only where counts lie, and now it is
         // none again.
@@ -188,22 +190,24 @@ impl Image {
     /// Tables that the resize made are free again, with a hole where they were; none of the tables
     /// that it emptied may have survived in a snapshot.
     fn check_after_resize(&mut self, replay: &mut Replay) -> Result<()> {
-        for offset in std::mem::take(&mut replay.temporary) {
+        let shared = |offset: u64| {
+            Err(Error::Corrupt(format!(
+                "L2 table {offset:#x} is shared but flagged as COPIED"
+            )))
+        };
+        for (offset, is_table) in std::mem::take(&mut replay.temporary) {
             let cluster = replay.g.cluster_of(offset);
             if replay.refs.get(&mut self.dev, cluster)? == 0 {
                 replay.refs.punched.insert(cluster.0);
+            } else if is_table {
+                return shared(offset);
             }
         }
         let changed: Vec<u64> = replay.tables.keys().copied().collect();
         for offset in changed {
-            if replay
-                .refs
-                .get(&mut self.dev, replay.g.cluster_of(offset))?
-                != 0
-            {
-                return Err(Error::Corrupt(format!(
-                    "L2 table {offset:#x} is shared but flagged as COPIED"
-                )));
+            let cluster = replay.g.cluster_of(offset);
+            if replay.refs.get(&mut self.dev, cluster)? != 0 {
+                return shared(offset);
             }
         }
         Ok(())
