@@ -541,4 +541,5 @@ fn power_cuts_lose_nothing_in_random_images() {
 }
 
 include!("crash/faults.rs");
+include!("crash/cancel.rs");
 include!("crash/teeth.rs");

@@ -51,6 +51,7 @@ impl Replay {
             if old == 0 {
                 continue;
             }
+            dev.progress.step(g.cluster_size())?;
             let offset = old & OFFSET_MASK;
             check_l2_offset(g, offset, index)?;
             let table = match self.tables.get(&offset) {
@@ -298,6 +299,7 @@ pub(crate) fn rewrite_tables(
     let mut out = Pieces::new("L2 table");
     let mut new = Vec::new();
     for (index, offset) in tables.iter().enumerate() {
+        dev.progress.step(g.cluster_size())?;
         let table = reader.get(dev, index, *offset)?;
         new.clear();
         new.extend_from_slice(table);
