@@ -115,8 +115,6 @@ soak: setup
 soak-crash: setup
 	CRASH_ALL=1 $(CARGO) test --release --test crash --target-dir '$(TARGET)' -- --nocapture
 
-# "make && sudo make install" must not need root to have Cargo, nor leave root's files among
-# the user's: what is built is taken as it is then.
 # A long run of one fuzz target (nightly Rust, cargo-fuzz); hostile images beside qemu-img; sanitizers.
 FUZZ_TARGET ?= verbs
 FUZZ_RUNS ?= 2000000
@@ -137,9 +135,11 @@ tsan:
 miri:
 	tools/sanitize miri
 
+# "make && sudo make install" must not need root to have Cargo, nor leave root's files among
+# the user's: what is built is taken as it is then.
 install:
 	@if [ -f build/libqcow2_snapshot.so ] && [ -f build/qcow2-snapshot ] && \
-	    { [ -n "$$SUDO_USER" ] || ! command -v '$(CARGO)' > /dev/null; }; \
+	    { [ ! -O build ] || ! command -v '$(CARGO)' > /dev/null; }; \
 	then echo 'Installing what is in build/.'; else $(MAKE) --no-print-directory all; fi
 	install -d '$(DESTDIR)$(LIBDIR)/pkgconfig' '$(DESTDIR)$(INCLUDEDIR)' '$(DESTDIR)$(BINDIR)' \
 	    '$(DESTDIR)$(MANDIR)/man1' '$(DESTDIR)$(MANDIR)/man3' $(COMPLETIONS:%='$(DESTDIR)$(DATADIR)/%')

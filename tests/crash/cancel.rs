@@ -137,22 +137,8 @@ fn one_cancel(
         return bad("a verb that is cancelled writes something else first".into());
     }
     // The image now, and after a power cut that follows at once.
-    let last_group = events
-        .iter()
-        .rposition(|e| *e == Event::Barrier)
-        .map_or(0, |i| i + 1);
-    let base = qcow2_snapshot::io::trace::image_after(before, &events[..last_group], |_| {
-        qcow2_snapshot::io::trace::Apply::Full
-    });
-    let plan_of_cuts = CrashPlan {
-        exhaustive: 3,
-        singles: if all() { 16 } else { 4 },
-        random: if all() { 8 } else { 2 },
-        seed: nth as u64,
-        torn: 1,
-    };
-    let cuts = crash_images(&base, &events[last_group..], &plan_of_cuts);
-    for bytes in std::iter::once(now.clone()).chain(cuts.map(|c| c.bytes)) {
+    let (_, cuts) = cuts_now(before, &events, nth as u64);
+    for bytes in std::iter::once(now.clone()).chain(cuts.into_iter().map(|c| c.bytes)) {
         if !seen.insert(hash(&bytes, 2)) {
             continue;
         }
@@ -190,18 +176,6 @@ fn one_cancel(
 #[test]
 fn a_cancelled_verb_leaves_the_old_state_and_one_that_took_effect_is_finished() {
     let run = Run::new(50);
-    let (mut chains, _) = cases::reference(if all() { 400 << 10 } else { 48 << 10 });
-    chains.extend(
-        cases::rare(seeds())
-            .into_iter()
-            .filter(|c| c.image.len() < if all() { 600 << 10 } else { 48 << 10 }),
-    );
-    let n = number("CRASH_RANDOM", if all() { 300 } else { 20 });
-    chains.extend(
-        (1..=n)
-            .map(cases::random)
-            .filter(|c| c.image.len() < 100 << 10),
-    );
-    run.over(chains, cancelled);
+    run.over(small_chains(), cancelled);
     run.finish("cancelled verbs");
 }
