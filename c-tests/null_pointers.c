@@ -27,6 +27,7 @@ static void no_handle(void)
     CHECK_RET(qcow2_block_status(NULL, 0, 1, NULL, &err), -EINVAL);
     take_message(&err);
     CHECK_RET(qcow2_last_outcome(NULL), -EINVAL);
+    CHECK_RET(qcow2_set_progress(NULL, NULL, NULL), -EINVAL);
     qcow2_last_error(NULL);
     qcow2_free_snapshots(NULL);
     qcow2_snapshot_list_free(NULL);

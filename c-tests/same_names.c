@@ -36,6 +36,7 @@ INTRUDER(error_get_pretty)
 INTRUDER(error_free)
 INTRUDER(last_error)
 INTRUDER(last_outcome)
+INTRUDER(set_progress)
 
 static void *lib;
 
@@ -85,9 +86,11 @@ int main(void)
     LIB(qcow2_error_free);
     LIB(qcow2_last_error);
     LIB(qcow2_last_outcome);
+    LIB(qcow2_set_progress);
 
     CHECK_STR(lib_qcow2_version(), QCOW2_SNAPSHOT_VERSION);
     CHECK_RET(lib_qcow2_open(fixture("v3-4k/before"), QCOW2_O_RDWR, &bs, NULL), 0);
+    CHECK_RET(lib_qcow2_set_progress(bs, NULL, NULL), 0);
     CHECK_RET(lib_qcow2_snapshot_create(bs, &sn), 0);
     n = lib_qcow2_snapshot_list(bs, &tab);
     CHECK(n > 0);

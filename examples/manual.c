@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -292,6 +293,28 @@ int move_table(const char *filename)
 }
 /* END */
 
+/* EXAMPLE qcow2_set_progress */
+static volatile sig_atomic_t ctrl_c;    /* set by the program's handler of SIGINT */
+
+static int show_progress(void *opaque, int stage, uint64_t done, uint64_t total)
+{
+    static const char *const words[] = { "", "checking", "writing", "freeing" };
+
+    fprintf(opaque, "\r%s: %d %%  ", words[stage], (int)(100.0 * done / total));
+    return ctrl_c;              /* after QCOW2_PROGRESS_PREPARE nobody looks at it */
+}
+
+int delete_with_progress(BlockDriverState *bs, const char *name)
+{
+    int ret;
+
+    qcow2_set_progress(bs, show_progress, stderr);
+    ret = qcow2_snapshot_delete(bs, NULL, name, NULL);
+    qcow2_set_progress(bs, NULL, NULL);
+    return ret;                 /* -ECANCELED after Ctrl-C */
+}
+/* END */
+
 static void must(bool right, const char *what)
 {
     if (!right) {
@@ -331,7 +354,12 @@ int main(int argc, char **argv)
 
     must(move_table(argv[1]) == 0, "move_table");
     bs = open_in_folder(AT_FDCWD, argv[1]);
-    must(bs && delete_all_named(bs, "manual") == 0 && print_snapshots(bs) == n - 1, "delete_all_named");
+    must(bs && take_snapshot(bs, "progress") == 0, "take_snapshot");
+    ctrl_c = 1;
+    must(delete_with_progress(bs, "progress") == -ECANCELED, "delete_with_progress");
+    ctrl_c = 0;
+    must(delete_with_progress(bs, "progress") == 0, "delete_with_progress");
+    must(delete_all_named(bs, "manual") == 0 && print_snapshots(bs) == n - 1, "delete_all_named");
     must(qcow2_close(bs) == 0, "close");
     fd = open(argv[1], O_RDWR);
     bs = open_own_io(&fd);

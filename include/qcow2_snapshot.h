@@ -23,7 +23,7 @@
  *
  * Errors. Functions that return int or int64_t return a count or 0, or a negative errno
  *   with QEMU's errno for that failure; each function lists its own. -EINVAL for a NULL
- *   handle, struct or out-pointer, -ENOMEM and -EBUSY (a caller's I/O function calls back
+ *   handle, struct or out-pointer, -ENOMEM and -EBUSY (a caller's own function calls back
  *   into the handle) can come from any. The words come through `errp` where a function has
  *   it, and from qcow2_last_error() always. `errp` may be NULL; otherwise *errp must be
  *   NULL on entry and is set exactly when the call fails. Nothing is printed.
@@ -34,12 +34,16 @@
  *   image again. qcow2_last_outcome() says what became of the image. A bug that the library
  *   notices in itself counts as such an error.
  *
+ * Long work. qcow2_set_progress() has a function called that sees how far a verb is and may
+ *   cancel it: before anything is written without a trace, before it takes effect as an I/O
+ *   error there would end it, and after that not any more.
+ *
  * Ownership. Handles, error objects and lists belong to the caller and go back through
  *   qcow2_close(), qcow2_error_free() and qcow2_snapshot_list_free() or free(). Out-pointers
  *   are set to NULL first and to a value on success only. Strings that functions return
  *   belong to the object they were asked from. Arguments are not kept after the call, but
- *   for the `opaque` pointer of qcow2_open_io(). The objects named Error here are never mixed
- *   with QEMU's own.
+ *   for the `opaque` pointers of qcow2_open_io() and qcow2_set_progress(). The objects named
+ *   Error here are never mixed with QEMU's own.
  *
  * Threads. One thread at a time for each handle; handles are independent of each other. A
  *   forked child must neither use nor close the handles of its parent. Nothing here may be
@@ -158,6 +162,24 @@
  * verb. Close the handle, open the image again and list the snapshots to know which.
  */
 #define QCOW2_OUTCOME_UNKNOWN 3
+
+/**
+ * Qcow2ProgressFunc: the verb looks; nothing has been written. Cancelling leaves every byte as
+ * it was, and the handle good.
+ */
+#define QCOW2_PROGRESS_CHECK 1
+
+/**
+ * Qcow2ProgressFunc: the verb writes what nothing refers to yet. Cancelling leaves disk and
+ * snapshots as they were, perhaps with leaked clusters, and ends changes by this handle.
+ */
+#define QCOW2_PROGRESS_PREPARE 2
+
+/**
+ * Qcow2ProgressFunc: the verb has taken effect and frees what is not needed any more. It
+ * cannot be cancelled.
+ */
+#define QCOW2_PROGRESS_RECLAIM 3
 
 /**
  * Why a call failed (QEMU's Error): an opaque object that belongs to the caller.
@@ -315,6 +337,18 @@ typedef struct Qcow2Extent {
     uint64_t reserved[3];
 } Qcow2Extent;
 
+/**
+ * The caller's function for qcow2_set_progress(): how far is the verb, and shall it go on?
+ *
+ * @param opaque  as given to qcow2_set_progress()
+ * @param stage   one of the QCOW2_PROGRESS values
+ * @param done    how much of the stage is done, in bytes of L2 tables and refcount blocks;
+ *                never goes down within a stage
+ * @param total   how much there is to do; the same throughout a stage, and never 0
+ * @return        0 to go on; anything else cancels the verb, if it can still be cancelled
+ */
+typedef int (*Qcow2ProgressFunc)(void *opaque, int stage, uint64_t done, uint64_t total);
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -462,6 +496,7 @@ void qcow2_free_snapshots(struct Qcow2Image *bs);
  *            -ENOSPC  the disk is full; the image is unchanged
  *            -EIO     the image is damaged where the verb must go, or cannot be written,
  *                     or an earlier failure spent the handle
+ *            -ECANCELED  the progress function has cancelled it
  *            -ENOMEM, -EBUSY, and what the I/O functions return
  *
  * QEMU: qcow2_write_snapshots() of block/qcow2-snapshot.c
@@ -494,6 +529,7 @@ int qcow2_write_snapshots(struct Qcow2Image *bs);
  *                 -ENOSPC   the disk is full; the image is unchanged
  *                 -EIO      the image is damaged where the verb must go, or cannot be read
  *                           or written, or an earlier failure spent the handle
+ *                 -ECANCELED  the progress function has cancelled it
  *                 -ENOMEM, -EBUSY, and what the I/O functions return
  *
  * QEMU: qcow2_snapshot_create() of block/qcow2-snapshot.c. QEMU of today always makes its
@@ -525,6 +561,7 @@ int qcow2_snapshot_create(struct Qcow2Image *bs,
  *                     -ENOSPC   the disk is full; the image is unchanged
  *                     -EIO      the image is damaged where the verb must go, or cannot be
  *                               read or written, or an earlier failure spent the handle
+ *                     -ECANCELED  the progress function has cancelled it
  *                     -ENOMEM, and what the I/O functions return
  *
  * QEMU: qcow2_snapshot_goto() of block/qcow2-snapshot.c; -EBUSY is bdrv_snapshot_goto()'s
@@ -554,6 +591,7 @@ int qcow2_snapshot_goto(struct Qcow2Image *bs,
  *                     -ENOSPC   the disk is full; the image is unchanged
  *                     -EIO      the image is damaged where the verb must go, or cannot be
  *                               read or written, or an earlier failure spent the handle
+ *                     -ECANCELED  the progress function has cancelled it
  *                     -ENOMEM, -EBUSY, and what the I/O functions return
  *
  * QEMU: qcow2_snapshot_delete() of block/qcow2-snapshot.c
@@ -723,6 +761,39 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
                        void *buf,
                        size_t bytes,
                        struct Qcow2Error **errp);
+
+/**
+ * Have a function called while create, goto, delete or qcow2_write_snapshots() is at work
+ * on this handle: to show how far it is, and to cancel it (a user has pressed Ctrl-C, say).
+ *
+ * The stages come in the order of their values. Within a stage there is a call after each
+ * MiB of tables (every few milliseconds) or, in small images, each sixteenth of what is to
+ * be done, and always a last one with `done` equal to `total`: after the last of QCOW2_PROGRESS_CHECK the verb begins to write, after
+ * the last of QCOW2_PROGRESS_PREPARE it takes effect, and the last of
+ * QCOW2_PROGRESS_RECLAIM comes when all is on stable storage. A verb that fails does not
+ * come to them. Waiting for the disk between two calls may take long.
+ *
+ * A verb that is cancelled returns -ECANCELED, and qcow2_last_outcome() is
+ * QCOW2_OUTCOME_UNCHANGED. In QCOW2_PROGRESS_CHECK not a byte has changed, and the handle
+ * is good. In QCOW2_PROGRESS_PREPARE it is as after an I/O error: disk and snapshots are
+ * what they were, but clusters may have leaked ("qemu-img check -r leaks" frees them), and
+ * the handle refuses further changes (-EIO) until the image is opened again. In
+ * QCOW2_PROGRESS_RECLAIM the answer is ignored: the verb has been done.
+ *
+ * The function is called on the thread that called the verb. It must not throw, longjmp or
+ * call back into the handle (-EBUSY).
+ *
+ * @param bs      the handle
+ * @param func    the function, in place of any before; NULL: none
+ * @param opaque  handed to the function, otherwise not looked at; must live until the
+ *                handle is closed or has another function
+ * @return        0, or -errno with the words in qcow2_last_error():
+ *                -EINVAL   bs is NULL
+ *                -EBUSY
+ */
+int qcow2_set_progress(struct Qcow2Image *bs,
+                       Qcow2ProgressFunc func,
+                       void *opaque);
 
 /**
  * The message of an error object: one line of English, UTF-8, without a newline.

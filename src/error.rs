@@ -48,6 +48,9 @@ pub enum Error {
     /// The handle is busy, or dirty bitmaps are active (-EBUSY).
     #[error("{0}")]
     Busy(String),
+    /// The caller's progress hook stopped a verb (-ECANCELED).
+    #[error("{0}")]
+    Cancelled(String),
     /// Memory for a table could not be had (-ENOMEM).
     #[error("cannot allocate {0} bytes of memory")]
     NoMemory(u64),
@@ -90,6 +93,7 @@ impl Error {
             Error::Access(_) => libc::EACCES,
             Error::InUse(_) => libc::EAGAIN,
             Error::Busy(_) => libc::EBUSY,
+            Error::Cancelled(_) => libc::ECANCELED,
             Error::NoMemory(_) => libc::ENOMEM,
         }
     }
@@ -118,6 +122,8 @@ impl Error {
             Error::InUse(_) => Error::InUse(text),
             Error::Busy(_) => Error::Busy(text),
             Error::Spent(_) => Error::Spent(text),
+            // No step has failed.
+            Error::Cancelled(_) => self,
         }
     }
 }

@@ -18,7 +18,7 @@ use std::sync::Mutex;
 
 use qcow2_snapshot::io::memory::MemoryStorage;
 use qcow2_snapshot::io::trace::{
-    crash_images, prefixes, CrashPlan, Event, FaultPlan, RequestKind, TraceStorage,
+    crash_images, prefixes, CrashImage, CrashPlan, Event, FaultPlan, RequestKind, TraceStorage,
 };
 use qcow2_snapshot::{Image, OpenFlags, Outcome};
 
@@ -444,7 +444,7 @@ fn power_cuts(run: &Run, chain: &Chain) {
         let plan = plan(before.len(), hash(chain.name.as_bytes(), i as u64));
         let (mut seen, mut judged) = (HashSet::new(), 0);
         let cuts = crash_images(&before, &clean.events, &plan);
-        let last = std::iter::once(qcow2_snapshot::io::trace::CrashImage {
+        let last = std::iter::once(CrashImage {
             what: "everything".into(),
             stable: clean.events.len(),
             issued: clean.events.len(),
@@ -541,4 +541,5 @@ fn power_cuts_lose_nothing_in_random_images() {
 }
 
 include!("crash/faults.rs");
+include!("crash/cancel.rs");
 include!("crash/teeth.rs");

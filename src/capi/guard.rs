@@ -63,7 +63,8 @@ impl Entered<'_> {
 }
 
 const NULL_HANDLE: &CStr = c"The image handle is NULL";
-const BUSY: &CStr = c"The image handle is busy: I/O functions must not call back into it";
+const BUSY: &CStr =
+    c"The image handle is busy: I/O and progress functions must not call back into it";
 
 impl Qcow2Image {
     pub(super) fn new(image: Image) -> Qcow2Image {

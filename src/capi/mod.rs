@@ -10,8 +10,8 @@
 //! * Every body runs inside `guard`: it turns NULL, re-entrancy, errors and panics into
 //!   an errno, an error object and the text of `qcow2_last_error()`.
 //! * Out-pointers are cleared before anything else and set only on success.
-//! * The handle is never behind a `&mut`: a caller's I/O function may hold the same
-//!   pointer and call back while a verb runs. It then finds the busy flag set and gets
+//! * The handle is never behind a `&mut`: a caller's I/O or progress function may
+//!   hold the same pointer and call back while a verb runs. It then finds the busy flag set and gets
 //!   -EBUSY, without a second reference to the image having existed.
 //!
 //! Unsafe code lives here and in the system call layer of `io`, nowhere else.
@@ -24,11 +24,13 @@
 mod error;
 mod guard;
 mod open;
+mod progress;
 mod types;
 mod verbs;
 
 pub use error::*;
 pub use guard::Qcow2Image;
 pub use open::*;
+pub use progress::*;
 pub use types::*;
 pub use verbs::*;

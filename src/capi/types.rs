@@ -46,6 +46,16 @@ pub const QCOW2_OUTCOME_DONE: c_int = 2;
 /// verb. Close the handle, open the image again and list the snapshots to know which.
 pub const QCOW2_OUTCOME_UNKNOWN: c_int = 3;
 
+/// Qcow2ProgressFunc: the verb looks; nothing has been written. Cancelling leaves every byte as
+/// it was, and the handle good.
+pub const QCOW2_PROGRESS_CHECK: c_int = 1;
+/// Qcow2ProgressFunc: the verb writes what nothing refers to yet. Cancelling leaves disk and
+/// snapshots as they were, perhaps with leaked clusters, and ends changes by this handle.
+pub const QCOW2_PROGRESS_PREPARE: c_int = 2;
+/// Qcow2ProgressFunc: the verb has taken effect and frees what is not needed any more. It
+/// cannot be cancelled.
+pub const QCOW2_PROGRESS_RECLAIM: c_int = 3;
+
 /// What a caller sees of a snapshot and says of a new one (QEMU's QEMUSnapshotInfo, same
 /// field names and offsets). 416 bytes; 408 with QCOW2_SNAPSHOT_COMPAT_2_1.
 #[repr(C)]
@@ -177,7 +187,7 @@ pub extern "C" fn qcow2_version() -> *const c_char {
 mod tests {
     use super::*;
     use crate::flags::OpenFlags;
-    use crate::image::Outcome;
+    use crate::image::{Outcome, Stage};
 
     #[test]
     fn the_flags_of_the_header_are_those_of_the_library() {
@@ -201,5 +211,12 @@ mod tests {
         assert_eq!(QCOW2_OUTCOME_UNCHANGED, Outcome::Unchanged as c_int);
         assert_eq!(QCOW2_OUTCOME_DONE, Outcome::Done as c_int);
         assert_eq!(QCOW2_OUTCOME_UNKNOWN, Outcome::Unknown as c_int);
+    }
+
+    #[test]
+    fn the_stages_of_the_header_are_those_of_the_library() {
+        assert_eq!(QCOW2_PROGRESS_CHECK, Stage::Check as c_int);
+        assert_eq!(QCOW2_PROGRESS_PREPARE, Stage::Prepare as c_int);
+        assert_eq!(QCOW2_PROGRESS_RECLAIM, Stage::Reclaim as c_int);
     }
 }

@@ -62,6 +62,7 @@ pub unsafe extern "C" fn qcow2_free_snapshots(bs: *mut Qcow2Image) {
 ///            -ENOSPC  the disk is full; the image is unchanged
 ///            -EIO     the image is damaged where the verb must go, or cannot be written,
 ///                     or an earlier failure spent the handle
+///            -ECANCELED  the progress function has cancelled it
 ///            -ENOMEM, -EBUSY, and what the I/O functions return
 ///
 /// QEMU: qcow2_write_snapshots() of block/qcow2-snapshot.c
@@ -97,6 +98,7 @@ pub unsafe extern "C" fn qcow2_write_snapshots(bs: *mut Qcow2Image) -> c_int {
 ///                 -ENOSPC   the disk is full; the image is unchanged
 ///                 -EIO      the image is damaged where the verb must go, or cannot be read
 ///                           or written, or an earlier failure spent the handle
+///                 -ECANCELED  the progress function has cancelled it
 ///                 -ENOMEM, -EBUSY, and what the I/O functions return
 ///
 /// QEMU: qcow2_snapshot_create() of block/qcow2-snapshot.c. QEMU of today always makes its
@@ -156,6 +158,7 @@ pub unsafe extern "C" fn qcow2_snapshot_create(
 ///                     -ENOSPC   the disk is full; the image is unchanged
 ///                     -EIO      the image is damaged where the verb must go, or cannot be
 ///                               read or written, or an earlier failure spent the handle
+///                     -ECANCELED  the progress function has cancelled it
 ///                     -ENOMEM, and what the I/O functions return
 ///
 /// QEMU: qcow2_snapshot_goto() of block/qcow2-snapshot.c; -EBUSY is bdrv_snapshot_goto()'s
@@ -195,6 +198,7 @@ pub unsafe extern "C" fn qcow2_snapshot_goto(
 ///                     -ENOSPC   the disk is full; the image is unchanged
 ///                     -EIO      the image is damaged where the verb must go, or cannot be
 ///                               read or written, or an earlier failure spent the handle
+///                     -ECANCELED  the progress function has cancelled it
 ///                     -ENOMEM, -EBUSY, and what the I/O functions return
 ///
 /// QEMU: qcow2_snapshot_delete() of block/qcow2-snapshot.c

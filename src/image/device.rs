@@ -1,6 +1,7 @@
 //! The storage under an image, with errors that say what was being done and where.
 
 use crate::error::{Error, Result};
+use crate::image::progress::Progress;
 use crate::io::{Run, Storage, MAX_REQUEST};
 
 /// A [`Storage`] whose length is known and whose errors carry context.
@@ -9,6 +10,8 @@ pub(crate) struct Device {
     length: u64,
     /// A change has been asked for since this was last set to false.
     pub(crate) changed: bool,
+    /// It is here because whatever takes time has the device at hand.
+    pub(crate) progress: Progress,
 }
 
 impl Device {
@@ -17,6 +20,7 @@ impl Device {
             storage,
             length: 0,
             changed: false,
+            progress: Progress::new(None),
         };
         dev.length_now()?;
         Ok(dev)

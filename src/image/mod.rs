@@ -10,6 +10,7 @@ use crate::io::Storage;
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
+use progress::Progress;
 use replay::Replay;
 use update::{Plan, Update};
 
@@ -19,6 +20,7 @@ mod damage;
 pub(crate) mod device;
 mod mapping;
 pub(crate) mod overlap;
+pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
 mod resize;
@@ -26,6 +28,7 @@ mod status;
 pub(crate) mod update;
 pub(crate) mod walk;
 
+pub use progress::{ProgressHook, Stage};
 pub use status::BlockStatus;
 
 /// What the last changing verb did to the image (`qcow2_last_outcome()`).
@@ -234,6 +237,11 @@ impl Image {
 
     pub(crate) fn set_remark(&mut self, text: &str) {
         self.remark = Some(text.to_owned());
+    }
+
+    /// Tell `hook` how far a changing verb is, and let it cancel the verb; `None` takes it away.
+    pub fn set_progress(&mut self, hook: Option<Box<ProgressHook>>) {
+        self.dev.progress = Progress::new(hook);
     }
 
     /// Make the handle refuse everything but close, after a panic in the middle of a call.

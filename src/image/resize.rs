@@ -68,6 +68,7 @@ impl Replay {
         )?;
         let mut at = start;
         while at < end {
+            dev.progress.step(g.cluster_size())?;
             let l1_index = g.l1_index(at);
             let next = g.guest_of_l1(l1_index + 1).unwrap_or(u64::MAX).min(end);
             let from = g.l2_index(at) as usize;
@@ -137,6 +138,7 @@ impl Replay {
         let g = self.g;
         let mut at = start;
         while at < end {
+            dev.progress.step(g.cluster_size())?;
             let l1_index = g.l1_index(at);
             let next = g.guest_of_l1(l1_index + 1).unwrap_or(u64::MAX).min(end);
             let table = self.own_temporary_table(dev, l1_index)?;

@@ -22,6 +22,7 @@
 
 use super::device::{self, Device};
 use super::overlap::Kind;
+use super::progress::Stage;
 use super::refcount::{Block, Refcounts};
 use super::replay::{Replay, Switched};
 use super::walk::{self, Counts, Flags, Marked, Pieces};
@@ -104,6 +105,12 @@ impl Update<'_> {
         let g = replay.g;
         check_blocks(replay)?;
         let temporary = Temporary::of(self.dev, replay, plan)?;
+        self.dev.progress.end()?;
+        let refs = &replay.refs;
+        let work = || blocks(refs, is_raised).saturating_add(plan.clear.len() as u64);
+        self.dev
+            .progress
+            .begin(Stage::Prepare, || work() << g.cluster_bits);
         if let Some(bits) = autoclear {
             self.dev.write(
                 "header: autoclear features",
@@ -124,6 +131,9 @@ impl Update<'_> {
             self.hook_up_blocks(g, &replay.refs, epoch)?;
 
             let decisive = epoch == plan.decisive;
+            if decisive {
+                self.dev.progress.end()?;
+            }
             let fields = replay
                 .epoch_headers
                 .get(epoch)
@@ -193,8 +203,8 @@ impl Update<'_> {
         let mut out = Pieces::new("refcount block");
         let mut old = device::zeroed(g.cluster_size())?;
         let mut raised = Vec::new();
-        let changed = |b: &Block| b.born.is_none() && (b.raised || b.has_peak());
-        for (_, block) in refs.loaded().filter(|(_, b)| changed(b)) {
+        for (_, block) in refs.loaded().filter(|(_, b)| is_raised(b)) {
+            self.dev.progress.step(g.cluster_size())?;
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
             if block.only_raised() {
@@ -359,6 +369,11 @@ impl Update<'_> {
         temp: Option<&Temporary>,
     ) -> Result<()> {
         let g = replay.g;
+        let (freed, tables) = (blocks(&replay.refs, |b| b.freed), plan.set.len() as u64);
+        let work = || blocks(&replay.refs, is_lowered) + tables + freed;
+        self.dev
+            .progress
+            .begin(Stage::Reclaim, || work() << g.cluster_bits);
         self.unhook_blocks(&replay.refs)?;
         let mut holes = Holes::default();
         self.lower_counts(&replay.refs, g, temp, &mut holes)?;
@@ -393,7 +408,7 @@ impl Update<'_> {
         if let Some(temp) = temp {
             temp.restore(self.dev)?;
         }
-        holes.punch(self.dev, g);
+        holes.punch(self.dev, g, freed << g.cluster_bits)?;
 
         let length = final_length(replay);
         if self.dev.length() < length {
@@ -409,7 +424,8 @@ impl Update<'_> {
             // What is cut off is unused: a failure costs space only.
             let _ = self.dev.truncate(length);
         }
-        self.dev.barrier()
+        self.dev.barrier()?;
+        self.dev.progress.end()
     }
 
     /// Take dropped blocks out of the refcount table. A block's own count, which another block may
@@ -436,7 +452,8 @@ impl Update<'_> {
     ) -> Result<()> {
         let mut out = Pieces::new("refcount block");
         let mut old = device::zeroed(g.cluster_size())?;
-        for (index, block) in refs.loaded().filter(|(_, b)| b.dirty && !b.only_raised()) {
+        for (index, block) in refs.loaded().filter(|(_, b)| is_lowered(b)) {
+            self.dev.progress.step(g.cluster_size())?;
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
             let counts = block.counts(g);
@@ -475,6 +492,21 @@ impl Update<'_> {
         }
         Ok(())
     }
+}
+
+/// Do the counts of a block on disk go up before the publish?
+fn is_raised(b: &Block) -> bool {
+    b.born.is_none() && (b.raised || b.has_peak())
+}
+
+/// Do they go down after it?
+fn is_lowered(b: &Block) -> bool {
+    b.dirty && !b.only_raised()
+}
+
+/// How many blocks are such?
+fn blocks(refs: &Refcounts, such: impl Fn(&Block) -> bool) -> u64 {
+    refs.loaded().filter(|(_, b)| such(b)).count() as u64
 }
 
 /// The file's length in the end.
@@ -666,7 +698,8 @@ impl Holes {
         }
     }
 
-    fn punch(mut self, dev: &mut Device, g: Geometry) {
+    /// `share`: what of the verb's progress all this is.
+    fn punch(mut self, dev: &mut Device, g: Geometry, share: u64) -> Result<()> {
         // What an explicit free has punched became free in a block as well.
         self.clusters.sort_unstable();
         self.clusters.dedup_by(|next, last| {
@@ -678,7 +711,9 @@ impl Holes {
             touches
         });
         for (first, n) in &self.clusters {
+            dev.progress.step(share / self.clusters.len() as u64)?;
             dev.discard(g.offset_of(HostCluster(*first)), n << g.cluster_bits);
         }
+        Ok(())
     }
 }

@@ -78,6 +78,7 @@ impl Replay {
             if old == 0 {
                 continue;
             }
+            dev.progress.step(g.cluster_size())?;
             let offset = old & OFFSET_MASK;
             check_l2_offset(g, offset, index)?;
             // What is rewritten is the table on disk.
@@ -351,6 +352,7 @@ pub(crate) fn rewrite_tables(
     let mut out = Pieces::new("L2 table");
     let mut new = Vec::new();
     for (index, Marked { offset, ones }) in tables.iter().copied().enumerate() {
+        dev.progress.step(g.cluster_size())?;
         let table = reader.get(dev, index, offset)?;
         let counts = match ones {
             Ones::All => Counts::AllAreOne,

@@ -7,6 +7,7 @@ use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
 use crate::format::run::Step;
 use crate::image::device::{bytes_of, zeroed};
+use crate::image::progress::{table_bytes, Stage};
 use crate::image::replay::Replay;
 use crate::image::update::{L1Change, Plan};
 use crate::image::walk::{set_copied, Counts, Flags};
@@ -31,6 +32,8 @@ impl Image {
         let id = self.check_new_snapshot(new)?;
 
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let tables = || table_bytes(replay.g, &[&self.l1]);
+        self.dev.progress.begin(Stage::Check, tables);
         let l1_bytes = self.l1.len() as u64 * TABLE_ENTRY;
         let l1_copy = replay.refs.alloc(&mut self.dev, l1_bytes)?;
         replay.check_new(l1_copy, l1_bytes)?;

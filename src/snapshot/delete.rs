@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use crate::format::geometry::TABLE_ENTRY;
 use crate::format::run::Step;
+use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
 use crate::image::update::Plan;
 use crate::image::walk::Marked;
@@ -31,6 +32,8 @@ impl Image {
         self.check_apart_from_active(&gone)?;
 
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let tables = || table_bytes(replay.g, &[&l1, &self.l1]);
+        self.dev.progress.begin(Stage::Check, tables);
         replay.overlap.release(
             crate::image::overlap::Kind::InactiveL1,
             gone.l1_table_offset,

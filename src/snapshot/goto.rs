@@ -9,6 +9,7 @@ use crate::format::record::EXTRA_2014;
 use crate::format::run::Step;
 use crate::image::device::bytes_of;
 use crate::image::overlap::Kind;
+use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Refcounts;
 use crate::image::replay::Replay;
 use crate::image::update::{L1Change, Plan};
@@ -44,6 +45,13 @@ impl Image {
         self.check_apart_from_active(&snapshot)?;
 
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let tables = || {
+            let entries = |size| replay.g.l1_entries_for(size);
+            let cut = entries(self.header.size).saturating_sub(entries(snapshot.disk_size));
+            table_bytes(replay.g, &[&stored_l1, &self.l1, &stored_l1])
+                .saturating_add(cut << replay.g.cluster_bits)
+        };
+        self.dev.progress.begin(Stage::Check, tables);
         self.replay_resize(&mut replay, &snapshot)?;
         replay.grow_l1(&mut self.dev, stored_l1.len() as u64)?;
         let up = replay.walk(&mut self.dev, &stored_l1, Step::Up)?;

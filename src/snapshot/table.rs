@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::format::geometry::MAX_SNAPSHOT_TABLE_BYTES;
 use crate::format::header::AT_SNAPSHOTS;
 use crate::format::record;
+use crate::image::progress::Stage;
 use crate::image::refcount::Freed;
 use crate::image::replay::Replay;
 use crate::image::update::Plan;
@@ -193,6 +194,7 @@ impl Image {
         self.begin_change()?;
 
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        self.dev.progress.begin(Stage::Check, || 0);
         let list = self.snapshots.entries.clone();
         let size = self.replay_table(&mut replay, &mut plan, &list)?;
 

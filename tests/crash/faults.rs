@@ -153,6 +153,43 @@ fn failing_disk(run: &Run, chain: &Chain) {
     }
 }
 
+/// A few power cuts right now: in the group since the last barrier, which begins at this event.
+fn cuts_now(before: &[u8], events: &[Event], seed: u64) -> (usize, Vec<CrashImage>) {
+    let plan = CrashPlan {
+        exhaustive: 3,
+        singles: if all() { 16 } else { 4 },
+        random: if all() { 8 } else { 2 },
+        seed,
+        torn: 1,
+    };
+    let last_group = events
+        .iter()
+        .rposition(|e| *e == Event::Barrier)
+        .map_or(0, |i| i + 1);
+    let base = qcow2_snapshot::io::trace::image_after(before, &events[..last_group], |_| {
+        qcow2_snapshot::io::trace::Apply::Full
+    });
+    let cuts = crash_images(&base, &events[last_group..], &plan).collect();
+    (last_group, cuts)
+}
+
+/// Small images of every kind.
+fn small_chains() -> Vec<Chain> {
+    let (mut chains, _) = cases::reference(if all() { 400 << 10 } else { 24 << 10 });
+    chains.extend(
+        cases::rare(seeds())
+            .into_iter()
+            .filter(|c| c.image.len() < if all() { 600 << 10 } else { 40 << 10 }),
+    );
+    let n = number("CRASH_RANDOM", if all() { 300 } else { 20 });
+    chains.extend(
+        (1..=n)
+            .map(cases::random)
+            .filter(|c| c.image.len() < 100 << 10),
+    );
+    chains
+}
+
 /// Run the verb with one plan of failure. Did anything fail? What is wrong, and in which image?
 fn one_fault(
     before: &[u8],
@@ -243,13 +280,6 @@ fn one_fault(
 
     // The image, now and after a power cut that follows at once.
     let now = trace.contents();
-    let plan_of_cuts = CrashPlan {
-        exhaustive: 3,
-        singles: if all() { 16 } else { 4 },
-        random: if all() { 8 } else { 2 },
-        seed: plan.nth,
-        torn: 1,
-    };
     let cut_here = seen.insert(hash(format!("{events:?}").as_bytes(), 1));
     let mut sides_seen = vec![];
     let mut look = |bytes: &[u8], what: &str, stable: usize| -> Result<(), (String, Vec<u8>)> {
@@ -264,14 +294,8 @@ fn one_fault(
     };
     look(&now, "after the failure", events.len())?;
     if cut_here {
-        let last_group = events
-            .iter()
-            .rposition(|e| *e == Event::Barrier)
-            .map_or(0, |i| i + 1);
-        let base = qcow2_snapshot::io::trace::image_after(before, &events[..last_group], |_| {
-            qcow2_snapshot::io::trace::Apply::Full
-        });
-        for cut in crash_images(&base, &events[last_group..], &plan_of_cuts) {
+        let (last_group, cuts) = cuts_now(before, &events, plan.nth);
+        for cut in cuts {
             if seen.insert(hash(&cut.bytes, 2)) {
                 look(
                     &cut.bytes,
@@ -332,19 +356,7 @@ fn one_fault(
 #[test]
 fn failing_disks_lose_nothing_and_outcomes_are_true() {
     let run = Run::new(50);
-    let (mut chains, _) = cases::reference(if all() { 400 << 10 } else { 24 << 10 });
-    chains.extend(
-        cases::rare(seeds())
-            .into_iter()
-            .filter(|c| c.image.len() < if all() { 600 << 10 } else { 40 << 10 }),
-    );
-    let n = number("CRASH_RANDOM", if all() { 300 } else { 20 });
-    chains.extend(
-        (1..=n)
-            .map(cases::random)
-            .filter(|c| c.image.len() < 100 << 10),
-    );
-    run.over(chains, failing_disk);
+    run.over(small_chains(), failing_disk);
     run.finish("failing disks");
 }
 

@@ -455,7 +455,7 @@ fn codes(text: &str) -> (String, String) {
 fn usual(code: &str) -> &'static str {
     match code {
         "-ENOMEM" => "There is not enough memory.",
-        "-EBUSY" => "One of the caller's own I/O functions calls back into the handle.",
+        "-EBUSY" => "One of the caller's own functions calls back into the handle.",
         _ => panic!("the documentation leaves {code} without words"),
     }
 }

@@ -8,7 +8,8 @@ use qcow2_snapshot::{Error, Image, NewSnapshot, Outcome, Snapshot};
 
 use crate::cli::{Action, Request};
 use crate::listing;
-use crate::progress::Spinner;
+use crate::progress::VerbBar;
+use crate::signals::Asked;
 use crate::stop::{print, strerror, Stop};
 use crate::target::{warn_of_raw, Opened, Target};
 
@@ -30,24 +31,24 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
         }
         Opened::Other { guessed } => return without_snapshots(request, guessed),
     };
-    let spinner = |what| Spinner::new(what, request.quiet);
-    let result = match request.action {
+    let (verb, what, name) = match request.action {
         Action::List => return list(&mut image, request.json, link),
-        Action::Create(name) => {
-            let _spinner = spinner("Creating the snapshot");
-            create(&mut image, name)
-        }
-        Action::Apply(name) => {
-            let _spinner = spinner("Applying the snapshot");
-            apply(&mut image, name)
-        }
-        Action::Delete(name) => {
-            let _spinner = spinner("Deleting the snapshot");
-            delete(&mut image, name)
-        }
+        Action::Create(name) => ("create", "Creating the snapshot", name),
+        Action::Apply(name) => ("apply", "Applying the snapshot", name),
+        Action::Delete(name) => ("delete", "Deleting the snapshot", name),
     };
+    let asked = Asked::watch()?;
+    let bar = VerbBar::new(what, request.quiet);
+    bar.follow(&mut image, &asked);
+    let result = match request.action {
+        Action::Create(_) => create(&mut image, name),
+        Action::Apply(_) => apply(&mut image, name),
+        _ => delete(&mut image, name),
+    };
+    drop(bar);
     match result {
         Ok(()) => Ok(()),
+        Err((Some(Error::Cancelled(text)), _)) => Err(asked.stop(could_not(verb, name, &text))),
         // The locks go with the image, before another program wants them.
         Err((Some(Error::Unsupported(text)), _))
             if link && image.last_outcome() != Outcome::Unknown =>

@@ -6,13 +6,12 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
 
 use clap::ArgMatches;
 use qcow2_snapshot::{Error, Image, OpenFlags};
 
 use crate::progress;
+use crate::signals::Asked;
 use crate::stop::{without_number, Stop};
 
 /// Read at once.
@@ -21,6 +20,7 @@ const CHUNK: usize = 2 << 20;
 const PIECE: usize = 4096;
 /// The tables are asked about so much at once, so that Ctrl-C is seen in between.
 const STRETCH: u64 = 64 << 30;
+const INTERRUPTED: &str = "Interrupted; nothing is left of the output";
 static ZEROS: [u8; CHUNK] = [0; CHUNK];
 
 pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
@@ -64,23 +64,17 @@ fn write(image: &mut Image, out: &Path, quiet: bool) -> Result<(), Stop> {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
     };
-    // From here on Ctrl-C, a hangup or a request to terminate ends the work between two requests.
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let seen = Arc::clone(&interrupted);
-    ctrlc::set_handler(move || seen.store(true, Ordering::Relaxed))
-        .map_err(|e| Stop::failed(format!("Could not watch for signals: {e}")))?;
-
+    // From here on a signal ends the work between two requests.
+    let asked = Asked::watch()?;
     let file = tempfile::Builder::new()
         .prefix(".qcow2-snapshot-")
         .suffix(".partial")
         .permissions(Permissions::from_mode(0o666))
         .tempfile_in(folder)
         .map_err(|e| failed(&e))?;
-    copy(image, file.as_file(), &interrupted, quiet, &failed)?;
+    copy(image, file.as_file(), &asked, quiet, &failed)?;
     file.as_file().sync_all().map_err(|e| failed(&e))?;
-    if interrupted.load(Ordering::Relaxed) {
-        return Err(Stop::Interrupted);
-    }
+    asked.check(INTERRUPTED)?;
     file.persist_noclobber(out).map_err(|e| failed(&e.error))?;
     Ok(())
 }
@@ -88,7 +82,7 @@ fn write(image: &mut Image, out: &Path, quiet: bool) -> Result<(), Stop> {
 fn copy(
     image: &mut Image,
     file: &File,
-    interrupted: &AtomicBool,
+    asked: &Asked,
     quiet: bool,
     failed: &dyn Fn(&io::Error) -> Stop,
 ) -> Result<(), Stop> {
@@ -100,10 +94,9 @@ fn copy(
     // Everything before this is data, as far as the image's tables say.
     let mut data_end = 0;
     while at < length {
-        if interrupted.load(Ordering::Relaxed) {
-            bar.finish_and_clear();
-            return Err(Stop::Interrupted);
-        }
+        asked
+            .check(INTERRUPTED)
+            .inspect_err(|_| bar.finish_and_clear())?;
         if at >= data_end {
             let status = image.block_status(at, STRETCH).map_err(unreadable)?;
             data_end = at + status.length.max(1);

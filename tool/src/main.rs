@@ -7,7 +7,8 @@
 //!    ├── target         which file is meant, and what is in it
 //!    ├── actions        list, create, apply, delete: QEMU's messages
 //!    │    └── listing   the table and its JSON form
-//!    └── export         a snapshot's disk as a raw file
+//!    ├── export         a snapshot's disk as a raw file
+//!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
 
 mod actions;
@@ -19,6 +20,7 @@ mod listing;
 #[cfg(test)]
 mod manual;
 mod progress;
+mod signals;
 mod stop;
 mod target;
 
@@ -106,13 +108,9 @@ fn report(prefix: &str, help: &str, result: Result<(), Stop>) -> ExitCode {
             let _ = e.print();
             i32::from(e.use_stderr())
         }
-        Err(Stop::Interrupted) => {
-            text = [
-                prefix.as_bytes(),
-                b": Interrupted; nothing is left of the output\n",
-            ]
-            .concat();
-            130
+        Err(Stop::Interrupted(signal, line)) => {
+            text = [prefix.as_bytes(), b": ", &line, b"\n"].concat();
+            128 + i32::from(signal) // as shells say it
         }
     };
     // One write, so that messages of programs that run side by side do not mix.

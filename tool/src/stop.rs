@@ -17,8 +17,8 @@ pub(crate) enum Stop {
     NotServed(Vec<u8>),
     /// clap's complaint, or its help.
     Clap(clap::Error),
-    /// Ctrl-C.
-    Interrupted,
+    /// By this signal. The line follows the program's name.
+    Interrupted(u8, Vec<u8>),
 }
 
 impl Stop {
