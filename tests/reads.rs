@@ -7,7 +7,8 @@
 //! * all bytes equal those of `qemu-img convert [-l snapshot.name=NAME]`, read in random pieces (of
 //!   large disks: all that either side does not call a hole);
 //! * `block_status` gives the entries of `qemu-img map --output=json`; for a snapshot those of a
-//!   copy on which `qemu-img snapshot -a` went back to it;
+//!   copy on which `qemu-img snapshot -a` went back to it, and data and zeros are those that
+//!   `qemu-nbd -l` serves of the snapshot in this very file;
 //! * VM state equals what `qemu-io read -b` shows there.
 //!
 //! `READS_SECONDS=n` runs for n seconds (25 without it) and `READS_SEED=n` makes one image again;
