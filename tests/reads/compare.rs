@@ -159,12 +159,14 @@ fn disk(rng: &mut Rng, tools: &mut Tools, counts: &mut Counts, name: Option<&[u8
 /// the snapshot and `qemu-img map` shows what it is told. It keeps today's size of the disk.
 fn as_served(tools: &mut Tools, name: &[u8], mine: &[BlockStatus], counts: &mut Counts) -> R<()> {
     let snapshot = format!("snapshot.name={}", String::from_utf8_lossy(name));
-    // It ends when its client has gone.
+    // It ends when its client has gone, and removes its socket a little later: a new name for each.
     let serve = ["--fork", "-r", "-f", "qcow2", "-k"];
-    let socket = tools.dir.join("socket").display().to_string();
+    let number = counts.served;
+    let socket = tools.dir.join(format!("socket{number}"));
+    let socket = socket.display().to_string();
     let args = [&serve[..], &[&socket, "-l", &snapshot, QEMU]].concat();
     tools.must("qemu-nbd", &args)?;
-    let theirs = map(tools, "nbd+unix:///?socket=socket")?;
+    let theirs = map(tools, &format!("nbd+unix:///?socket=socket{number}"))?;
     let length = |all: &[BlockStatus]| all.last().map_or(0, |e| e.start + e.length);
     let end = length(mine).min(length(&theirs));
     let (mine, theirs) = (kinds(mine, end), kinds(&theirs, end));
