@@ -282,6 +282,98 @@ def picture(bench, path, sizes, verb="create"):
         f.write("\n".join(s) + "\n")
 
 
+class Copies:
+    """Copy the disk of a snapshot out: qemu-img convert, the example in C, the tool; and only read it."""
+
+    # The C program and qemu-img leave it to the system when the copy reaches the disk; the tool waits
+    # for that, as qemu-img does with -t writeback.
+    PAIRS = (("copy", "qemu-img", "example"), ("copy, stable", "qemu-img -t writeback", "tool"),
+             ("read only", "qemu-img to null-co", "C API"))
+
+    def __init__(self, bench):
+        self.b, self.rows, self.raw = bench, [], f"{bench.folder}/copy-work.raw"
+
+    def fill(self, path, size):
+        """What this machine's libraries are made of, end to end: data as real disks hold it."""
+        with open(path, "wb") as out:
+            while out.tell() < size:
+                for folder, folders, files in os.walk("/usr/lib"):
+                    folders.sort()
+                    for name in sorted(files):
+                        name = os.path.join(folder, name)
+                        if out.tell() < size and os.path.isfile(name) and not os.path.islink(name):
+                            with open(name, "rb") as file:
+                                out.write(file.read(size - out.tell()))
+
+    def converted(self, gib, *options):
+        def make(path):
+            self.fill(self.raw, gib << 30)
+            sh("qemu-img", "convert", "-O", "qcow2", *options, self.raw, path)
+            os.unlink(self.raw)
+            sh("qemu-img", "snapshot", "-c", "s", path)
+        return make
+
+    def written(self, size, commands):
+        def make(path):
+            sh("qemu-img", "create", "-q", "-f", "qcow2", path, size)
+            subprocess.run(["qemu-io", path], input="\n".join(commands), text=True, check=True,
+                           stdout=subprocess.DEVNULL)
+            sh("qemu-img", "snapshot", "-c", "s", path)
+        return make
+
+    def command(self, program, path):
+        convert = ["qemu-img", "convert", "-l", "snapshot.name=s"]
+        size = os.path.getsize(path) + (1 << 40)
+        return {
+            "qemu-img": [*convert, "-O", "raw", path, self.raw],
+            "qemu-img -t writeback": [*convert, "-O", "raw", "-t", "writeback", path, self.raw],
+            "qemu-img to null-co": [*convert, "-n", "--target-is-zero", "--target-image-opts", path, f"driver=null-co,size={size}"],
+            "example": [f"{self.b.build}/../export-snapshot", path, "s", self.raw],
+            "tool": [f"{self.b.build}/../qcow2-snapshot", "export", "-q", path, "s", self.raw],
+            "C API": [f"{self.b.build}/ours", path, "read", "s"],
+        }[program]
+
+    def run(self):
+        import random
+        order = list(range(1 << 14))
+        random.Random(1).shuffle(order)
+        scattered = [f"write -P {1 + i % 255} {i << 16} 64k" for i in order]
+        sparse = [f"write {['-P 7', '-z'][i % 4 == 3]} {i * 32}M 1M" for i in range(1 << 11)]
+        for name, what, make in (
+                ("data", "2 GiB of files, in order", self.converted(2)),
+                ("zlib", "1 GiB of files, compressed with zlib", self.converted(1, "-c")),
+                ("zstd", "1 GiB of files, compressed with zstd",
+                 self.converted(1, "-c", "-o", "compression_type=zstd")),
+                ("random", "1 GiB, clusters in random order", self.written("1G", scattered)),
+                ("sparse", "64 GiB: 1.5 GiB of data and 0.5 GiB of zero clusters in pieces of 1 MiB",
+                 self.written("64G", sparse))):
+            path = self.b.image(f"copy-{name}", make)
+            with open(path, "rb") as image:            # the cache is warm for whoever is first, too
+                while image.read(1 << 24):
+                    pass
+            for pair in self.PAIRS:
+                ms = {program: [] for program in pair[1:]}
+                for r in range(self.b.rounds):
+                    for program in pair[1:] if r % 2 == 0 else pair[:0:-1]:
+                        ms[program].append(measure(self.command(program, path)))
+                        if os.path.exists(self.raw):
+                            os.unlink(self.raw)
+                self.rows.append((what, pair, ms))
+                print(f"{name}, {pair[0]}: " + ", ".join(
+                    f"{p} " + "/".join(f"{m['wall']:.2f}" for m in ms[p]) for p in pair[1:]) + " s", flush=True)
+
+    def table(self):
+        out = ["| disk | what | qemu-img wall s | ours wall s | qemu-img / ours | CPU s qemu-img | CPU s ours | CPU ratio |",
+               "|---|---|---|---|---|---|---|---|"]
+        for what, (kind, theirs, ours), ms in self.rows:
+            mid = lambda program, key: statistics.median(m[key] for m in ms[program])
+            ratio = lambda key: statistics.median(
+                x[key] / max(y[key], 1e-4) for x, y in zip(ms[theirs], ms[ours]))
+            out.append(f"| {what} | {kind}: {theirs}; {ours} | {mid(theirs, 'wall'):.2f} | {mid(ours, 'wall'):.2f} | "
+                       f"{ratio('wall'):.2f} | {mid(theirs, 'cpu'):.2f} | {mid(ours, 'cpu'):.2f} | {ratio('cpu'):.2f} |")
+        return out
+
+
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("build")
@@ -347,6 +439,10 @@ def main():
             b.run(f"100G-{upto}-snapshots", work, three, rounds=max(1, a.rounds // 2), verbs=("create", "goto", "delete"))
         os.unlink(work)
 
+    copies = Copies(b)
+    if want("copies"):
+        copies.run()
+
     targets(b, out)
     out.append("\nMedians, and medians of the ratios of each round:\n")
     table(b, out)
@@ -371,6 +467,11 @@ def main():
         f.write(f"![time against size]({os.path.basename(svg)})\n\n")
         f.write("\n".join(out) + "\n\n")
         f.write("Requests and bytes, as the kernel counts system calls of the process (warm cache):\n\n" + "\n".join(req) + "\n")
+        if copies.rows:
+            load = " ".join(f"{x:.0f}" for x in os.getloadavg())
+            f.write(f"\nCopying the disk of a snapshot out, in {a.dir}, warm cache, {a.rounds} rounds (ratios: medians "
+                    f"of those of each round); load of the machine at the end {load}:\n\n")
+            f.write("\n".join(copies.table()) + "\n")
     print("wrote", a.out)
 
 

@@ -155,6 +155,11 @@ fn names_that_are_not_plain_paths_open_nothing() {
     fails(&path, libc::ENAMETOOLONG, "backing file");
     std::fs::write(&path, empty(&b"n/".repeat(511))).unwrap();
     fails(&path, libc::ENOENT, "backing file");
+    // With a protocol a name is relative to the current folder, not to the image's, as in QEMU.
+    std::fs::write(&path, empty(b"Cargo.toml")).unwrap();
+    fails(&path, libc::ENOENT, "backing file");
+    std::fs::write(&path, empty(b"file:Cargo.toml")).unwrap();
+    fails(&path, libc::EINVAL, "not in qcow2 format");
     // As in C, a name ends at its NUL.
     std::fs::write(&path, empty(b"a\0b")).unwrap();
     fails(&path, libc::ENOENT, "/a'");

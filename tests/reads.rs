@@ -7,7 +7,8 @@
 //! * all bytes equal those of `qemu-img convert [-l snapshot.name=NAME]`, read in random pieces (of
 //!   large disks: all that either side does not call a hole);
 //! * `block_status` gives the entries of `qemu-img map --output=json`; for a snapshot those of a
-//!   copy on which `qemu-img snapshot -a` went back to it;
+//!   copy on which `qemu-img snapshot -a` went back to it, and data and zeros are those that
+//!   `qemu-nbd -l` serves of the snapshot in this very file;
 //! * VM state equals what `qemu-io read -b` shows there.
 //!
 //! `READS_SECONDS=n` runs for n seconds (25 without it) and `READS_SEED=n` makes one image again;
@@ -157,6 +158,66 @@ fn the_vm_state_that_a_real_qemu_saved_is_what_qemu_reads() {
         let mut by_us = Image::open(&copy, OpenFlags::RDWR).unwrap();
         by_us.snapshot_goto(&s.name).unwrap();
         assert!(read(&mut by_us) == theirs, "made current by us");
+    }
+}
+
+/// Long enough to be unpacked on several threads, in and out of order in the file, and damaged.
+#[test]
+fn runs_of_compressed_clusters_read_as_in_qemu() {
+    if Command::new("qemu-img").arg("--version").output().is_err() {
+        return toolbox::skip("runs of compressed clusters (there is no qemu-img here)");
+    }
+    for (kind, cluster) in [("zlib", 1 << 16), ("zstd", 1 << 16), ("zlib", 4096)] {
+        let dir = scratch();
+        let mut tools = qemu::Tools::new(dir.path());
+        // Not the same anywhere, and no whole number of clusters.
+        let mut plain = Rng::new(7).bytes((10 << 20) + 512);
+        plain.iter_mut().for_each(|byte| *byte &= 15);
+        let path = dir.path().join("i.qcow2");
+        std::fs::write(dir.path().join("plain"), &plain).unwrap();
+        let options = format!("compression_type={kind},cluster_size={cluster}");
+        let convert = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &options];
+        let args = [&convert[..], &["plain", "i.qcow2"]].concat();
+        tools.must("qemu-img", &args).unwrap();
+        // One cluster plain, one zero, and two packed elsewhere than their neighbours.
+        let (plain_at, zero_at) = (20 * cluster, 30 * cluster);
+        let mut commands = vec![
+            format!("write -P 1 {plain_at} {cluster}"),
+            format!("write -z {zero_at} {cluster}"),
+        ];
+        for n in [50, 40] {
+            commands.push(format!("discard {} {cluster}", n * cluster));
+            commands.push(format!("write -c -P {n} {} {cluster}", n * cluster));
+        }
+        assert!(tools.io("i.qcow2", true, &commands).unwrap().ok);
+        let back = ["convert", "-O", "raw", "i.qcow2", "back"];
+        tools.must("qemu-img", &back).unwrap();
+        let theirs = std::fs::read(dir.path().join("back")).unwrap();
+        assert!(theirs[40 * cluster] == 40 && theirs[plain_at] == 1 && theirs[zero_at] == 0);
+        for (from, piece) in [(0, theirs.len()), (0, 3 << 20), (777, 1 << 20), (0, 5000)] {
+            let mut image = Image::open(&path, OpenFlags::read_only()).unwrap();
+            let mut mine = vec![0xee; theirs.len() - from];
+            for (i, part) in mine.chunks_mut(piece).enumerate() {
+                image.read((from + i * piece) as u64, part).unwrap();
+            }
+            let differs = mine.iter().zip(&theirs[from..]).position(|(a, b)| a != b);
+            assert_eq!(differs, None, "{kind} {cluster}, {piece} from {from}");
+        }
+
+        let mut bytes = std::fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        // Somewhere in there a stream begins, and none begins like this.
+        bytes[middle..middle + 3 * cluster].fill(0xff);
+        std::fs::write(&path, &bytes).unwrap();
+        let refused = tools.must("qemu-img", &back).is_err();
+        assert!(refused, "{kind} {cluster}: damaged");
+        let mut image = Image::open(&path, OpenFlags::read_only()).unwrap();
+        let read = image.read(0, &mut vec![0; theirs.len()]);
+        assert_eq!(read.map_err(|e| e.errno()), Err(libc::EIO));
+        // The handle is good, and so is what is not damaged.
+        let mut first = vec![0; 1 << 20];
+        image.read(0, &mut first).unwrap();
+        assert!(theirs.starts_with(&first));
     }
 }
 

@@ -6,6 +6,7 @@
 use crate::error::{Error, Result};
 use miniz_oxide::inflate::core::{decompress, inflate_flags, DecompressorOxide};
 use miniz_oxide::inflate::TINFLStatus;
+use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use std::io::Read;
 
 /// How compressed clusters of an image are packed (header byte 104).
@@ -17,26 +18,53 @@ pub enum Compression {
     Zstd,
 }
 
-/// Fill `out` from `packed`, whose end is known to a sector only
-/// (`qcow2_zlib_decompress`, `qcow2_zstd_decompress`).
-///
-/// # Errors
-/// `Corrupt` if the stream is damaged or ends before `out` is full.
-pub fn unpack(kind: Compression, packed: &[u8], out: &mut [u8]) -> Result<()> {
-    let full = match kind {
-        Compression::Zlib => inflate(packed, out),
-        Compression::Zstd => unpack_zstd(packed, out),
-    };
-    if full {
-        return Ok(());
-    }
-    Err(Error::Corrupt("A compressed cluster is damaged".into()))
+/// A decoder for one cluster after the other: its tables need not be made anew for each.
+pub enum Unpacker {
+    /// For [`Compression::Zlib`].
+    Zlib(Box<DecompressorOxide>),
+    /// For [`Compression::Zstd`].
+    Zstd(Box<FrameDecoder>),
 }
 
-fn inflate(packed: &[u8], out: &mut [u8]) -> bool {
-    let mut state = Box::<DecompressorOxide>::default();
+impl Unpacker {
+    /// A decoder for clusters that are packed in this way.
+    #[must_use]
+    pub fn new(kind: Compression) -> Unpacker {
+        match kind {
+            Compression::Zlib => Unpacker::Zlib(Box::default()),
+            Compression::Zstd => Unpacker::Zstd(Box::new(FrameDecoder::new())),
+        }
+    }
+
+    /// Fill `out` from `packed`, whose end is known to a sector only
+    /// (`qcow2_zlib_decompress`, `qcow2_zstd_decompress`).
+    ///
+    /// # Errors
+    /// `Corrupt` if the stream is damaged or ends before `out` is full.
+    pub fn unpack(&mut self, packed: &[u8], out: &mut [u8]) -> Result<()> {
+        let full = match self {
+            Unpacker::Zlib(state) => inflate(state, packed, out),
+            Unpacker::Zstd(decoder) => unpack_zstd(decoder, packed, out),
+        };
+        if full {
+            return Ok(());
+        }
+        Err(Error::Corrupt("A compressed cluster is damaged".into()))
+    }
+}
+
+/// [`Unpacker::unpack`] for a single cluster.
+///
+/// # Errors
+/// As there.
+pub fn unpack(kind: Compression, packed: &[u8], out: &mut [u8]) -> Result<()> {
+    Unpacker::new(kind).unpack(packed, out)
+}
+
+fn inflate(state: &mut DecompressorOxide, packed: &[u8], out: &mut [u8]) -> bool {
+    state.init();
     let flags = inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
-    let (status, _, written) = decompress(&mut state, packed, out, 0, flags);
+    let (status, _, written) = decompress(state, packed, out, 0, flags);
     let good = matches!(status, TINFLStatus::Done | TINFLStatus::HasMoreOutput);
     good && written == out.len()
 }
@@ -44,9 +72,9 @@ fn inflate(packed: &[u8], out: &mut [u8]) -> bool {
 /// Frames one behind the other until `out` is full. As in QEMU the last one must end there: a
 /// cluster never unpacks to more than a cluster. What a frame may claim for its window, and so
 /// the memory for it, is limited to 128 MiB by the decoder, as by QEMU's.
-fn unpack_zstd(mut packed: &[u8], mut out: &mut [u8]) -> bool {
+fn unpack_zstd(frames: &mut FrameDecoder, mut packed: &[u8], mut out: &mut [u8]) -> bool {
     loop {
-        let Ok(mut decoder) = ruzstd::decoding::StreamingDecoder::new(&mut packed) else {
+        let Ok(mut decoder) = StreamingDecoder::new_with_decoder(&mut packed, &mut *frames) else {
             return false;
         };
         loop {

@@ -98,7 +98,8 @@ impl Image {
             .map_or(0, Layer::length))
     }
 
-    /// A name from the image as a path: relative to the image's folder (`path_combine`).
+    /// A name from the image as a path: relative to the image's folder (`path_combine`), but with
+    /// `file:` before it to the current one, as in QEMU.
     fn resolve(&self, name: &[u8], what: &str) -> Result<PathBuf> {
         let shown = String::from_utf8_lossy(name);
         let Some(own) = &self.path else {
@@ -113,7 +114,10 @@ impl Image {
                 "The {what} '{shown}' is not a plain file name"
             )));
         }
-        let folder = own.parent().unwrap_or(Path::new(""));
+        let folder = match own.parent() {
+            Some(folder) if plain.len() == name.len() => folder,
+            _ => Path::new(""),
+        };
         Ok(folder.join(OsStr::from_bytes(plain)))
     }
 

@@ -4,11 +4,13 @@ use super::chain::Layer;
 use super::device::Device;
 use super::{device, Image};
 use crate::error::{Error, Result};
-use crate::format::compress;
+use crate::format::compress::{self, Unpacker};
 use crate::format::entry::{self, Cluster, OFFSET_MASK};
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::validate_table;
+use crate::io::lock;
 use byteorder::{BigEndian, ByteOrder};
+use std::sync::Mutex;
 
 /// Subclusters of a cluster with extended L2 entries.
 const SUBCLUSTERS: u64 = 32;
@@ -70,6 +72,13 @@ impl L2Cache {
         }
     }
 }
+
+/// Compressed clusters are read in portions of this many bytes of the file, if one does not take
+/// more, and this many clusters.
+const PACKED: u64 = 2 << 20;
+const MOST_CLUSTERS: u64 = 1024;
+/// To start a thread takes as long as unpacking some tens of KiB.
+const WORTH_A_THREAD: u64 = 256 << 10;
 
 /// An unpacked compressed cluster.
 pub(crate) struct Unpacked {
@@ -183,10 +192,18 @@ impl Image {
     /// The part of [`Image::read_layer`] that concerns this image alone.
     fn read_own(&mut self, at: u64, part: &mut [u8]) -> Result<Option<(usize, usize)>> {
         let mut done = 0;
+        let cluster = self.header.geometry.cluster_size();
         while done < part.len() {
             let rest = part.get_mut(done..).unwrap_or_default();
             let (extent, n) = self.extent(at + done as u64, rest.len() as u64)?;
             let n = n as usize;
+            if matches!(extent, Extent::Compressed { at: 0, .. })
+                && n as u64 == cluster
+                && n < rest.len()
+            {
+                done += self.read_compressed_run(at + done as u64, rest)?;
+                continue;
+            }
             let piece = rest.get_mut(..n).unwrap_or_default();
             match extent {
                 Extent::Unallocated(_) if self.backing_file.is_empty() => piece.fill(0),
@@ -210,22 +227,107 @@ impl Image {
         Ok(&mut self.dev)
     }
 
-    fn read_compressed(&mut self, entry: u64, at: u64, piece: &mut [u8]) -> Result<()> {
-        let g = self.header.geometry;
-        if self.unpacked.as_ref().is_none_or(|u| u.entry != entry) {
-            let Cluster::Compressed { offset, length } = entry::cluster(g, entry) else {
-                return Err(Error::Corrupt("Not a compressed cluster".into()));
+    /// Where the bytes of a compressed cluster are; their end is known to a sector only.
+    fn packed(&self, entry: u64) -> Result<(u64, u64)> {
+        let Cluster::Compressed { offset, length } = entry::cluster(self.header.geometry, entry)
+        else {
+            return Err(Error::Corrupt("Not a compressed cluster".into()));
+        };
+        if self.header.has_data_file() {
+            return Err(Error::Corrupt(
+                "Compressed cluster entry found in an image with an external data file".into(),
+            ));
+        }
+        Ok((offset, length))
+    }
+
+    /// Read whole compressed clusters from `guest` on, as far as they follow one another, and no
+    /// more than [`PACKED`] bytes of the file at once: neighbours in the file in one request, then
+    /// unpacked on all processors. Returns how much of `out` that is: at least one cluster.
+    fn read_compressed_run(&mut self, guest: u64, out: &mut [u8]) -> Result<usize> {
+        let size = self.header.geometry.cluster_size();
+        // Requests, and of each cluster its place in what they read: (offset, place, bytes).
+        let mut requests: Vec<(u64, usize, usize)> = Vec::new();
+        let mut clusters: Vec<(usize, usize)> = Vec::new();
+        let mut total = 0;
+        for n in 0..(out.len() as u64 / size).min(MOST_CLUSTERS) {
+            let (extent, _) = self.extent_at(guest + n * size, size)?;
+            let Extent::Compressed { entry, at: 0 } = extent else {
+                break;
             };
-            if self.header.has_data_file() {
-                return Err(Error::Corrupt(
-                    "Compressed cluster entry found in an image with an external data file".into(),
-                ));
+            let (offset, bytes) = self.packed(entry)?;
+            if n > 0 && total as u64 + bytes > PACKED {
+                break;
             }
+            let bytes = bytes as usize;
+            // The last sector of a cluster is often the first of the next one.
+            let within = requests
+                .last()
+                .and_then(|(start, _, long)| Some((offset.checked_sub(*start)?, *long)))
+                .filter(|(ahead, long)| *ahead <= *long as u64);
+            match (within, requests.last_mut()) {
+                (Some((ahead, _)), Some((_, place, long))) => {
+                    clusters.push((*place + ahead as usize, bytes));
+                    *long = (*long).max(ahead as usize + bytes);
+                    total = *place + *long;
+                }
+                _ => {
+                    requests.push((offset, total, bytes));
+                    clusters.push((total, bytes));
+                    total += bytes;
+                }
+            }
+        }
+        let mut packed = device::zeroed(total as u64)?;
+        for (offset, place, bytes) in requests {
+            let part = packed.get_mut(place..place + bytes).unwrap_or_default();
+            self.dev
+                .read("Could not read a compressed cluster", offset, part)?;
+        }
+
+        struct Job<'a> {
+            packed: &'a [u8],
+            out: &'a mut [u8],
+            done: Result<()>,
+        }
+        let mut jobs: Vec<Job<'_>> = clusters
+            .iter()
+            .zip(out.chunks_exact_mut(size as usize))
+            .map(|((place, bytes), out)| Job {
+                packed: packed.get(*place..*place + *bytes).unwrap_or_default(),
+                out,
+                done: Err(Error::Corrupt("A cluster was not unpacked".into())),
+            })
+            .collect();
+        let many = jobs.len() > 1 && jobs.len() as u64 * size >= WORTH_A_THREAD;
+        let kind = self.header.compression;
+        let left = Mutex::new(jobs.iter_mut());
+        let work = || {
+            let mut unpacker = Unpacker::new(kind);
+            loop {
+                let job = left.lock().ok().and_then(|mut jobs| jobs.next());
+                let Some(job) = job else { break };
+                job.done = unpacker.unpack(job.packed, job.out);
+            }
+        };
+        if many {
+            lock::together(&work);
+        } else {
+            work();
+        }
+        let done = jobs.len() * size as usize;
+        jobs.into_iter().try_for_each(|job| job.done)?;
+        Ok(done)
+    }
+
+    fn read_compressed(&mut self, entry: u64, at: u64, piece: &mut [u8]) -> Result<()> {
+        if self.unpacked.as_ref().is_none_or(|u| u.entry != entry) {
+            let (offset, length) = self.packed(entry)?;
             self.unpacked = None;
             let packed =
                 self.dev
                     .read_vec("Could not read a compressed cluster", offset, length)?;
-            let mut bytes = device::zeroed(g.cluster_size())?;
+            let mut bytes = device::zeroed(self.header.geometry.cluster_size())?;
             compress::unpack(self.header.compression, &packed, &mut bytes)?;
             self.unpacked = Some(Unpacked { entry, bytes });
         }

@@ -1,4 +1,5 @@
-//! QEMU's image locks, and the few system calls that the standard library does not wrap.
+//! QEMU's image locks, and the few system calls that the standard library does not wrap or not as
+//! a library needs them.
 //!
 //! QEMU lets programs agree about an image with open-file-description locks on single bytes
 //! (`block/file-posix.c`, `raw_apply_lock_bytes()` and `raw_check_lock_bytes()`):
@@ -315,6 +316,74 @@ pub(super) fn close(fd: OwnedFd) -> io::Result<()> {
     Err(e)
 }
 
+/// Our limit for the helpers of one call. QEMU unpacks on four threads.
+const MOST_HELPERS: usize = 3;
+
+/// Processors that this thread may run on, as far as more of them would help here.
+fn processors() -> usize {
+    // SAFETY: a `cpu_set_t` is an array of integers, for which all zeros is a value.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the call writes at most as many bytes as it is told the set has.
+    let got = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &mut set) };
+    // A kernel with more processors than the set has room for says EINVAL: no helpers there.
+    let most = if got == 0 { MOST_HELPERS + 1 } else { 1 };
+    // SAFETY: every number asked about is below CPU_SETSIZE.
+    (0..libc::CPU_SETSIZE as usize)
+        .filter(|i| unsafe { libc::CPU_ISSET(*i, &set) })
+        .take(most)
+        .count()
+}
+
+/// Call `work` on this thread and at the same time on helper threads, one for each further
+/// processor up to a few; all have ended when this returns. Each call takes a share of the work until
+/// none is left, so where no thread can be started this one does it alone. What a panic on a helper
+/// leaves undone the caller finds undone.
+///
+/// Threads of the system, not of the standard library: starting one of those leaves a destructor
+/// behind in the calling thread, and the library could not be unloaded. They block all signals,
+/// whose handlers are the program's and not to run there.
+pub(crate) fn together(work: &(dyn Fn() + Sync)) {
+    extern "C" fn start(work: *mut libc::c_void) -> *mut libc::c_void {
+        // SAFETY: `together` made this pointer from a reference, and joins this thread while that
+        // lives. What is behind it is Sync.
+        let work = unsafe { *work.cast::<&(dyn Fn() + Sync)>() };
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        std::ptr::null_mut()
+    }
+    /// Joined even if `work` panics on this thread.
+    struct Team([Option<libc::pthread_t>; MOST_HELPERS]);
+    impl Drop for Team {
+        fn drop(&mut self) {
+            for thread in self.0.iter_mut().filter_map(Option::take) {
+                // SAFETY: a thread that was started here and that nobody else joins or detaches.
+                unsafe { libc::pthread_join(thread, std::ptr::null_mut()) };
+            }
+        }
+    }
+
+    let mut team = Team([None; MOST_HELPERS]);
+    // SAFETY: signal sets are integers, for which all zeros is a value.
+    let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
+    // SAFETY: both sets are ours to write; a new thread has the mask of the one that starts it.
+    unsafe {
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut before);
+    }
+    for slot in team.0.iter_mut().take(processors().saturating_sub(1)) {
+        let mut thread: libc::pthread_t = 0;
+        let argument = std::ptr::from_ref(&work).cast_mut().cast();
+        // SAFETY: the argument lives in this frame, which `team` does not leave before the thread
+        // has ended; no attributes means the defaults.
+        if unsafe { libc::pthread_create(&mut thread, std::ptr::null(), start, argument) } != 0 {
+            break;
+        }
+        *slot = Some(thread);
+    }
+    // SAFETY: the set was filled in by the first call.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut()) };
+    work();
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -434,6 +503,46 @@ mod tests {
             assert_eq!(errno(file_kind(fd).unwrap_err()), libc::EBADF);
             assert_eq!(errno(duplicate(fd).unwrap_err()), libc::EBADF);
         }
+    }
+
+    #[test]
+    fn work_is_done_once_on_every_thread_whatever_panics_there() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        let (next, sum) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let here = std::thread::current().id();
+        together(&|| loop {
+            let n = next.fetch_add(1, Ordering::Relaxed);
+            if n >= 1000 {
+                break;
+            }
+            sum.fetch_add(n, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 499_500);
+
+        // Helpers see no signal; the mask of this thread is as before.
+        let mask = || {
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let line = status.lines().find(|l| l.starts_with("SigBlk:")).unwrap();
+            u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap()
+        };
+        let before = mask();
+        together(&|| {
+            if std::thread::current().id() != here {
+                // All but KILL and STOP, which nobody can block, and two of the C library.
+                assert_eq!(mask() | 0x1_8004_0100, u64::MAX);
+                panic!("on a helper: not the caller's concern");
+            }
+        });
+        assert_eq!(mask(), before);
+        let panicked = std::panic::catch_unwind(|| {
+            together(&|| {
+                assert!(
+                    std::thread::current().id() != here,
+                    "on the caller's thread"
+                )
+            })
+        });
+        assert!(panicked.is_err());
     }
 
     #[test]

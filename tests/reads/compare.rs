@@ -16,6 +16,8 @@ pub struct Counts {
     bytes: u64,
     maps: u64,
     extents: u64,
+    served: u64,
+    ahead: u64,
     vm_ranges: u64,
     encrypted: u64,
     not_mapped: u64,
@@ -25,12 +27,15 @@ impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} disks and snapshots read ({} MiB), {} maps ({} extents), {} ranges of VM state; \
-             not compared: {} encrypted images, maps of {} snapshots that goto refuses",
+            "{} disks and snapshots read ({} MiB), {} maps ({} extents), {} of them of snapshots also \
+             as qemu-nbd shows them ({} with holes of the file), {} ranges of VM state; \
+             not compared: {} encrypted images, offsets of {} snapshots that goto refuses",
             self.disks,
             self.bytes >> 20,
             self.maps,
             self.extents,
+            self.served,
+            self.ahead,
             self.vm_ranges,
             self.encrypted,
             self.not_mapped
@@ -103,7 +108,11 @@ fn disk(rng: &mut Rng, tools: &mut Tools, counts: &mut Counts, name: Option<&[u8
     same_bytes(rng, tools, &mut image, counts).map_err(|e| format!("{shown}: {e}"))?;
     counts.disks += 1;
 
-    // qemu-img maps the disk only, so a snapshot becomes the disk of a copy.
+    let mine = extents(&mut image)?;
+    if let Some(name) = name {
+        as_served(tools, name, &mine, counts).map_err(|e| format!("{shown}: {e}"))?;
+    }
+    // qemu-img maps the disk only, so for offsets and depths a snapshot becomes the disk of a copy.
     let mut mapped = QEMU;
     if let Some(name) = name {
         at(
@@ -117,9 +126,8 @@ fn disk(rng: &mut Rng, tools: &mut Tools, counts: &mut Counts, name: Option<&[u8
         mapped = COPY;
     }
     let theirs = map(tools, mapped)?;
-    // In an image that was allocated ahead, holes are found by how much space the file takes; the
-    // copy and the goto may change that, so what the copy itself says counts as well.
-    let mine = extents(&mut image)?;
+    // Which stored clusters are holes of the file is another question for the copy, which takes
+    // other space. The snapshot's own answer is compared above, and the copy's here.
     let again = if name.is_some() && mine != theirs {
         let mut copy = ours(Image::open(&tools.dir.join(COPY), OpenFlags::read_only()))?;
         let of_copy = extents(&mut copy)?;
@@ -145,6 +153,42 @@ fn disk(rng: &mut Rng, tools: &mut Tools, counts: &mut Counts, name: Option<&[u8
     counts.maps += 1;
     counts.extents += theirs.len() as u64;
     vm_state(rng, tools, &mut image, mapped, counts).map_err(|e| format!("{shown}: {e}"))
+}
+
+/// Data and zeros of the snapshot in this very file, with its holes as they are: `qemu-nbd -l` serves
+/// the snapshot and `qemu-img map` shows what it is told. It keeps today's size of the disk.
+fn as_served(tools: &mut Tools, name: &[u8], mine: &[BlockStatus], counts: &mut Counts) -> R<()> {
+    let snapshot = format!("snapshot.name={}", String::from_utf8_lossy(name));
+    // It ends when its client has gone, and removes its socket a little later: a new name for each.
+    let serve = ["--fork", "-r", "-f", "qcow2", "-k"];
+    let number = counts.served;
+    let socket = tools.dir.join(format!("socket{number}"));
+    let socket = socket.display().to_string();
+    let args = [&serve[..], &[&socket, "-l", &snapshot, QEMU]].concat();
+    tools.must("qemu-nbd", &args)?;
+    let theirs = map(tools, &format!("nbd+unix:///?socket=socket{number}"))?;
+    let length = |all: &[BlockStatus]| all.last().map_or(0, |e| e.start + e.length);
+    let end = length(mine).min(length(&theirs));
+    let (mine, theirs) = (kinds(mine, end), kinds(&theirs, end));
+    if mine != theirs {
+        return Err(format!(
+            "data and zeros of the snapshot {mine:?}\nas qemu-nbd serves it {theirs:?}"
+        ));
+    }
+    counts.served += 1;
+    counts.ahead += u64::from(theirs.iter().any(|(_, data, zero)| *data && *zero));
+    Ok(())
+}
+
+/// Where data and zeros begin, up to `end`: (start, data, zero).
+fn kinds(all: &[BlockStatus], end: u64) -> Vec<(u64, bool, bool)> {
+    let mut out: Vec<_> = all
+        .iter()
+        .filter(|e| e.start < end)
+        .map(|e| (e.start, e.data, e.zero))
+        .collect();
+    out.dedup_by_key(|(_, data, zero)| (*data, *zero));
+    out
 }
 
 /// The map without what tells a hole of the file from data.
