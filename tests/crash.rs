@@ -512,7 +512,7 @@ fn foreign(image: &[u8]) -> bool {
 
 #[test]
 fn power_cuts_lose_nothing_in_the_reference_images() {
-    let run = Run::new(if all() { 50 } else { 100 });
+    let run = Run::new(50);
     let (chains, skipped) = cases::reference(if all() { 64 << 20 } else { 6 << 20 });
     if !skipped.is_empty() {
         println!(
@@ -526,14 +526,14 @@ fn power_cuts_lose_nothing_in_the_reference_images() {
 
 #[test]
 fn power_cuts_lose_nothing_in_the_rare_shapes() {
-    let run = Run::new(if all() { 50 } else { 100 });
+    let run = Run::new(50);
     run.over(cases::rare(seeds()), power_cuts);
     run.finish("power cuts, rare shapes");
 }
 
 #[test]
 fn power_cuts_lose_nothing_in_random_images() {
-    let run = Run::new(if all() { 50 } else { 100 });
+    let run = Run::new(50);
     let first = number("CRASH_SEED", 1);
     let n = number("CRASH_RANDOM", if all() { 1000 } else { 40 });
     run.over((first..first + n).map(cases::random).collect(), power_cuts);

@@ -46,7 +46,14 @@ fn outcomes(clean: &Clean, publishing: &[(usize, bool)], done: usize) -> Vec<Out
     };
     let mut out = vec![Outcome::Unchanged];
     if publishing.is_empty() {
-        return vec![Outcome::Unchanged, Outcome::Done]; // old and new are the same
+        // Old and new read the same. The verb cannot know: a sector of the L1 may still publish it.
+        let mut out = vec![Outcome::Unchanged, Outcome::Done];
+        let l1 = |e: &Event| matches!(e, Event::Write { label, .. } if *label == "L1 table");
+        let publish = clean.events.iter().position(l1);
+        if publish.is_some_and(|i| done >= i && done <= barrier_after(i)) {
+            out.push(Outcome::Unknown);
+        }
+        return out;
     }
     // A verb without a visible switch (same list, same disk) is done at its last header write.
     let decisive = publishing.iter().find(|p| p.1).or(publishing.last());
