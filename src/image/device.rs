@@ -125,6 +125,13 @@ impl Device {
         })
     }
 
+    /// These bytes will be read soon.
+    pub(crate) fn will_read(&mut self, offset: u64, bytes: u64) {
+        if offset < self.length {
+            self.storage.will_read(offset, bytes);
+        }
+    }
+
     /// Is there data or a hole at `offset`? Where the storage cannot tell: data.
     pub(crate) fn run(&mut self, offset: u64) -> Run {
         self.storage.run(offset).unwrap_or(Run::Data(u64::MAX))

@@ -32,6 +32,9 @@ const CACHED: u64 = 1 << 20;
 /// Entries whose counts are loaded together where a walk jumps about.
 const AHEAD: usize = 32;
 
+/// Blocks that are asked for ahead of the one that is loaded.
+const BLOCKS_AHEAD: u64 = 16;
+
 /// A walk jumps about after this many short runs.
 const JUMPS: u32 = 4;
 
@@ -179,6 +182,8 @@ pub(crate) struct Refcounts {
     short_runs: u32,
     /// Blocks have been narrowed.
     narrow: bool,
+    /// Blocks before this one have been asked for.
+    asked: u64,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
     pub(crate) next: u64,
     /// The epoch that new structures belong to; see `update`.
@@ -228,6 +233,7 @@ impl Refcounts {
             residents: Residents::new(),
             short_runs: 0,
             narrow: false,
+            asked: 0,
             next: 0,
             epoch: 0,
             forgotten: BTreeMap::new(),
@@ -297,6 +303,7 @@ impl Refcounts {
                 )));
             }
         }
+        self.ask_ahead(dev, index);
         let counts = dev.read_vec(
             "Could not read a refcount block",
             offset,
@@ -305,6 +312,19 @@ impl Refcounts {
         self.insert(index, Block::new(self.g, offset, counts, None))?;
         self.admit(index);
         Ok(true)
+    }
+
+    /// Let the storage begin to fetch the blocks behind this one, each once.
+    fn ask_ahead(&mut self, dev: &mut Device, index: u64) {
+        self.asked = self.asked.max(index + 1);
+        let until = index + 1 + BLOCKS_AHEAD;
+        for next in self.asked..until.min(self.table().entries.len() as u64) {
+            let offset = self.entry(next);
+            if offset != 0 {
+                dev.will_read(offset, self.g.cluster_size());
+            }
+        }
+        self.asked = self.asked.max(until);
     }
 
     /// Open the counts of a block, and pack those of blocks that were not used for long.
@@ -1303,6 +1323,101 @@ mod tests {
         assert_eq!(r.alloc(&mut dev, 0).unwrap(), 7 * 512);
         r.free(&mut dev, 5 * 512, 1, Freed::Kept, 0).unwrap();
         assert_eq!(r.alloc(&mut dev, 512).unwrap(), 5 * 512);
+    }
+
+    /// Count a table of clusters in order, as `walk` does.
+    fn count(r: &mut Refcounts, dev: &mut Device, table: &[u8], step: Step) -> Run {
+        let mut all = Run::default();
+        while let Some(rest) = table.get(all.entries * 8..).filter(|t| !t.is_empty()) {
+            let run = r.count_run(dev, rest, step).unwrap();
+            all.ones |= run.ones;
+            all.others |= run.others;
+            all.entries += run.entries;
+            if run.entries == 0 {
+                let c = r.g.cluster_of(BigEndian::read_u64(rest) & OFFSET_MASK);
+                let count = r.bump(dev, c, step == Step::Up).unwrap();
+                all.ones |= count == 1;
+                all.entries += 1;
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn a_walk_that_jumps_about_counts_in_narrow_fields_and_comes_to_the_same() {
+        for order in [2, 4, 6] {
+            let g = Geometry::new(9, order, false);
+            let blocks = 3 * CACHED / 1024;
+            let entries = (0..blocks).map(|b| (b + 1) * 512).collect();
+            let mut file = vec![0u8; 512 + blocks as usize * 512];
+            let per_block = g.refblock_entries();
+            let mut want = vec![0u64; (blocks * per_block) as usize];
+            let mut seed = 88_172_645_463_325_252u64;
+            let mut random = |n: u64| {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                seed % n
+            };
+            for (c, count) in want.iter_mut().enumerate() {
+                *count = random(2);
+                let at = 512 + (c as u64 / per_block * 512) as usize;
+                let index = c % per_block as usize;
+                refblock::set(g, &mut file[at..at + 512], index, *count);
+            }
+            let mut dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
+            let mut r = Refcounts::new(g, 0, 1, entries);
+            let mut visited = Vec::new();
+            let mut table = [0u8; 512];
+            for round in 0..2000u64 {
+                for word in table.chunks_exact_mut(8) {
+                    // Some clusters again and again, out of what narrow fields hold.
+                    let hot = round % 8 == 0 && want[77] < g.refcount_max().min(300);
+                    let c = if hot {
+                        77
+                    } else {
+                        78 + random(want.len() as u64 - 78)
+                    };
+                    want[c as usize] += 1;
+                    visited.push(c);
+                    BigEndian::write_u64(word, c << 9);
+                }
+                count(&mut r, &mut dev, &table, Step::Up);
+            }
+            let narrow = r.loaded().filter(|(_, b)| b.counts.order() < Some(order));
+            assert!(narrow.count() > blocks as usize / 2, "order {order}");
+            for chunk in visited.chunks(64).take(500) {
+                for (word, c) in table.chunks_exact_mut(8).zip(chunk) {
+                    BigEndian::write_u64(word, c << 9);
+                    want[*c as usize] -= 1;
+                }
+                count(&mut r, &mut dev, &table, Step::Down);
+                let mut flags = table;
+                let mut done = 0;
+                while done < 64 {
+                    let (n, _) = r
+                        .copied_run(&mut dev, &mut flags[done * 8..], false)
+                        .unwrap();
+                    assert_ne!(n, 0);
+                    done += n;
+                }
+                for (word, c) in flags.chunks_exact(8).zip(chunk) {
+                    let copied = BigEndian::read_u64(word) >> 63 == 1;
+                    assert_eq!(copied, want[*c as usize] == 1, "order {order} cluster {c}");
+                }
+                let look = count(&mut r, &mut dev, &table, Step::Look);
+                assert_eq!(look.ones, chunk.iter().any(|c| want[*c as usize] == 1));
+                assert_eq!(look.others, chunk.iter().any(|c| want[*c as usize] != 1));
+            }
+            for (index, block) in r.loaded() {
+                let first = (index * per_block) as usize;
+                let counts = block.counts(g);
+                for (i, want) in want[first..].iter().take(per_block as usize).enumerate() {
+                    let count = refblock::get(g, &counts, i);
+                    assert_eq!(count, *want, "order {order} block {index}");
+                }
+            }
+        }
     }
 
     #[test]

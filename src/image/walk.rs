@@ -430,7 +430,12 @@ struct TableReader<'a> {
     first: usize,
     n: usize,
     buf: Vec<u8>,
+    /// Tables before this one of `l1` have been asked for.
+    asked: usize,
 }
+
+/// What is asked for ahead of the table that is read, in bytes: disks serve many requests at once.
+const AHEAD: usize = 4 << 20;
 
 impl<'a> TableReader<'a> {
     fn new(g: Geometry, l1: &'a [u64]) -> Result<TableReader<'a>> {
@@ -440,7 +445,32 @@ impl<'a> TableReader<'a> {
             first: 0,
             n: 0,
             buf: Vec::new(),
+            asked: 0,
         })
+    }
+
+    /// Let the storage begin to fetch the tables behind the next `n` from `index` on, each once. Between
+    /// two tables lie the data of half a gigabyte, so the system does not see a reader in sequence.
+    fn ask_ahead(&mut self, dev: &mut Device, index: usize, n: usize) {
+        let cs = self.g.cluster_size();
+        self.asked = self.asked.max(index + n);
+        let until = (index + n).saturating_add(AHEAD / self.g.cluster_len());
+        let (mut from, mut bytes) = (0, 0);
+        let next = self.l1.iter().take(until).skip(self.asked);
+        for offset in next.map(|e| e & OFFSET_MASK).filter(|o| *o != 0) {
+            if bytes != 0 && (from + bytes != offset || bytes >= 1 << 20) {
+                dev.will_read(from, bytes);
+                bytes = 0;
+            }
+            if bytes == 0 {
+                from = offset;
+            }
+            bytes += cs;
+        }
+        if bytes != 0 {
+            dev.will_read(from, bytes);
+        }
+        self.asked = self.asked.max(until);
     }
 
     /// The table at `offset`, which `l1[index]` names.
@@ -463,6 +493,7 @@ impl<'a> TableReader<'a> {
                 self.buf = super::device::zeroed(bytes as u64)?;
             }
             self.n = 0;
+            self.ask_ahead(dev, index, n);
             dev.read("Could not read an L2 table", offset, &mut self.buf[..bytes])?;
             (self.first, self.n) = (index, n);
         }

@@ -205,6 +205,12 @@ impl Storage for FileStorage {
         self.flush.barrier(|| file.sync_data())
     }
 
+    fn will_read(&mut self, offset: u64, bytes: u64) {
+        if let Ok(file) = self.file() {
+            lock::will_need(file.as_fd(), offset, bytes);
+        }
+    }
+
     /// QEMU's `find_allocation`; as there, a failure means that nothing is known.
     fn run(&mut self, offset: u64) -> Option<Run> {
         if !self.own_position {

@@ -280,6 +280,17 @@ pub(super) fn punch_hole(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Res
     Ok(())
 }
 
+/// Let the system begin to read a range; a hint.
+pub(super) fn will_need(fd: BorrowedFd<'_>, offset: u64, bytes: u64) {
+    let (Ok(offset), Ok(bytes)) = (libc::off_t::try_from(offset), libc::off_t::try_from(bytes))
+    else {
+        return;
+    };
+    let advice = libc::POSIX_FADV_WILLNEED;
+    // SAFETY: all arguments are integers, and `fd` is open for as long as it is borrowed.
+    let _ = unsafe { libc::posix_fadvise(fd.as_raw_fd(), offset, bytes, advice) };
+}
+
 /// The first place from `offset` on that holds data (`SEEK_DATA`) or does not (`SEEK_HOLE`); `None`
 /// if there is none before the end of the file. Moves the descriptor's position.
 pub(super) fn seek(fd: BorrowedFd<'_>, offset: u64, to_data: bool) -> io::Result<Option<u64>> {

@@ -52,6 +52,10 @@ pub trait Storage {
     /// When this returns, everything written, truncated or discarded before is stable.
     fn barrier(&mut self) -> Result<()>;
 
+    /// These bytes will be read soon: the storage may begin to fetch them, and must not wait for
+    /// them. Only a hint.
+    fn will_read(&mut self, _offset: u64, _bytes: u64) {}
+
     /// Is there data or a hole at `offset`? `None` where the storage cannot tell.
     fn run(&mut self, _offset: u64) -> Option<Run> {
         None
