@@ -3,6 +3,8 @@
 //! Widths below 8 bits start at the least significant bit of each byte; wider ones are big endian.
 
 use super::geometry::Geometry;
+use super::run::with_width;
+use crate::by_refcount_width;
 use byteorder::{BigEndian, ByteOrder};
 
 /// The count at `index`; 0 past the end of the block.
@@ -93,6 +95,27 @@ fn has_zero(g: Geometry, word: u64) -> bool {
     let ones = u64::MAX.checked_div(g.refcount_max()).unwrap_or(1);
     let tops = ones.wrapping_shl(g.refcount_bits().wrapping_sub(1));
     word.wrapping_sub(ones) & !word & tops != 0
+}
+
+/// The highest count of a block.
+pub fn highest(g: Geometry, block: &[u8]) -> u64 {
+    by_refcount_width!(g, W => {
+        let g = with_width::<W>(g);
+        (0..g.refblock_entries() as usize).fold(0, |h, i| h.max(get(g, block, i)))
+    })
+}
+
+/// The counts of a block of `g` in fields of `to`, which must be able to hold them.
+pub fn converted(g: Geometry, block: &[u8], to: Geometry) -> Vec<u8> {
+    let entries = g.block_entries_in(block.len());
+    let mut out = vec![0; to.bytes_of_counts(entries)];
+    by_refcount_width!(g, FROM => by_refcount_width!(to, TO => {
+        let (from, to) = (with_width::<FROM>(g), with_width::<TO>(to));
+        for i in 0..entries {
+            set(to, &mut out, i, get(from, block, i));
+        }
+    }));
+    out
 }
 
 /// Raise each count of `into` to that of `other` where that is higher.

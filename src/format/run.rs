@@ -30,6 +30,8 @@ pub struct Run {
     pub changed: usize,
     /// Some cluster's count is one now.
     pub ones: bool,
+    /// Some cluster's count is not one; only noted where counts are just looked at.
+    pub others: bool,
     /// The lowest index in the block whose count became zero.
     pub freed: Option<usize>,
 }
@@ -92,7 +94,8 @@ pub fn block_of(g: Geometry, entry: u64) -> Option<u64> {
 }
 
 /// Go through `table` as long as entries are zero words or standard clusters whose counts stand in
-/// `counts`, the refcount block at `block` of the refcount table.
+/// `counts`, the refcount block at `block` of the refcount table. In memory its fields may be
+/// narrower than on disk: `WIDTH`, where `g` has the width on disk.
 #[inline(always)]
 pub fn count<const WIDTH: u32>(
     g: Geometry,
@@ -101,8 +104,8 @@ pub fn count<const WIDTH: u32>(
     block: u64,
     step: Step,
 ) -> Run {
-    let g = with_width::<WIDTH>(g);
-    let max = g.refcount_max();
+    let fields = with_width::<WIDTH>(g);
+    let max = fields.refcount_max();
     let mut run = Run::default();
     for word in table.chunks_exact(g.l2_entry_size()) {
         let entry = BigEndian::read_u64(word);
@@ -111,7 +114,7 @@ pub fn count<const WIDTH: u32>(
                 break;
             }
             let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-            let old = refblock::get(g, counts, index);
+            let old = refblock::get(fields, counts, index);
             let new = match step {
                 Step::Up if old == max => break,
                 Step::Up => old.wrapping_add(1),
@@ -120,9 +123,10 @@ pub fn count<const WIDTH: u32>(
                 Step::Look => old,
             };
             if step != Step::Look {
-                refblock::set(g, counts, index, new);
+                refblock::set(fields, counts, index, new);
             }
             run.ones |= new == 1;
+            run.others |= step == Step::Look && new != 1;
             if step == Step::Down && new == 0 && run.freed.is_none_or(|f| index < f) {
                 run.freed = Some(index);
             }
@@ -145,7 +149,7 @@ pub fn set_copied<const WIDTH: u32>(
     block: u64,
     only_clear: bool,
 ) -> (usize, bool) {
-    let g = with_width::<WIDTH>(g);
+    let fields = with_width::<WIDTH>(g);
     let (mut entries, mut changed) = (0usize, false);
     for word in table.chunks_exact_mut(g.l2_entry_size()) {
         let entry = BigEndian::read_u64(word);
@@ -154,7 +158,7 @@ pub fn set_copied<const WIDTH: u32>(
                 break;
             }
             let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-            let copied = refblock::get(g, counts, index) == 1;
+            let copied = refblock::get(fields, counts, index) == 1;
             if (entry & COPIED != 0) != copied && !(only_clear && copied) {
                 BigEndian::write_u64(word, entry ^ COPIED);
                 changed = true;

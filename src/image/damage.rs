@@ -46,7 +46,7 @@ impl Image {
                     .check(at, TABLE_ENTRY, Some(Kind::ActiveL1))?;
             }
         }
-        for offset in plan.clear.iter().chain(&plan.set) {
+        for offset in plan.clear.iter().chain(&plan.set).map(|t| &t.offset) {
             if replay.refs.taken.contains(&g.cluster_of(*offset).0) {
                 return Err(Error::Corrupt(format!(
                     "L2 table {offset:#x} is in use but counted as free"

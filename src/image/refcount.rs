@@ -26,6 +26,42 @@ const MAX_REFTABLE_ENTRIES: u64 = 8 << 20;
 /// file, in bytes.
 const MAX_ABSENT_BLOCKS: u64 = 64 << 20;
 
+/// Counts that are likely to be in the processor's own cache, in bytes: looking ahead costs more.
+const CACHED: u64 = 1 << 20;
+
+/// Entries whose counts are loaded together where a walk jumps about.
+const AHEAD: usize = 32;
+
+/// A walk jumps about after this many short runs.
+const JUMPS: u32 = 4;
+
+/// When a walk looks ahead: where few clusters in a row are counted in the same block.
+struct Ahead {
+    /// At this entry the next ones have not been looked at.
+    due_at: usize,
+    short_runs: u32,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn due(&mut self, entry: usize) -> bool {
+        let due = self.short_runs >= JUMPS && entry >= self.due_at;
+        if due {
+            self.due_at = entry + AHEAD;
+        }
+        due
+    }
+
+    #[inline(always)]
+    fn ran(&mut self, entries: usize) {
+        self.short_runs = if entries < AHEAD / 4 {
+            self.short_runs.saturating_add(1)
+        } else {
+            0
+        };
+    }
+}
+
 /// A refcount block in memory.
 pub(crate) struct Block {
     /// Where it lives in the file.
@@ -33,7 +69,7 @@ pub(crate) struct Block {
     /// Counts at the end of the replay.
     counts: Counts,
     /// Counts that published states in between need, where there is more than one publish.
-    pub(crate) peak: Option<Vec<u8>>,
+    peak: Option<Counts>,
     /// The counts or the peak differ from what was read.
     pub(crate) dirty: bool,
     /// Some count went up, or the block is new.
@@ -49,11 +85,11 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    fn new(offset: u64, counts: Vec<u8>, born: Option<usize>) -> Block {
+    fn new(g: Geometry, offset: u64, counts: Vec<u8>, born: Option<usize>) -> Block {
         let made = born.is_some();
         Block {
             offset,
-            counts: Counts::Plain(counts),
+            counts: Counts::new(g, counts),
             peak: None,
             dirty: made,
             raised: made,
@@ -65,9 +101,18 @@ impl Block {
     }
 
     /// The counts at the end of the replay.
-    #[inline]
-    pub(crate) fn counts(&self) -> Cow<'_, [u8]> {
-        self.counts.bytes()
+    pub(crate) fn counts(&self, g: Geometry) -> Cow<'_, [u8]> {
+        self.counts.bytes(g)
+    }
+
+    /// Counts that published states in between need, where there is more than one publish.
+    pub(crate) fn peak(&self, g: Geometry) -> Option<Cow<'_, [u8]>> {
+        self.peak.as_ref().map(|p| p.bytes(g))
+    }
+
+    /// Some count is needed in between that is not needed at the end.
+    pub(crate) fn has_peak(&self) -> bool {
+        self.peak.is_some()
     }
 
     /// The counts are the highest that any published state needs: writing them once is enough.
@@ -128,8 +173,12 @@ pub(crate) struct Refcounts {
     pub(crate) tables: Vec<Table>,
     /// Loaded blocks by refcount table index.
     blocks: Vec<Option<Box<Block>>>,
-    /// Which of them are plain.
+    /// Which of them are open.
     residents: Residents,
+    /// Runs of few clusters since the last long one: the walk jumps about.
+    short_runs: u32,
+    /// Blocks have been narrowed.
+    narrow: bool,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
     pub(crate) next: u64,
     /// The epoch that new structures belong to; see `update`.
@@ -176,7 +225,9 @@ impl Refcounts {
                 born: None,
             }],
             blocks: Vec::new(),
-            residents: Residents::new(g.cluster_size()),
+            residents: Residents::new(),
+            short_runs: 0,
+            narrow: false,
             next: 0,
             epoch: 0,
             forgotten: BTreeMap::new(),
@@ -227,7 +278,7 @@ impl Refcounts {
     /// Load the block at `index`; false where the table has none.
     fn load(&mut self, dev: &mut Device, index: u64) -> Result<bool> {
         if let Some(block) = self.block(index) {
-            if !block.counts.is_plain() {
+            if block.counts.order().is_none() {
                 self.admit(index);
             }
             return Ok(true);
@@ -251,23 +302,40 @@ impl Refcounts {
             offset,
             self.g.cluster_size(),
         )?;
-        self.insert(index, Block::new(offset, counts, None))?;
+        self.insert(index, Block::new(self.g, offset, counts, None))?;
         self.admit(index);
         Ok(true)
     }
 
-    /// Make the counts of a block plain, and those of one that was not used for long packed.
+    /// Open the counts of a block, and pack those of blocks that were not used for long.
     fn admit(&mut self, index: u64) {
-        if let Some(block) = self.block_mut(index) {
-            block.counts.bytes_mut();
+        let g = self.g;
+        let narrow = self.short_runs >= JUMPS && self.residents.held() > CACHED;
+        if narrow && !self.narrow {
+            // All of them: between blocks of one width the walk does not stop.
+            self.narrow = true;
+            for block in self.blocks.iter_mut().flatten() {
+                block.counts.narrow(g);
+            }
         }
-        let oldest = self.residents.enter(index).filter(|i| *i != index);
-        if let Some(slot) = oldest.and_then(|i| self.blocks.get_mut(i as usize)) {
-            match slot {
+        let Some(block) = self.block_mut(index) else {
+            return;
+        };
+        block.counts.open(g);
+        if narrow {
+            block.counts.narrow(g);
+        }
+        let bytes = block.counts.size();
+        self.residents.enter(index, bytes);
+        while let Some(oldest) = self.residents.leave() {
+            match self.blocks.get_mut(oldest as usize) {
+                _ if oldest == index => {}
                 // What was only looked at is read again if need be.
-                Some(block) if !block.dirty && block.peak.is_none() => *slot = None,
-                Some(block) => block.counts.pack(),
-                None => {}
+                Some(slot) if slot.as_ref().is_some_and(|b| !b.dirty && !b.has_peak()) => {
+                    *slot = None;
+                }
+                Some(Some(block)) => block.counts.pack(g),
+                _ => {}
             }
         }
     }
@@ -281,12 +349,13 @@ impl Refcounts {
         scratch: &'a mut Vec<u8>,
     ) -> Result<Option<&'a [u8]>> {
         if let Some(block) = self.block(index) {
-            if let Counts::Plain(counts) = &block.counts {
-                return Ok(Some(counts));
-            }
-            scratch.clear();
-            scratch.extend_from_slice(&block.counts());
-            return Ok(Some(scratch));
+            return Ok(Some(match block.counts(self.g) {
+                Cow::Borrowed(counts) => counts,
+                Cow::Owned(counts) => {
+                    *scratch = counts;
+                    scratch
+                }
+            }));
         }
         let offset = self.entry(index);
         if offset == 0 {
@@ -337,7 +406,7 @@ impl Refcounts {
         let peak = self
             .block(self.g.reftable_index(cluster))
             .and_then(|b| b.peak.as_ref());
-        Ok(peak.map_or(last, |p| refblock::get(self.g, p, at).max(last)))
+        Ok(peak.map_or(last, |p| p.get(self.g, at).max(last)))
     }
 
     /// The refcount of a cluster; 0 where no block describes it.
@@ -347,9 +416,7 @@ impl Refcounts {
             return Ok(0);
         }
         let at = self.g.refblock_index(cluster);
-        Ok(self
-            .block(index)
-            .map_or(0, |b| refblock::get(self.g, &b.counts(), at)))
+        Ok(self.block(index).map_or(0, |b| b.counts.get(self.g, at)))
     }
 
     /// Add 1 to or take 1 from a count during a walk and return it. The block must exist.
@@ -364,7 +431,7 @@ impl Refcounts {
         let Some(block) = self.block_mut(index) else {
             return Ok(0); // loaded above
         };
-        let old = refblock::get(g, &block.counts(), at);
+        let old = block.counts.get(g, at);
         let new = if up {
             if old == g.refcount_max() {
                 return Err(overflow(g, cluster));
@@ -373,7 +440,7 @@ impl Refcounts {
         } else {
             old.checked_sub(1).ok_or_else(|| underflow(g, cluster))?
         };
-        refblock::set(g, block.counts.bytes_mut(), at, new);
+        block.counts.set(g, at, new);
         block.touch(up);
         block.freed |= new == 0;
         if new == 0 && cluster.0 < self.next {
@@ -405,34 +472,48 @@ impl Refcounts {
     #[inline]
     pub(crate) fn count_run(&mut self, dev: &mut Device, table: &[u8], step: Step) -> Result<Run> {
         let g = self.g;
-        if !self.load(dev, first_block(g, table))? {
+        let first = first_block(g, table);
+        if !self.load(dev, first)? {
             return Ok(Run::default());
         }
-        Ok(by_refcount_width!(g, W => match step {
+        Ok(by_refcount_width!(self.fields_of(first), W => match step {
             Step::Up => self.count_at_hand::<W>(table, Step::Up),
             Step::Down => self.count_at_hand::<W>(table, Step::Down),
             Step::Look => self.count_at_hand::<W>(table, Step::Look),
         }))
     }
 
-    /// [`Refcounts::count_run`] from block to block. With the width known and each step in a copy of
+    /// A geometry with the width that the counts of a block have in memory.
+    fn fields_of(&self, index: u64) -> Geometry {
+        let order = self.block(index).and_then(|b| b.counts.order());
+        Geometry {
+            refcount_order: order.unwrap_or(self.g.refcount_order),
+            ..self.g
+        }
+    }
+
+    /// [`Refcounts::count_run`] from block to block, as long as they have the same width. With the width known and each step in a copy of
     /// its own, a cluster that is not next to the last one costs little more than one that is.
     #[inline(always)]
     fn count_at_hand<const WIDTH: u32>(&mut self, table: &[u8], step: Step) -> Run {
-        let g = run::with_width::<WIDTH>(self.g);
+        let g = self.g;
         let size = g.l2_entry_size();
         let mut all = Run::default();
+        let mut ahead = self.ahead();
         while let Some(rest) = table.get(all.entries * size..).filter(|r| !r.is_empty()) {
             let entry = BigEndian::read_u64(rest);
             if entry == 0 {
                 all.entries += 1;
                 continue;
             }
+            if ahead.due(all.entries) {
+                self.touch::<WIDTH>(rest);
+            }
             let index = run::block_of(g, entry).unwrap_or(u64::MAX);
             let Some(Some(block)) = self.blocks.get_mut(index as usize) else {
                 break;
             };
-            let Counts::Plain(counts) = &mut block.counts else {
+            let Some(counts) = block.counts.fields_mut::<WIDTH>() else {
                 break;
             };
             let run = run::count::<WIDTH>(g, rest, counts, index, step);
@@ -451,10 +532,41 @@ impl Refcounts {
                     .next
                     .min(g.first_cluster_of_block(index).0 + freed as u64);
             }
+            ahead.ran(run.entries);
             all.ones |= run.ones;
+            all.others |= run.others;
             all.entries += run.entries;
         }
+        self.short_runs = ahead.short_runs;
         all
+    }
+
+    /// How a walk that starts here looks ahead.
+    fn ahead(&self) -> Ahead {
+        let far = self.residents.held() > CACHED;
+        Ahead {
+            due_at: if far { 0 } else { usize::MAX },
+            short_runs: self.short_runs,
+        }
+    }
+
+    /// Load the counts of the next entries, so that the memory answers for all of them at once. A
+    /// walk that jumps about waits for little else.
+    #[inline(always)]
+    fn touch<const WIDTH: u32>(&self, table: &[u8]) {
+        let g = self.g;
+        let fields = run::with_width::<WIDTH>(g);
+        let mut sum = 0;
+        for word in table.chunks_exact(g.l2_entry_size()).take(AHEAD) {
+            let entry = BigEndian::read_u64(word);
+            let index = run::block_of(g, entry).unwrap_or(u64::MAX);
+            let block = self.block(index);
+            if let Some(counts) = block.and_then(|b| b.counts.fields::<WIDTH>()) {
+                let at = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
+                sum ^= refblock::get(fields, counts, at);
+            }
+        }
+        std::hint::black_box(sum);
     }
 
     /// Set bit 63 in a run of an L2 table's entries, as [`Refcounts::count_run`] goes.
@@ -465,38 +577,47 @@ impl Refcounts {
         only_clear: bool,
     ) -> Result<(usize, bool)> {
         let g = self.g;
-        if !self.load(dev, first_block(g, table))? {
+        let first = first_block(g, table);
+        if !self.load(dev, first)? {
             return Ok((0, false));
         }
-        Ok(by_refcount_width!(g, W => self.copied_at_hand::<W>(table, only_clear)))
+        let fields = self.fields_of(first);
+        Ok(by_refcount_width!(fields, W => self.copied_at_hand::<W>(table, only_clear)))
     }
 
     #[inline(always)]
     fn copied_at_hand<const WIDTH: u32>(
-        &self,
+        &mut self,
         table: &mut [u8],
         only_clear: bool,
     ) -> (usize, bool) {
-        let g = run::with_width::<WIDTH>(self.g);
+        let g = self.g;
         let size = g.l2_entry_size();
         let (mut entries, mut changed) = (0, false);
+        let mut ahead = self.ahead();
         while let Some(rest) = table.get_mut(entries * size..).filter(|r| !r.is_empty()) {
             let entry = BigEndian::read_u64(rest);
             if entry == 0 {
                 entries += 1;
                 continue;
             }
+            if ahead.due(entries) {
+                self.touch::<WIDTH>(rest);
+            }
             let index = run::block_of(g, entry).unwrap_or(u64::MAX);
-            let Some(Counts::Plain(counts)) = self.block(index).map(|b| &b.counts) else {
+            let block = self.block(index);
+            let Some(counts) = block.and_then(|b| b.counts.fields::<WIDTH>()) else {
                 break;
             };
             let (n, differs) = run::set_copied::<WIDTH>(g, rest, counts, index, only_clear);
             if n == 0 {
                 break;
             }
+            ahead.ran(n);
             entries += n;
             changed |= differs;
         }
+        self.short_runs = ahead.short_runs;
         (entries, changed)
     }
 
@@ -587,8 +708,8 @@ impl Refcounts {
         let g = self.g;
         let at = g.refblock_index(cluster);
         if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
-            let up = count >= refblock::get(g, &block.counts(), at);
-            refblock::set(g, block.counts.bytes_mut(), at, count);
+            let up = count >= block.counts.get(g, at);
+            block.counts.set(g, at, count);
             block.touch(up);
             block.freed |= count == 0;
             let end = block.offset.saturating_add(g.cluster_size());
@@ -635,7 +756,7 @@ impl Refcounts {
         self.forget_before_writing(dev, offset, self.g.cluster_size())?;
         let epoch = self.epoch;
         self.reach = self.reach.max(offset.saturating_add(self.g.cluster_size()));
-        self.insert(index, Block::new(offset, counts, Some(epoch)))
+        self.insert(index, Block::new(self.g, offset, counts, Some(epoch)))
     }
 
     /// QEMU's `qcow2_refcount_area`: a larger table, and the blocks that describe it, behind
@@ -845,7 +966,7 @@ impl Refcounts {
     pub(crate) fn count_after(&self, cluster: HostCluster) -> u64 {
         let at = self.g.refblock_index(cluster);
         self.block(self.g.reftable_index(cluster))
-            .map_or(0, |b| refblock::get(self.g, &b.counts(), at))
+            .map_or(0, |b| b.counts.get(self.g, at))
     }
 
     /// Has the verb changed counts in the block at `index`?
@@ -865,10 +986,10 @@ impl Refcounts {
         new: bool,
     ) -> Result<bool> {
         let at = self.g.refblock_index(cluster);
-        let count = |counts: &[u8]| refblock::get(self.g, counts, at);
+        let count = |counts: &Counts| counts.get(self.g, at);
         let block = self.block(self.g.reftable_index(cluster));
-        let left = block.map_or(0, |b| count(&b.counts()));
-        let counted = block.is_some_and(|b| b.peak.as_deref().is_some_and(|p| count(p) != 0));
+        let left = block.map_or(0, |b| count(&b.counts));
+        let counted = block.is_some_and(|b| b.peak.as_ref().is_some_and(|p| count(p) != 0));
         let punched = counted || self.punched.contains(&cluster.0);
         Ok(left == 0 && (new || punched || self.count_before(dev, cluster)? != 0))
     }
@@ -883,15 +1004,15 @@ impl Refcounts {
     pub(crate) fn mark_published(&mut self) {
         let g = self.g;
         for block in self.blocks.iter_mut().flatten().filter(|b| b.dirty) {
-            match &mut block.peak {
-                Some(peak) => refblock::raise_to(
-                    g,
-                    peak,
-                    &block.counts.bytes(),
-                    g.refblock_entries() as usize,
-                ),
-                None => block.peak = Some(block.counts.bytes().into_owned()),
-            }
+            let counts = block.counts.bytes(g);
+            let mut peak = match &block.peak {
+                Some(peak) => peak.bytes(g).into_owned(),
+                None => counts.to_vec(),
+            };
+            refblock::raise_to(g, &mut peak, &counts, g.refblock_entries() as usize);
+            let mut peak = Counts::new(g, peak);
+            peak.pack(g);
+            block.peak = Some(peak);
         }
     }
 
@@ -908,10 +1029,8 @@ impl Refcounts {
             return;
         }
         if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
-            let peak = block
-                .peak
-                .get_or_insert_with(|| block.counts.bytes().into_owned());
-            refblock::set(g, peak, at, 1);
+            let peak = block.peak.get_or_insert_with(|| block.counts.clone());
+            peak.set(g, at, 1);
             block.raised = true;
             block.lowered = true;
             block.ours |= !block.dirty;
@@ -942,8 +1061,8 @@ impl Refcounts {
             }
             let at = g.refblock_index(HostCluster(c));
             let counted = if let Some(b) = self.block(index) {
-                let peak = b.peak.as_deref().map_or(0, |p| refblock::get(g, p, at));
-                let counted = refblock::get(g, &b.counts(), at) != 0 || peak != 0;
+                let peak = b.peak.as_ref().map_or(0, |p| p.get(g, at));
+                let counted = b.counts.get(g, at) != 0 || peak != 0;
                 // What a resize has freed here is still in use on the disk.
                 counted || self.count_before(dev, HostCluster(c))? != 0
             } else {
@@ -1037,7 +1156,7 @@ impl Refcounts {
             }
             self.check_aligned(index, offset)?;
             let mut copy = match self.block(index) {
-                Some(b) => b.counts().into_owned(),
+                Some(b) => b.counts(g).into_owned(),
                 None => {
                     scratch.resize(g.cluster_len(), 0);
                     dev.read("Could not read a refcount block", offset, &mut scratch)?;
@@ -1075,7 +1194,7 @@ impl Refcounts {
                 self.dropped.push(Dropped {
                     index,
                     offset,
-                    counts: block.map(|b| b.counts().into_owned()),
+                    counts: block.map(|b| b.counts(g).into_owned()),
                     peak: None,
                 });
             }

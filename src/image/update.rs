@@ -24,7 +24,7 @@ use super::device::{self, Device};
 use super::overlap::Kind;
 use super::refcount::{Block, Refcounts};
 use super::replay::{Replay, Switched};
-use super::walk::{self, Counts, Flags, Pieces};
+use super::walk::{self, Counts, Flags, Marked, Pieces};
 use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::entry::{COPIED, REFTABLE_OFFSET_MASK};
@@ -59,9 +59,9 @@ pub(crate) struct Plan {
     /// The epoch whose publish is the verb's own.
     pub(crate) decisive: usize,
     /// Tables whose entries lose COPIED in prepare.
-    pub(crate) clear: Vec<u64>,
+    pub(crate) clear: Vec<Marked>,
     /// Tables whose entries get the final COPIED in reclaim.
-    pub(crate) set: Vec<u64>,
+    pub(crate) set: Vec<Marked>,
     /// The counts that decide about COPIED in both.
     pub(crate) counts: Counts,
     /// L1 tables that change in bit 63 only: (offset, words before, words after).
@@ -193,17 +193,17 @@ impl Update<'_> {
         let mut out = Pieces::new("refcount block");
         let mut old = device::zeroed(g.cluster_size())?;
         let mut raised = Vec::new();
-        let changed = |b: &Block| b.born.is_none() && (b.raised || b.peak.is_some());
+        let changed = |b: &Block| b.born.is_none() && (b.raised || b.has_peak());
         for (_, block) in refs.loaded().filter(|(_, b)| changed(b)) {
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
             if block.only_raised() {
-                out.write_changes(self.dev, block.offset, &old, &block.counts())?;
+                out.write_changes(self.dev, block.offset, &old, &block.counts(g))?;
                 continue;
             }
             raised.clear();
             raised.extend_from_slice(&old);
-            raise(g, &mut raised, block.peak.as_deref(), &block.counts());
+            raise(g, &mut raised, block.peak(g).as_deref(), &block.counts(g));
             out.write_changes(self.dev, block.offset, &old, &raised)?;
         }
         for dropped in &refs.dropped {
@@ -439,7 +439,7 @@ impl Update<'_> {
         for (index, block) in refs.loaded().filter(|(_, b)| b.dirty && !b.only_raised()) {
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
-            let counts = block.counts();
+            let counts = block.counts(g);
             if old != *counts {
                 out.write_changes(self.dev, block.offset, &old, &counts)?;
                 if block.freed {
@@ -518,8 +518,8 @@ type Write<'a> = (&'static str, u64, std::borrow::Cow<'a, [u8]>);
 fn new_structures(refs: &Refcounts, g: Geometry, epoch: usize) -> Result<Vec<Write<'static>>> {
     let mut writes: Vec<Write> = Vec::new();
     for (_, block) in refs.loaded().filter(|(_, b)| b.born == Some(epoch)) {
-        let mut counts = block.counts().into_owned();
-        raise(g, &mut counts, block.peak.as_deref(), &block.counts());
+        let mut counts = block.counts(g).into_owned();
+        raise(g, &mut counts, block.peak(g).as_deref(), &block.counts(g));
         writes.push(("refcount block", block.offset, counts.into()));
     }
     for table in refs.tables.iter().filter(|t| t.born == Some(epoch)) {
@@ -666,7 +666,17 @@ impl Holes {
         }
     }
 
-    fn punch(&self, dev: &mut Device, g: Geometry) {
+    fn punch(mut self, dev: &mut Device, g: Geometry) {
+        // What an explicit free has punched became free in a block as well.
+        self.clusters.sort_unstable();
+        self.clusters.dedup_by(|next, last| {
+            let (end, next_end) = (last.0 + last.1, next.0 + next.1);
+            let touches = next.0 <= end;
+            if touches {
+                last.1 = end.max(next_end) - last.0;
+            }
+            touches
+        });
         for (first, n) in &self.clusters {
             dev.discard(g.offset_of(HostCluster(*first)), n << g.cluster_bits);
         }

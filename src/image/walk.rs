@@ -28,10 +28,37 @@ pub(crate) struct Walked {
     pub(crate) l1: Vec<u64>,
     /// `l1` differs from what was walked.
     pub(crate) l1_changed: bool,
-    /// Offsets of L2 tables that remain and in which some bit 63 differs from what the counts demand.
-    pub(crate) tables: Vec<u64>,
+    /// L2 tables that remain and in which some bit 63 differs from what the counts demand.
+    pub(crate) tables: Vec<Marked>,
     /// Some count is one now.
     pub(crate) ones: bool,
+}
+
+/// An L2 table that is to be rewritten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Marked {
+    pub(crate) offset: u64,
+    /// What the last walk of the verb has seen, if it came by: the clusters' counts in the end.
+    pub(crate) ones: Ones,
+}
+
+/// Which of the clusters that a table names have a count of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Ones {
+    All,
+    None,
+    /// Some, or not known: the counts must be looked at again.
+    Some,
+}
+
+/// What counting one table came to.
+#[derive(Default)]
+struct Counted {
+    /// The end of the last entry whose bit 63 changes, in bytes from the table's start.
+    changed: Option<u64>,
+    /// Some cluster's count is one now, and some cluster's is not.
+    ones: bool,
+    others: bool,
 }
 
 impl Replay {
@@ -53,13 +80,19 @@ impl Replay {
             }
             let offset = old & OFFSET_MASK;
             check_l2_offset(g, offset, index)?;
+            // What is rewritten is the table on disk.
+            let mut on_disk = true;
             let table = match changed_table(&self.tables, &self.temporary, offset) {
-                Some(changed) => changed,
+                Some(changed) => {
+                    on_disk = false;
+                    changed
+                }
                 // All zeros, however many the L1 names.
                 None if dev.ends_before(offset)? => &[],
                 None => tables.get(dev, index, offset)?,
             };
-            let changed = count_table(&mut self.refs, dev, g, table, offset, step, &mut out.ones)?;
+            let counted = count_table(&mut self.refs, dev, g, table, offset, step)?;
+            out.ones |= counted.ones;
 
             let own = g.cluster_of(offset);
             let count = match step {
@@ -67,7 +100,7 @@ impl Replay {
                 _ => self.refs.bump(dev, own, step == Step::Up)?,
             };
             out.ones |= count == 1;
-            if let Some(end) = changed {
+            if let Some(end) = counted.changed {
                 // QEMU drops the first slice of a table that is freed, and writes the others.
                 let slice = g.l2_slice_bytes(self.header.size);
                 let freed = step == Step::Down && count == 0;
@@ -79,7 +112,13 @@ impl Replay {
                 if !freed {
                     self.overlap
                         .check(offset, g.cluster_size(), Some(Kind::ActiveL2))?;
-                    out.tables.push(offset);
+                    let ones = match (counted.ones, counted.others) {
+                        _ if step != Step::Look || !on_disk => Ones::Some,
+                        (true, true) => Ones::Some,
+                        (true, false) => Ones::All,
+                        (false, _) => Ones::None,
+                    };
+                    out.tables.push(Marked { offset, ones });
                 }
             }
             let new = offset | if count == 1 { COPIED } else { 0 };
@@ -128,8 +167,7 @@ fn check_l2_offset(g: Geometry, offset: u64, l1_index: usize) -> Result<()> {
     Ok(())
 }
 
-/// Count the clusters of one L2 table. Returns the end of the last entry whose bit 63 changes, in
-/// bytes from the table's start.
+/// Count the clusters of one L2 table.
 fn count_table(
     refs: &mut Refcounts,
     dev: &mut Device,
@@ -137,27 +175,33 @@ fn count_table(
     table: &[u8],
     offset: u64,
     step: Step,
-    ones: &mut bool,
-) -> Result<Option<u64>> {
+) -> Result<Counted> {
     let size = g.l2_entry_size();
-    let (mut at, mut changed) = (0, None);
+    let (mut at, mut all) = (0, Counted::default());
     while let Some(rest) = table.get(at..).filter(|r| !r.is_empty()) {
         let run = refs.count_run(dev, rest, step)?;
-        *ones |= run.ones;
+        all.ones |= run.ones;
+        all.others |= run.others;
         if run.changed != 0 {
-            changed = Some((at + run.changed * size) as u64);
+            all.changed = Some((at + run.changed * size) as u64);
         }
         at += run.entries * size;
         if run.entries == 0 {
             let old = BigEndian::read_u64(rest);
-            let count = count_entry(refs, dev, g, old, (offset, at / size), step, ones)?;
+            let place = (offset, at / size);
+            let count = count_entry(refs, dev, g, old, place, step, &mut all.ones)?;
             at += size;
+            all.ones |= count == 1;
+            // Flags of compressed clusters and of entries that name none do not hang on a count.
+            let kind = entry::cluster(g, old & !COPIED);
+            all.others |=
+                count != 1 && matches!(kind, Cluster::Standard(_) | Cluster::ZeroAllocated(_));
             if (old & COPIED != 0) != (count == 1) {
-                changed = Some(at as u64);
+                all.changed = Some(at as u64);
             }
         }
     }
-    Ok(changed)
+    Ok(all)
 }
 
 /// Count what one entry refers to, of whatever kind it is. Returns the count that decides about its
@@ -221,6 +265,8 @@ pub(crate) enum Counts {
     Published,
     /// None is one, as the walks have seen: nothing is COPIED.
     NoneIsOne,
+    /// All of the table's are one, as the last walk has seen.
+    AllAreOne,
 }
 
 /// Bit 63 of one L2 entry as the counts demand.
@@ -239,6 +285,7 @@ fn wanted(
         Counts::Final => refs.get(dev, g.cluster_of(at))?,
         Counts::Published => refs.get_published(dev, g.cluster_of(at))?,
         Counts::NoneIsOne => 0,
+        Counts::AllAreOne => 1,
     };
     Ok(count == 1)
 }
@@ -262,7 +309,11 @@ pub(crate) fn set_copied(
         return Ok(changed);
     }
     // Peaks are kept only where a verb publishes more than once.
-    let runs = counts == Counts::Final || !refs.has_peaks();
+    let runs = match counts {
+        Counts::Final => true,
+        Counts::Published => !refs.has_peaks(),
+        Counts::NoneIsOne | Counts::AllAreOne => false,
+    };
     let (mut at, mut changed) = (0, false);
     while let Some(rest) = table.get_mut(at..).filter(|r| !r.is_empty()) {
         if runs {
@@ -284,25 +335,32 @@ pub(crate) fn set_copied(
     Ok(changed)
 }
 
-/// Write bit 63 of the entries of `tables` as the counts demand; changed 4 KiB pieces only,
+/// Write bit 63 of the entries of `tables` as the counts demand, which are looked at only where no
+/// walk has said enough; changed 4 KiB pieces only,
 /// adjacent ones in one request.
 pub(crate) fn rewrite_tables(
     refs: &mut Refcounts,
     dev: &mut Device,
     g: Geometry,
-    tables: &[u64],
+    tables: &[Marked],
     flags: Flags,
     counts: Counts,
 ) -> Result<()> {
-    let mut reader = TableReader::new(g, tables)?;
+    let offsets: Vec<u64> = tables.iter().map(|t| t.offset).collect();
+    let mut reader = TableReader::new(g, &offsets)?;
     let mut out = Pieces::new("L2 table");
     let mut new = Vec::new();
-    for (index, offset) in tables.iter().enumerate() {
-        let table = reader.get(dev, index, *offset)?;
+    for (index, Marked { offset, ones }) in tables.iter().copied().enumerate() {
+        let table = reader.get(dev, index, offset)?;
+        let counts = match ones {
+            Ones::All => Counts::AllAreOne,
+            Ones::None => Counts::NoneIsOne,
+            Ones::Some => counts,
+        };
         new.clear();
         new.extend_from_slice(table);
         if set_copied(refs, dev, g, &mut new, flags, counts)? {
-            out.write_changes(dev, *offset, table, &new)?;
+            out.write_changes(dev, offset, table, &new)?;
         }
     }
     out.finish(dev)

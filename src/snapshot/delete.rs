@@ -5,6 +5,7 @@ use crate::format::geometry::TABLE_ENTRY;
 use crate::format::run::Step;
 use crate::image::refcount::Freed;
 use crate::image::update::Plan;
+use crate::image::walk::Marked;
 use crate::image::Image;
 
 impl Image {
@@ -68,10 +69,11 @@ impl Image {
     }
 }
 
-/// Tables of both walks, each once.
-pub(super) fn merged(mut a: Vec<u64>, b: Vec<u64>) -> Vec<u64> {
+/// Tables of both walks, each once, with what is known of it.
+pub(super) fn merged(mut a: Vec<Marked>, b: Vec<Marked>) -> Vec<Marked> {
     a.extend(b);
+    // By offset, and of the same table first the one that says most.
     a.sort_unstable();
-    a.dedup();
+    a.dedup_by_key(|t| t.offset);
     a
 }
