@@ -27,17 +27,17 @@ pub fn split(data: &[u8]) -> Option<(&[u8], &[u8])> {
     let cap = cap(program);
     let small = raw.l1_size().saturating_mul(8) <= cap
         && raw.reftable_bytes() <= cap.max(1 << raw.cluster_bits().min(16))
-        && raw.nb_snapshots().saturating_mul(256) <= cap
+        && raw.nb_snapshots().saturating_mul(256) <= cap.min(TABLE_CAP >> 3)
         && raw.cluster_bits() <= 16;
     small.then_some((program, image))
 }
 
-/// One program in sixteen may have longer tables, one in sixty-four the longest: they cost a
-/// thousand times as much.
+/// One program in sixteen may have longer tables, one in 256 the longest: they cost a thousand times
+/// as much.
 pub fn cap(program: &[u8]) -> u64 {
     match program[0] {
-        0xfc.. => TABLE_CAP,
-        0xf0.. => TABLE_CAP >> 3,
+        0xff => TABLE_CAP,
+        0xf0.. => TABLE_CAP >> 4,
         _ => TABLE_CAP >> 6,
     }
 }
