@@ -180,7 +180,11 @@ fn no_backing_and_foreign_storage_open_no_file_that_an_image_names() {
     let data_file = {
         let mut image = empty(b"");
         image[79] = 4; // incompatible: external data file
-        image[104..117].copy_from_slice(b"\x44\x41\x54\x41\0\0\0\x05other");
+                       // Not relative to the image, as a backing file is.
+        let name = other.to_str().unwrap().as_bytes();
+        image[104..108].copy_from_slice(b"DATA");
+        image[108..112].copy_from_slice(&(name.len() as u32).to_be_bytes());
+        image[112..112 + name.len()].copy_from_slice(name);
         // The first cluster is at offset 0 of the data file.
         image[4 * CLUSTER] = 0x80;
         image
@@ -200,6 +204,23 @@ fn no_backing_and_foreign_storage_open_no_file_that_an_image_names() {
         assert_eq!(e.errno(), libc::ENOTSUP);
         assert!(e.to_string().contains(what), "{e}");
     }
+}
+
+#[test]
+fn a_data_file_with_a_relative_name_is_looked_for_in_the_current_folder_as_in_qemu() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image");
+    std::fs::write(dir.path().join("no-such-file-here"), empty(b"")).unwrap();
+    let mut image = empty(b"");
+    image[79] = 4; // incompatible: external data file
+    image[104..112].copy_from_slice(b"DATA\0\0\0\x11");
+    image[112..129].copy_from_slice(b"no-such-file-here");
+    image[4 * CLUSTER] = 0x80;
+    std::fs::write(&path, image).unwrap();
+    let mut image = Image::open(&path, OpenFlags::read_only()).unwrap();
+    let e = image.read(0, &mut [0]).unwrap_err();
+    assert_eq!(e.errno(), libc::ENOENT);
+    assert!(e.to_string().contains("'no-such-file-here'"), "{e}");
 }
 
 #[test]

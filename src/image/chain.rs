@@ -37,6 +37,10 @@ impl Layer {
     }
 }
 
+/// What an image names, in messages.
+const BACKING_FILE: &str = "backing file";
+const DATA_FILE: &str = "external data file";
+
 impl Image {
     /// The layers behind this image, nearest first, opened on first use.
     pub(crate) fn open_chain(&mut self) -> Result<()> {
@@ -98,8 +102,9 @@ impl Image {
             .map_or(0, Layer::length))
     }
 
-    /// A name from the image as a path: relative to the image's folder (`path_combine`), but with
-    /// `file:` before it to the current one, as in QEMU.
+    /// A name from the image as a path, relative to the folder that QEMU takes it from: a backing
+    /// file's to the image's (`path_combine`), but to the current one with `file:` before it; a data
+    /// file's always to the current one.
     fn resolve(&self, name: &[u8], what: &str) -> Result<PathBuf> {
         let shown = String::from_utf8_lossy(name);
         let Some(own) = &self.path else {
@@ -115,7 +120,7 @@ impl Image {
             )));
         }
         let folder = match own.parent() {
-            Some(folder) if plain.len() == name.len() => folder,
+            Some(folder) if what == BACKING_FILE && plain.len() == name.len() => folder,
             _ => Path::new(""),
         };
         Ok(folder.join(OsStr::from_bytes(plain)))
@@ -124,7 +129,7 @@ impl Image {
     /// Path of the file that this image's data is in.
     pub(crate) fn data_path(&self) -> Option<PathBuf> {
         if self.header.has_data_file() {
-            return self.resolve(&self.extensions.data_file, "").ok();
+            return self.resolve(&self.extensions.data_file, DATA_FILE).ok();
         }
         self.path.clone()
     }
@@ -167,7 +172,7 @@ impl Image {
                 String::from_utf8_lossy(&format)
             )));
         }
-        let (mut dev, path) = self.open_named(&name, &format, "backing file")?;
+        let (mut dev, path) = self.open_named(&name, &format, BACKING_FILE)?;
         let qcow2 = match format.as_slice() {
             b"qcow2" => true,
             b"" => {
@@ -194,7 +199,7 @@ impl Image {
                     "'data-file' is required for this image".into(),
                 ));
             }
-            let (dev, _) = self.open_named(&name, b"raw", "external data file")?;
+            let (dev, _) = self.open_named(&name, b"raw", DATA_FILE)?;
             self.data_file = Some(dev);
         }
         self.data_file

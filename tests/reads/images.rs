@@ -109,7 +109,9 @@ fn chain(rng: &mut Rng, tools: &mut Tools) -> R<()> {
         options.push_str(",compression_type=zstd");
     }
     if data_file {
-        options.push_str(",data_file=r.data");
+        // A relative name would be taken from the current folder, which is not the image's here.
+        let path = tools.dir.join("r.data");
+        options.push_str(&format!(",data_file={}", path.display()));
         if rng.chance(30) {
             options.push_str(",data_file_raw=on");
         }
