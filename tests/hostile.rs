@@ -121,14 +121,21 @@ fn head(path: &Path) -> Vec<u8> {
     bytes
 }
 
-/// Is every cluster in which the files differ a hole in `theirs`, and in `ours` what it was before?
-/// Then qemu-img has punched something that we have kept, and nothing else differs.
+/// Is every cluster in which the files differ a hole in `theirs`, and in `ours` what it was before
+/// but for COPIED? Then qemu-img has punched something that we have kept, and nothing else differs.
 fn only_kept(before: &[u8], ours: &[u8], theirs: &[u8]) -> bool {
     let cluster = 1
         << targets::oracle::Raw::new(before)
             .cluster_bits()
             .clamp(9, 21);
-    let kept = |at: usize, o: &[u8]| before.get(at..).is_some_and(|b| b.starts_with(o));
+    let but_for_copied = |(i, (o, b)): (usize, (&u8, &u8))| match i % 8 {
+        0 => o & 0x7f == b & 0x7f,
+        _ => o == b,
+    };
+    let kept = |at: usize, o: &[u8]| {
+        let was = before.get(at..at + o.len());
+        was.is_some_and(|b| o.iter().zip(b).enumerate().all(but_for_copied))
+    };
     ours.len() == theirs.len()
         && ours
             .chunks(cluster)

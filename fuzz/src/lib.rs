@@ -198,4 +198,24 @@ fn read_some(image: &mut Image, program: &[u8], buf: &mut [u8]) {
         let _ = image.read(at, &mut buf[..n]);
         at += n as u64;
     }
+    // What it is made of: each answer goes on, and what is said to be zeros reads as zeros.
+    let mut at = 0;
+    for _ in 0..32 {
+        let left = length - at.min(length);
+        let Ok(status) = image.block_status(at, left) else {
+            break;
+        };
+        if left == 0 {
+            assert_eq!(status.length, 0);
+            break;
+        }
+        assert_eq!(status.start, at);
+        assert!((1..=left).contains(&status.length));
+        let part = &mut buf[..];
+        let n = status.length.min(part.len() as u64) as usize;
+        if status.zero && image.read(at, &mut part[..n]).is_ok() {
+            assert!(part[..n].iter().all(|b| *b == 0), "zeros that are none");
+        }
+        at += status.length;
+    }
 }

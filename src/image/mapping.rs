@@ -363,16 +363,23 @@ impl Image {
     }
 
     /// The extent at `guest`, at least up to the end of its cluster or subcluster; up to the end of
-    /// the L2 table's range where there is no table.
+    /// the next L2 table's range where there is no table.
     fn extent_at(&mut self, guest: u64, max: u64) -> Result<(Extent, u64)> {
         let g = self.header.geometry;
         let l1 = self.view.as_ref().map_or(&self.l1, |v| &v.l1);
         let slot = l1.get(g.l1_index(guest) as usize).copied().unwrap_or(0);
         let table = slot & OFFSET_MASK;
         if table == 0 {
-            let end = g
-                .guest_of_l1(g.l1_index(guest).saturating_add(1))
-                .unwrap_or(u64::MAX);
+            // A snapshot's disk may be said to be exabytes long: nothing is behind its L1 table.
+            let (mut index, mut end) = (g.l1_index(guest), guest);
+            while end - guest < max {
+                index = index.saturating_add(1);
+                let behind = (index as usize) < l1.len();
+                end = g.guest_of_l1(index).filter(|_| behind).unwrap_or(u64::MAX);
+                if l1.get(index as usize).is_some_and(|e| e & OFFSET_MASK != 0) {
+                    break;
+                }
+            }
             return Ok((Extent::Unallocated(None), end - guest));
         }
         let (word, bitmap) = self.l2_entry(table, guest)?;

@@ -47,12 +47,17 @@ impl BlockStatus {
     }
 }
 
+/// L2 entries that one answer looks at, about: a second's work. Only an L1 that names the same tables
+/// again and again needs more, or a disk of a hundred terabytes of zeros.
+const MOST_ENTRIES: u64 = 1 << 31;
+
 impl Image {
     /// What the disk now seen is made of at `offset`: the kind of its bytes, and for how many of
     /// `max` bytes it stays the same. At the end of the disk the length is 0.
     ///
     /// Asked again and again, each time from the end of the answer before, it gives the entries of
-    /// `qemu-img map --output=json` (whose `offset` is missing where this is `None`).
+    /// `qemu-img map --output=json` (whose `offset` is missing where this is `None`). Only after 2^31 L2
+    /// entries an answer ends although the next is like it.
     ///
     /// # Errors
     /// `EIO` past the end of the disk and for damaged tables; those of opening a backing file.
@@ -68,7 +73,11 @@ impl Image {
             start: offset,
             ..BlockStatus::default()
         };
-        while found.length < max {
+        let pieces = (MOST_ENTRIES / self.header.geometry.l2_entries()).max(1);
+        for _ in 0..pieces {
+            if found.length >= max {
+                break;
+            }
             let next = self.piece_in_chain(offset + found.length, max - found.length)?;
             if found.length == 0 {
                 found = next;
