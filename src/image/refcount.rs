@@ -1344,6 +1344,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "many minutes there")]
     fn a_walk_that_jumps_about_counts_in_narrow_fields_and_comes_to_the_same() {
         for order in [2, 4, 6] {
             let g = Geometry::new(9, order, false);
@@ -1431,6 +1432,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "many minutes there")]
     fn the_table_grows_behind_everything_described() {
         let (mut dev, mut r) = small();
         // 64 entries describe 64 * 256 clusters; one by one nothing is skipped for new blocks.

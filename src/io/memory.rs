@@ -141,6 +141,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri ends where its memory ends")]
     fn lengths_that_no_memory_can_hold_fail_without_a_panic() {
         let mut m = MemoryStorage::new(vec![1]);
         assert_eq!(
