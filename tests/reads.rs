@@ -251,6 +251,16 @@ fn the_reference_images_read_as_in_qemu() {
         }
         let mut tools = qemu::Tools::new(dir.path());
         let name = case.file_name().unwrap().to_str().unwrap().to_owned();
+        // Its relative name would be taken from the current folder, which is not the image's here.
+        let data_file = dir.path().join("image.data");
+        if data_file.exists() {
+            let name = format!("data_file={}", data_file.display());
+            let amended = tools.must(
+                "qemu-img",
+                &["amend", "-f", "qcow2", "-o", &name, generate::QEMU],
+            );
+            assert!(amended.is_ok());
+        }
         let args = [&b"convert"[..], b"-O", b"raw"];
         let readable = tools.on("qemu-img", &args, generate::QEMU, &[b"x.raw"]);
         if !readable.unwrap().ok {
