@@ -23,10 +23,11 @@ pub type Qcow2ProgressFunc =
 ///
 /// The stages come in the order of their values. Within a stage there is a call after each
 /// MiB of tables (every few milliseconds) or, in small images, each sixteenth of what is to
-/// be done, and always a last one with `done` equal to `total`: after the last of QCOW2_PROGRESS_CHECK the verb begins to write, after
-/// the last of QCOW2_PROGRESS_PREPARE it takes effect, and the last of
-/// QCOW2_PROGRESS_RECLAIM comes when all is on stable storage. A verb that fails does not
-/// come to them. Waiting for the disk between two calls may take long.
+/// be done, and always a last one with `done` equal to `total`: after the last of
+/// QCOW2_PROGRESS_CHECK the verb begins to write, after the last of QCOW2_PROGRESS_PREPARE it
+/// takes effect, and the last of QCOW2_PROGRESS_RECLAIM comes when all is on stable storage.
+/// A verb that fails does not come to them. Waiting for the disk between two calls may take
+/// long.
 ///
 /// A verb that is cancelled returns -ECANCELED, and qcow2_last_outcome() is
 /// QCOW2_OUTCOME_UNCHANGED. In QCOW2_PROGRESS_CHECK not a byte has changed, and the handle
