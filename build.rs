@@ -18,7 +18,7 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by Cargo"));
 
     // Only cbindgen sees this cfg: it makes an #ifdef of it.
-    println!("cargo::rustc-check-cfg=cfg(qcow2_compat_2_1)");
+    println!("cargo::rustc-check-cfg=cfg(qcow2_compat_2_1, qcow2_little_memory)");
 
     // The source tree stays as it is (it may be read-only): `make header` copies the result
     // to include/, and tests/header.rs compares the two.

@@ -8,17 +8,27 @@
 //!   small numbers: where a walk jumps about they are kept in *narrow* fields of 2, 4 or 8 bits, which
 //!   the same loops count in. 16 TiB take 64 MiB instead of 512, and most of the waiting for memory
 //!   is gone, for less of it is looked up.
+//!
+//! What even so takes more than [`MOST`] is put *away* in a temporary file. A walk that jumps about
+//! then goes over its tables several times, each time counting in a part of the blocks
+//! (`refcount::memory`).
 
+use crate::error::{Error, Result};
 use crate::format::geometry::Geometry;
 use crate::format::refblock;
+use crate::io::scratch::Scratch;
 use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// What open blocks may take at first, in bytes.
 const FEW: u64 = 24 << 20;
-/// What open blocks may take at most, in bytes. Beyond it those that were not used for long are
-/// packed, or at least narrow.
-const MOST: u64 = 256 << 20;
+/// What counts may take at most, in bytes. (Little for tests of what happens beyond.)
+pub(crate) const MOST: u64 = if cfg!(qcow2_little_memory) {
+    1000
+} else {
+    224 << 20
+};
 
 /// The narrowest fields, as a refcount order: 2 bits hold the counts of a disk with a snapshot or two.
 const NARROWEST: u32 = 1;
@@ -30,6 +40,22 @@ pub(crate) enum Counts {
     Open { order: u32, bytes: Vec<u8> },
     /// Runs of equal 8-byte words of the block.
     Packed(Vec<(u32, [u8; 8])>),
+    /// In a temporary file, at this place: fields as in `Open`.
+    Away {
+        order: u32,
+        at: u64,
+        scratch: Arc<Scratch>,
+    },
+}
+
+/// The bytes of fields of `1 << order` bits that are in the temporary file.
+fn fetched(g: Geometry, order: u32, scratch: &Scratch, at: u64) -> Result<Vec<u8>> {
+    let mut bytes = super::device::zeroed(g.cluster_size() >> (g.refcount_order - order))?;
+    scratch.read(at, &mut bytes).map_err(|source| Error::Os {
+        context: "Could not read a temporary file".into(),
+        source,
+    })?;
+    Ok(bytes)
 }
 
 fn of_order(g: Geometry, order: u32) -> Geometry {
@@ -47,23 +73,50 @@ impl Counts {
     }
 
     /// The bytes of the block.
-    pub(crate) fn bytes(&self, g: Geometry) -> Cow<'_, [u8]> {
-        match self {
+    pub(crate) fn bytes(&self, g: Geometry) -> Result<Cow<'_, [u8]>> {
+        Ok(match self {
             Counts::Open { order, bytes } if *order == g.refcount_order => Cow::Borrowed(bytes),
             Counts::Open { order, bytes } => {
                 Cow::Owned(refblock::converted(of_order(g, *order), bytes, g))
             }
             Counts::Packed(runs) => Cow::Owned(unpacked(runs)),
-        }
+            Counts::Away { order, at, scratch } => {
+                let bytes = fetched(g, *order, scratch, *at)?;
+                Cow::Owned(if *order == g.refcount_order {
+                    bytes
+                } else {
+                    refblock::converted(of_order(g, *order), &bytes, g)
+                })
+            }
+        })
     }
 
-    /// The width of the fields, unless the counts are packed.
+    /// The width of the fields, if the counts are open.
     #[inline]
     pub(crate) fn order(&self) -> Option<u32> {
         match self {
             Counts::Open { order, .. } => Some(*order),
-            Counts::Packed(_) => None,
+            Counts::Packed(_) | Counts::Away { .. } => None,
         }
+    }
+
+    /// The width of the fields, or of those that would do, as a refcount order.
+    pub(crate) fn fields_needed(&self, g: Geometry) -> u32 {
+        match self {
+            Counts::Open { order, .. } | Counts::Away { order, .. } => *order,
+            Counts::Packed(runs) => {
+                let highest = runs
+                    .iter()
+                    .map(|(_, word)| refblock::highest(g, word))
+                    .max();
+                order_for(g, highest.unwrap_or(0).saturating_add(1))
+            }
+        }
+    }
+
+    /// Are the counts in the temporary file?
+    pub(crate) fn is_away(&self) -> bool {
+        matches!(self, Counts::Away { .. })
     }
 
     /// The fields, if they have this width.
@@ -85,8 +138,8 @@ impl Counts {
     }
 
     /// The count at `index`.
-    pub(crate) fn get(&self, g: Geometry, index: usize) -> u64 {
-        match self {
+    pub(crate) fn get(&self, g: Geometry, index: usize) -> Result<u64> {
+        Ok(match self {
             Counts::Open { order, bytes } => refblock::get(of_order(g, *order), bytes, index),
             Counts::Packed(runs) => {
                 let (mut word, within) = g.refcount_in_word(index);
@@ -97,12 +150,16 @@ impl Counts {
                 });
                 run.map_or(0, |(_, value)| refblock::get(g, value, within))
             }
-        }
+            Counts::Away { order, at, scratch } => {
+                let bytes = fetched(g, *order, scratch, *at)?;
+                refblock::get(of_order(g, *order), &bytes, index)
+            }
+        })
     }
 
     /// Store a count, which the block's own width can hold.
-    pub(crate) fn set(&mut self, g: Geometry, index: usize, count: u64) {
-        self.open(g);
+    pub(crate) fn set(&mut self, g: Geometry, index: usize, count: u64) -> Result<()> {
+        self.open(g)?;
         if let Counts::Open { order, bytes } = self {
             if count > of_order(g, *order).refcount_max() {
                 let wider = order_for(g, count);
@@ -111,13 +168,41 @@ impl Counts {
             }
             refblock::set(of_order(g, *order), bytes, index, count);
         }
+        Ok(())
     }
 
-    /// Unpack.
-    pub(crate) fn open(&mut self, g: Geometry) {
-        if let Counts::Packed(runs) = self {
-            *self = Counts::new(g, unpacked(runs));
+    /// Unpack, or read from the temporary file.
+    pub(crate) fn open(&mut self, g: Geometry) -> Result<()> {
+        match self {
+            Counts::Open { .. } => {}
+            Counts::Packed(runs) => *self = Counts::new(g, unpacked(runs)),
+            Counts::Away { order, at, scratch } => {
+                let (order, bytes) = (*order, fetched(g, *order, scratch, *at)?);
+                *self = Counts::Open { order, bytes };
+            }
         }
+        Ok(())
+    }
+
+    /// Write the counts to the temporary file, at `at`, and forget them.
+    pub(crate) fn put_away(&mut self, g: Geometry, scratch: &Arc<Scratch>, at: u64) -> Result<()> {
+        if self.is_away() {
+            return Ok(());
+        }
+        self.open(g)?;
+        self.narrow(g);
+        if let Counts::Open { order, bytes } = self {
+            scratch.write(at, bytes).map_err(|source| Error::Os {
+                context: "Could not write a temporary file".into(),
+                source,
+            })?;
+            *self = Counts::Away {
+                order: *order,
+                at,
+                scratch: Arc::clone(scratch),
+            };
+        }
+        Ok(())
     }
 
     /// Keep the counts in the narrowest fields that have room for one more of each.
@@ -138,15 +223,21 @@ impl Counts {
         match self {
             Counts::Open { bytes, .. } => bytes.len() as u64,
             Counts::Packed(runs) => size_of_val(runs.as_slice()) as u64,
+            Counts::Away { .. } => 0,
         }
     }
 
     /// Keep the counts as runs, if that saves most of the memory, else in narrow fields.
     pub(crate) fn pack(&mut self, g: Geometry) {
-        let Counts::Open { .. } = self else {
+        let Counts::Open { order, bytes } = self else {
             return;
         };
-        match packed(&self.bytes(g)) {
+        let runs = if *order == g.refcount_order {
+            packed(bytes)
+        } else {
+            packed(&refblock::converted(of_order(g, *order), bytes, g))
+        };
+        match runs {
             Some(runs) => *self = Counts::Packed(runs),
             None => self.narrow(g),
         }
@@ -189,24 +280,31 @@ fn unpacked(runs: &[(u32, [u8; 8])]) -> Vec<u8> {
     bytes
 }
 
-/// Which blocks are open, oldest first, and what they may take.
+/// Which blocks are open, oldest first, and what all may take.
 #[derive(Debug)]
 pub(crate) struct Residents {
     open: VecDeque<(u64, u64)>,
     /// Bytes that they take, and may take.
     held: u64,
     limit: u64,
+    /// Bytes that all other counts take.
+    pub(crate) kept: u64,
+    /// Bytes that all counts may take.
+    cap: u64,
     /// Loads so far, and for each block the number of them when it was last left.
     now: u64,
     left: Vec<u64>,
 }
 
 impl Residents {
-    pub(crate) fn new() -> Residents {
+    /// `cap`: bytes that counts may take, [`MOST`] but in tests.
+    pub(crate) fn new(cap: u64) -> Residents {
         Residents {
             open: VecDeque::new(),
             held: 0,
-            limit: FEW,
+            limit: FEW.min(cap / 4 * 3),
+            kept: 0,
+            cap,
             now: 0,
             left: Vec::new(),
         }
@@ -217,16 +315,31 @@ impl Residents {
         self.held
     }
 
-    /// Block `index` has been opened and takes `bytes`.
-    pub(crate) fn enter(&mut self, index: u64, bytes: u64) {
+    /// Do the counts take too much?
+    pub(crate) fn over(&self) -> bool {
+        self.held + self.kept > self.cap
+    }
+
+    /// What open blocks may take at most, in bytes.
+    pub(crate) fn room(&self) -> u64 {
+        self.cap / 4 * 3
+    }
+
+    /// Block `index` has been opened and takes `bytes`. True: it was left a short while ago, and more
+    /// than now cannot stay.
+    pub(crate) fn enter(&mut self, index: u64, bytes: u64) -> bool {
         self.now += 1;
         let left = self.left.get(index as usize).copied().unwrap_or(0);
-        // Asked for again so soon: the walk jumps about, and more blocks must stay.
-        if left != 0 && self.now - left < 2 * self.open.len() as u64 {
-            self.limit = (self.limit + self.limit / 8).min(MOST);
+        let (soon, most) = (self.now - left < 2 * self.open.len() as u64, self.room());
+        let back = left != 0 && soon;
+        let full = self.limit >= most;
+        if back && !full {
+            // The walk jumps about, and more blocks must stay.
+            self.limit = (self.limit + self.limit / 8 + 1).min(most);
         }
         self.open.push_back((index, bytes));
         self.held += bytes;
+        back && full
     }
 
     /// A block that should be left, as long as the open ones take too much.
@@ -234,6 +347,22 @@ impl Residents {
         if self.held <= self.limit || self.open.len() < 2 {
             return None;
         }
+        self.oldest()
+    }
+
+    /// The block that was opened first, or second if the first is `but`, to be left.
+    pub(crate) fn oldest_but(&mut self, but: u64) -> Option<u64> {
+        if self.open.front().is_some_and(|(index, _)| *index == but) {
+            self.open.rotate_left(1);
+        }
+        match self.open.front() {
+            Some((index, _)) if *index != but => self.oldest(),
+            _ => None,
+        }
+    }
+
+    /// The block that was opened first, to be left.
+    pub(crate) fn oldest(&mut self) -> Option<u64> {
         let (oldest, bytes) = self.open.pop_front()?;
         self.held -= bytes;
         if self.left.len() <= oldest as usize {
@@ -265,17 +394,18 @@ mod tests {
         let mut counts = Counts::new(g(), bytes.clone());
         counts.pack(g());
         assert_eq!(counts.order(), None);
-        assert_eq!(counts.bytes(g()), bytes);
-        assert_eq!((counts.get(g(), 29_999), counts.get(g(), 30_000)), (2, 0));
-        counts.open(g());
-        assert_eq!(counts.bytes(g()), bytes);
+        assert_eq!(counts.bytes(g()).unwrap(), bytes);
+        let get = |i| counts.get(g(), i).unwrap();
+        assert_eq!((get(29_999), get(30_000)), (2, 0));
+        counts.open(g()).unwrap();
+        assert_eq!(counts.bytes(g()).unwrap(), bytes);
         let noise: Vec<u8> = (0..65536u32)
             .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
             .collect();
         let mut counts = Counts::new(g(), noise.clone());
         counts.pack(g());
         assert_eq!(counts.order(), Some(4));
-        assert_eq!(counts.bytes(g()), noise);
+        assert_eq!(counts.bytes(g()).unwrap(), noise);
     }
 
     #[test]
@@ -288,17 +418,17 @@ mod tests {
             let mut want = vec![0u64; entries];
             for (i, count) in want.iter_mut().enumerate() {
                 *count = (i as u64 * 7 % 3).min(g.refcount_max());
-                counts.set(g, i, *count);
+                counts.set(g, i, *count).unwrap();
             }
             counts.narrow(g);
             assert_eq!(counts.order(), Some(order.min(NARROWEST)), "order {order}");
             for (round, count) in [3u64, 4, 15, 16, 255, 256, 70_000].into_iter().enumerate() {
                 let (at, count) = (round * 31 % entries, count.min(g.refcount_max()));
-                counts.set(g, at, count);
+                counts.set(g, at, count).unwrap();
                 want[at] = count;
-                let bytes = counts.bytes(g);
+                let bytes = counts.bytes(g).unwrap();
                 for (i, w) in want.iter().enumerate() {
-                    assert_eq!(counts.get(g, i), *w, "order {order} index {i}");
+                    assert_eq!(counts.get(g, i).unwrap(), *w, "order {order} index {i}");
                     assert_eq!(refblock::get(g, &bytes, i), *w);
                 }
             }
@@ -308,7 +438,7 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "an hour there, and nothing in it that Miri could find")]
     fn a_walk_in_order_keeps_few_blocks_and_one_that_jumps_keeps_more() {
-        let mut r = Residents::new();
+        let mut r = Residents::new(MOST);
         for pass in 0..3 {
             for i in 0..10_000 {
                 r.enter(i, 65536);
@@ -316,7 +446,7 @@ mod tests {
             }
             assert_eq!((r.limit, r.held), (FEW, FEW), "pass {pass}");
         }
-        let mut r = Residents::new();
+        let mut r = Residents::new(MOST);
         for i in 0..20_000u64 {
             let index = i.wrapping_mul(7919) % 600;
             if !r.open.iter().any(|(i, _)| *i == index) {
@@ -324,6 +454,6 @@ mod tests {
                 while r.leave().is_some() {}
             }
         }
-        assert!(r.open.len() == 600 && r.limit >= 600 << 16 && r.limit <= MOST);
+        assert!(r.open.len() == 600 && r.limit >= 600 << 16 && r.limit <= r.room());
     }
 }

@@ -95,6 +95,8 @@ pub struct Image {
     standing: Standing,
     outcome: Outcome,
     remark: Option<String>,
+    /// Bytes that refcounts may take in memory.
+    refcount_memory: u64,
 }
 
 impl Image {
@@ -199,6 +201,7 @@ impl Image {
             standing: Standing::Good,
             outcome: Outcome::None,
             remark: None,
+            refcount_memory: counts::MOST,
         };
         image.load_snapshots()?;
         if read_write && image.header.incompatible & features::DIRTY != 0 {
@@ -295,6 +298,12 @@ impl Image {
         Ok(())
     }
 
+    /// Let refcounts take that many bytes of memory in a verb; the others go to a temporary file.
+    #[doc(hidden)]
+    pub fn limit_refcount_memory(&mut self, bytes: u64) {
+        self.refcount_memory = bytes;
+    }
+
     /// The state that a verb replays on.
     pub(crate) fn replay(&self) -> Result<Replay> {
         let h = &self.header;
@@ -328,6 +337,7 @@ impl Image {
             overlap,
             !self.backing_file.is_empty(),
             self.dev.length(),
+            self.refcount_memory,
         ))
     }
 

@@ -7,7 +7,9 @@
 //! needs. The writing half brings the disk to the peak before the first publish and down to the
 //! final counts after the last, so that at no moment a count is below the references to a cluster.
 
-use super::counts::{Counts, Residents};
+mod memory;
+
+use super::counts::Counts;
 use super::device::{self, Device};
 use crate::by_refcount_width;
 use crate::error::{Error, Result};
@@ -22,18 +24,11 @@ use std::collections::{BTreeMap, BTreeSet};
 /// QEMU compares the number of refcount table entries with this (`QCOW_MAX_REFTABLE_SIZE`).
 const MAX_REFTABLE_ENTRIES: u64 = 8 << 20;
 
-/// Our limit for what is kept of refcount blocks that a damaged table puts behind the end of the
-/// file, in bytes.
-const MAX_ABSENT_BLOCKS: u64 = 64 << 20;
-
 /// Counts that are likely to be in the processor's own cache, in bytes: looking ahead costs more.
 const CACHED: u64 = 1 << 20;
 
 /// Entries whose counts are loaded together where a walk jumps about.
 const AHEAD: usize = 32;
-
-/// Blocks that are asked for ahead of the one that is loaded.
-const BLOCKS_AHEAD: u64 = 16;
 
 /// A walk jumps about after this many short runs.
 const JUMPS: u32 = 4;
@@ -85,6 +80,10 @@ pub(crate) struct Block {
     pub(crate) ours: bool,
     /// Made by this verb, in this epoch: nothing on disk yet.
     pub(crate) born: Option<usize>,
+    /// The counts are among the open ones.
+    open: bool,
+    /// Bytes that the block takes, without open counts.
+    kept: u64,
 }
 
 impl Block {
@@ -100,17 +99,19 @@ impl Block {
             freed: false,
             ours: false,
             born,
+            open: false,
+            kept: 0,
         }
     }
 
     /// The counts at the end of the replay.
-    pub(crate) fn counts(&self, g: Geometry) -> Cow<'_, [u8]> {
+    pub(crate) fn counts(&self, g: Geometry) -> Result<Cow<'_, [u8]>> {
         self.counts.bytes(g)
     }
 
     /// Counts that published states in between need, where there is more than one publish.
-    pub(crate) fn peak(&self, g: Geometry) -> Option<Cow<'_, [u8]>> {
-        self.peak.as_ref().map(|p| p.bytes(g))
+    pub(crate) fn peak(&self, g: Geometry) -> Result<Option<Cow<'_, [u8]>>> {
+        self.peak.as_ref().map(|p| p.bytes(g)).transpose()
     }
 
     /// Some count is needed in between that is not needed at the end.
@@ -129,16 +130,6 @@ impl Block {
         self.raised |= up;
         self.lowered |= !up;
     }
-}
-
-/// The refcount block that counts the first entry of a table that is not zero, if it is standard.
-#[inline]
-fn first_block(g: Geometry, table: &[u8]) -> u64 {
-    let words = table
-        .chunks_exact(g.l2_entry_size())
-        .map(BigEndian::read_u64);
-    let first = words.into_iter().find(|w| *w != 0).unwrap_or(0);
-    g.reftable_index(g.cluster_of(first & OFFSET_MASK))
 }
 
 /// One place where the refcount table has been during the verb.
@@ -176,14 +167,10 @@ pub(crate) struct Refcounts {
     pub(crate) tables: Vec<Table>,
     /// Loaded blocks by refcount table index.
     blocks: Vec<Option<Box<Block>>>,
-    /// Which of them are open.
-    residents: Residents,
+    /// What they take, and where they are.
+    memory: memory::Memory,
     /// Runs of few clusters since the last long one: the walk jumps about.
     short_runs: u32,
-    /// Blocks have been narrowed.
-    narrow: bool,
-    /// Blocks before this one have been asked for.
-    asked: u64,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
     pub(crate) next: u64,
     /// The epoch that new structures belong to; see `update`.
@@ -201,8 +188,6 @@ pub(crate) struct Refcounts {
     pub(crate) reach: u64,
     /// Refcount blocks dropped by a shrinking resize.
     pub(crate) dropped: Vec<Dropped>,
-    /// Bytes of loaded blocks that lie wholly behind the end of the file.
-    absent: u64,
     /// The last block read for its counts before the verb.
     before: Option<(u64, Vec<u8>)>,
 }
@@ -214,13 +199,20 @@ pub(crate) struct Dropped {
     /// Its place in the file.
     pub(crate) offset: u64,
     /// The counts it had at the end, if the verb changed them.
-    pub(crate) counts: Option<Vec<u8>>,
+    pub(crate) counts: Option<Counts>,
     /// Its counts on disk and those of a temporary table, if one is put into its range.
     pub(crate) peak: Option<Vec<u8>>,
 }
 
 impl Refcounts {
-    pub(crate) fn new(g: Geometry, offset: u64, clusters: u64, entries: Vec<u64>) -> Refcounts {
+    /// The table at `offset`. Counts may take `memory` bytes.
+    pub(crate) fn new(
+        g: Geometry,
+        offset: u64,
+        clusters: u64,
+        entries: Vec<u64>,
+        memory: u64,
+    ) -> Refcounts {
         Refcounts {
             g,
             tables: vec![Table {
@@ -230,10 +222,8 @@ impl Refcounts {
                 born: None,
             }],
             blocks: Vec::new(),
-            residents: Residents::new(),
+            memory: memory::Memory::new(memory),
             short_runs: 0,
-            narrow: false,
-            asked: 0,
             next: 0,
             epoch: 0,
             forgotten: BTreeMap::new(),
@@ -242,7 +232,6 @@ impl Refcounts {
             taken: BTreeSet::new(),
             reach: 0,
             dropped: Vec::new(),
-            absent: 0,
             before: None,
         }
     }
@@ -281,125 +270,6 @@ impl Refcounts {
         self.epoch != 0
     }
 
-    /// Load the block at `index`; false where the table has none.
-    fn load(&mut self, dev: &mut Device, index: u64) -> Result<bool> {
-        if let Some(block) = self.block(index) {
-            if block.counts.order().is_none() {
-                self.admit(index);
-            }
-            return Ok(true);
-        }
-        let offset = self.entry(index);
-        if offset == 0 {
-            return Ok(false);
-        }
-        self.check_aligned(index, offset)?;
-        if offset >= dev.length() {
-            // Costs the image 8 bytes, and us a cluster.
-            self.absent += self.g.cluster_size();
-            if self.absent > MAX_ABSENT_BLOCKS {
-                return Err(Error::Corrupt(format!(
-                    "Refblock offset {offset:#x} is behind the end of the file, like many others"
-                )));
-            }
-        }
-        self.ask_ahead(dev, index);
-        let counts = dev.read_vec(
-            "Could not read a refcount block",
-            offset,
-            self.g.cluster_size(),
-        )?;
-        self.insert(index, Block::new(self.g, offset, counts, None))?;
-        self.admit(index);
-        Ok(true)
-    }
-
-    /// Let the storage begin to fetch the blocks behind this one, each once.
-    fn ask_ahead(&mut self, dev: &mut Device, index: u64) {
-        self.asked = self.asked.max(index + 1);
-        let until = index + 1 + BLOCKS_AHEAD;
-        for next in self.asked..until.min(self.table().entries.len() as u64) {
-            let offset = self.entry(next);
-            if offset != 0 {
-                dev.will_read(offset, self.g.cluster_size());
-            }
-        }
-        self.asked = self.asked.max(until);
-    }
-
-    /// Open the counts of a block, and pack those of blocks that were not used for long.
-    fn admit(&mut self, index: u64) {
-        let g = self.g;
-        let narrow = self.short_runs >= JUMPS && self.residents.held() > CACHED;
-        if narrow && !self.narrow {
-            // All of them: between blocks of one width the walk does not stop.
-            self.narrow = true;
-            for block in self.blocks.iter_mut().flatten() {
-                block.counts.narrow(g);
-            }
-        }
-        let Some(block) = self.block_mut(index) else {
-            return;
-        };
-        block.counts.open(g);
-        if narrow {
-            block.counts.narrow(g);
-        }
-        let bytes = block.counts.size();
-        self.residents.enter(index, bytes);
-        while let Some(oldest) = self.residents.leave() {
-            match self.blocks.get_mut(oldest as usize) {
-                _ if oldest == index => {}
-                // What was only looked at is read again if need be.
-                Some(slot) if slot.as_ref().is_some_and(|b| !b.dirty && !b.has_peak()) => {
-                    *slot = None;
-                }
-                Some(Some(block)) => block.counts.pack(g),
-                _ => {}
-            }
-        }
-    }
-
-    /// The counts of the block at `index` for one look, read into `scratch` if the block is not
-    /// loaded.
-    fn counts<'a>(
-        &'a self,
-        dev: &mut Device,
-        index: u64,
-        scratch: &'a mut Vec<u8>,
-    ) -> Result<Option<&'a [u8]>> {
-        if let Some(block) = self.block(index) {
-            return Ok(Some(match block.counts(self.g) {
-                Cow::Borrowed(counts) => counts,
-                Cow::Owned(counts) => {
-                    *scratch = counts;
-                    scratch
-                }
-            }));
-        }
-        let offset = self.entry(index);
-        if offset == 0 {
-            return Ok(None);
-        }
-        self.check_aligned(index, offset)?;
-        scratch.resize(self.g.cluster_len(), 0);
-        dev.read("Could not read a refcount block", offset, scratch)?;
-        Ok(Some(scratch))
-    }
-
-    fn insert(&mut self, index: u64, block: Block) -> Result<()> {
-        let slot = index as usize;
-        if slot >= self.blocks.len() {
-            let more = slot + 1 - self.blocks.len();
-            self.blocks
-                .try_reserve(more)
-                .map_err(|_| Error::NoMemory(more as u64 * 8))?;
-            self.blocks.resize_with(slot + 1, || None);
-        }
-        self.blocks[slot] = Some(Box::new(block));
-        Ok(())
-    }
-
     fn check_aligned(&self, index: u64, offset: u64) -> Result<()> {
         if self.g.in_cluster(offset) != 0 {
             return Err(Error::Corrupt(format!(
@@ -426,7 +296,10 @@ impl Refcounts {
         let peak = self
             .block(self.g.reftable_index(cluster))
             .and_then(|b| b.peak.as_ref());
-        Ok(peak.map_or(last, |p| p.get(self.g, at).max(last)))
+        Ok(match peak {
+            Some(peak) => peak.get(self.g, at)?.max(last),
+            None => last,
+        })
     }
 
     /// The refcount of a cluster; 0 where no block describes it.
@@ -436,7 +309,8 @@ impl Refcounts {
             return Ok(0);
         }
         let at = self.g.refblock_index(cluster);
-        Ok(self.block(index).map_or(0, |b| b.counts.get(self.g, at)))
+        self.block(index)
+            .map_or(Ok(0), |b| b.counts.get(self.g, at))
     }
 
     /// Add 1 to or take 1 from a count during a walk and return it. The block must exist.
@@ -451,7 +325,7 @@ impl Refcounts {
         let Some(block) = self.block_mut(index) else {
             return Ok(0); // loaded above
         };
-        let old = block.counts.get(g, at);
+        let old = block.counts.get(g, at)?;
         let new = if up {
             if old == g.refcount_max() {
                 return Err(overflow(g, cluster));
@@ -460,7 +334,7 @@ impl Refcounts {
         } else {
             old.checked_sub(1).ok_or_else(|| underflow(g, cluster))?
         };
-        block.counts.set(g, at, new);
+        block.counts.set(g, at, new)?;
         block.touch(up);
         block.freed |= new == 0;
         if new == 0 && cluster.0 < self.next {
@@ -491,8 +365,7 @@ impl Refcounts {
     /// that are at hand. No entries: the first one is something else.
     #[inline]
     pub(crate) fn count_run(&mut self, dev: &mut Device, table: &[u8], step: Step) -> Result<Run> {
-        let g = self.g;
-        let first = first_block(g, table);
+        let first = self.first_block(table);
         if !self.load(dev, first)? {
             return Ok(Run::default());
         }
@@ -529,7 +402,13 @@ impl Refcounts {
             if ahead.due(all.entries) {
                 self.touch::<WIDTH>(rest);
             }
-            let index = run::block_of(g, entry).unwrap_or(u64::MAX);
+            let Some(index) = run::block_of(g, entry) else {
+                break;
+            };
+            if self.outside(index) {
+                all.entries += 1;
+                continue;
+            }
             let Some(Some(block)) = self.blocks.get_mut(index as usize) else {
                 break;
             };
@@ -563,7 +442,7 @@ impl Refcounts {
 
     /// How a walk that starts here looks ahead.
     fn ahead(&self) -> Ahead {
-        let far = self.residents.held() > CACHED;
+        let far = self.memory.residents.held() > CACHED;
         Ahead {
             due_at: if far { 0 } else { usize::MAX },
             short_runs: self.short_runs,
@@ -580,6 +459,9 @@ impl Refcounts {
         for word in table.chunks_exact(g.l2_entry_size()).take(AHEAD) {
             let entry = BigEndian::read_u64(word);
             let index = run::block_of(g, entry).unwrap_or(u64::MAX);
+            if self.outside(index) {
+                continue;
+            }
             let block = self.block(index);
             if let Some(counts) = block.and_then(|b| b.counts.fields::<WIDTH>()) {
                 let at = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
@@ -596,8 +478,7 @@ impl Refcounts {
         table: &mut [u8],
         only_clear: bool,
     ) -> Result<(usize, bool)> {
-        let g = self.g;
-        let first = first_block(g, table);
+        let first = self.first_block(table);
         if !self.load(dev, first)? {
             return Ok((0, false));
         }
@@ -624,7 +505,13 @@ impl Refcounts {
             if ahead.due(entries) {
                 self.touch::<WIDTH>(rest);
             }
-            let index = run::block_of(g, entry).unwrap_or(u64::MAX);
+            let Some(index) = run::block_of(g, entry) else {
+                break;
+            };
+            if self.outside(index) {
+                entries += 1;
+                continue;
+            }
             let block = self.block(index);
             let Some(counts) = block.and_then(|b| b.counts.fields::<WIDTH>()) else {
                 break;
@@ -709,14 +596,14 @@ impl Refcounts {
             if self.ensure_block(dev, HostCluster(c))? == Reserved::Again {
                 // Undo, and try the same clusters first.
                 for undo in start..c {
-                    self.store(HostCluster(undo), 0);
+                    self.store(HostCluster(undo), 0)?;
                     self.taken.remove(&undo);
                 }
                 self.next = self.next.min(start);
                 return Ok(Reserved::Again);
             }
             debug_assert_eq!(self.get(dev, HostCluster(c))?, 0);
-            self.store(HostCluster(c), 1);
+            self.store(HostCluster(c), 1)?;
             self.taken.insert(c);
         }
         debug_assert!(g.refcount_max() >= 1);
@@ -724,17 +611,18 @@ impl Refcounts {
     }
 
     /// Store a count in a loaded block.
-    fn store(&mut self, cluster: HostCluster, count: u64) {
+    fn store(&mut self, cluster: HostCluster, count: u64) -> Result<()> {
         let g = self.g;
         let at = g.refblock_index(cluster);
         if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
-            let up = count >= block.counts.get(g, at);
-            block.counts.set(g, at, count);
+            let up = count >= block.counts.get(g, at)?;
+            block.counts.set(g, at, count)?;
             block.touch(up);
             block.freed |= count == 0;
             let end = block.offset.saturating_add(g.cluster_size());
             self.reach = self.reach.max(end);
         }
+        Ok(())
     }
 
     /// QEMU's `alloc_refcount_block`.
@@ -756,7 +644,7 @@ impl Refcounts {
         }
         self.new_block(dev, index, g.offset_of(new))?;
         if own {
-            self.store(new, 1);
+            self.store(new, 1)?;
         }
         self.taken.insert(new.0);
         if index < self.table().entries.len() as u64 {
@@ -841,7 +729,7 @@ impl Refcounts {
                     "Space behind the image's last refcount block is in use".into(),
                 ));
             }
-            self.store(HostCluster(c), 1);
+            self.store(HostCluster(c), 1)?;
             self.taken.insert(c);
         }
         self.reach = self.reach.max(g.offset_of(HostCluster(end)));
@@ -878,7 +766,7 @@ impl Refcounts {
         }
         for c in first..=last {
             let left = self.bump(dev, HostCluster(c), false)?;
-            self.store(HostCluster(c), left);
+            self.store(HostCluster(c), left)?;
             if left == 0 {
                 self.release(c, bytes_end_up, forgotten_in);
             }
@@ -944,10 +832,7 @@ impl Refcounts {
             Some(NEVER) => Err(Error::Unsupported(
                 "The verb would have to write to clusters that the image still uses".into(),
             )),
-            Some(epoch) if epoch >= self.epoch => {
-                self.next_epoch();
-                Ok(())
-            }
+            Some(epoch) if epoch >= self.epoch => self.next_epoch(),
             _ => Ok(()),
         }
     }
@@ -983,10 +868,10 @@ impl Refcounts {
     }
 
     /// The count at the end of the replay of a cluster that the replay has touched.
-    pub(crate) fn count_after(&self, cluster: HostCluster) -> u64 {
+    pub(crate) fn count_after(&self, cluster: HostCluster) -> Result<u64> {
         let at = self.g.refblock_index(cluster);
         self.block(self.g.reftable_index(cluster))
-            .map_or(0, |b| b.counts.get(self.g, at))
+            .map_or(Ok(0), |b| b.counts.get(self.g, at))
     }
 
     /// Has the verb changed counts in the block at `index`?
@@ -1008,37 +893,23 @@ impl Refcounts {
         let at = self.g.refblock_index(cluster);
         let count = |counts: &Counts| counts.get(self.g, at);
         let block = self.block(self.g.reftable_index(cluster));
-        let left = block.map_or(0, |b| count(&b.counts));
-        let counted = block.is_some_and(|b| b.peak.as_ref().is_some_and(|p| count(p) != 0));
+        let left = block.map_or(Ok(0), |b| count(&b.counts))?;
+        let peak = block.and_then(|b| b.peak.as_ref());
+        let counted = peak.map_or(Ok(0), count)? != 0;
         let punched = counted || self.punched.contains(&cluster.0);
         Ok(left == 0 && (new || punched || self.count_before(dev, cluster)? != 0))
     }
 
     /// What follows is written after the current epoch has been published.
-    pub(crate) fn next_epoch(&mut self) {
-        self.mark_published();
+    pub(crate) fn next_epoch(&mut self) -> Result<()> {
+        self.mark_published()?;
         self.epoch += 1;
-    }
-
-    /// The counts as they are now are needed by a published state: keep them as part of the peak.
-    pub(crate) fn mark_published(&mut self) {
-        let g = self.g;
-        for block in self.blocks.iter_mut().flatten().filter(|b| b.dirty) {
-            let counts = block.counts.bytes(g);
-            let mut peak = match &block.peak {
-                Some(peak) => peak.bytes(g).into_owned(),
-                None => counts.to_vec(),
-            };
-            refblock::raise_to(g, &mut peak, &counts, g.refblock_entries() as usize);
-            let mut peak = Counts::new(g, peak);
-            peak.pack(g);
-            block.peak = Some(peak);
-        }
+        Ok(())
     }
 
     /// Count a cluster once in the peak only: it is used between two publishes and free again
     /// afterwards. The block must be loaded, and the replay over.
-    pub(crate) fn count_temporarily(&mut self, cluster: HostCluster) {
+    pub(crate) fn count_temporarily(&mut self, cluster: HostCluster) -> Result<()> {
         let g = self.g;
         let at = g.refblock_index(cluster);
         let index = g.reftable_index(cluster);
@@ -1046,16 +917,17 @@ impl Refcounts {
             if let Some(peak) = &mut d.peak {
                 refblock::set(g, peak, at, 1);
             }
-            return;
+            return Ok(());
         }
         if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
             let peak = block.peak.get_or_insert_with(|| block.counts.clone());
-            peak.set(g, at, 1);
+            peak.set(g, at, 1)?;
             block.raised = true;
             block.lowered = true;
             block.ours |= !block.dirty;
             block.dirty = true;
         }
+        Ok(())
     }
 
     /// A run of `n` clusters at or behind `from` that is free now, was free on disk, is described
@@ -1081,8 +953,8 @@ impl Refcounts {
             }
             let at = g.refblock_index(HostCluster(c));
             let counted = if let Some(b) = self.block(index) {
-                let peak = b.peak.as_ref().map_or(0, |p| p.get(g, at));
-                let counted = b.counts.get(g, at) != 0 || peak != 0;
+                let peak = b.peak.as_ref().map_or(Ok(0), |p| p.get(g, at))?;
+                let counted = b.counts.get(g, at)? != 0 || peak != 0;
                 // What a resize has freed here is still in use on the disk.
                 counted || self.count_before(dev, HostCluster(c))? != 0
             } else {
@@ -1121,14 +993,13 @@ impl Refcounts {
                 d.offset,
                 g.cluster_size(),
             )?;
+            let after = d.counts.as_ref().map(|c| c.bytes(g)).transpose()?;
             let base = g.first_cluster_of_block(d.index).0;
             let mut run = 0;
             for at in 0..g.refblock_entries() as usize {
                 let c = base + at as u64;
                 let counted = refblock::get(g, &before, at) != 0
-                    || d.counts
-                        .as_ref()
-                        .is_some_and(|b| refblock::get(g, b, at) != 0);
+                    || after.as_ref().is_some_and(|b| refblock::get(g, b, at) != 0);
                 run = if counted || self.touched(c) || c == 0 {
                     0
                 } else {
@@ -1139,6 +1010,7 @@ impl Refcounts {
                     break;
                 }
             }
+            drop(after);
             if found.is_some() {
                 d.peak = Some(before);
                 break;
@@ -1176,7 +1048,7 @@ impl Refcounts {
             }
             self.check_aligned(index, offset)?;
             let mut copy = match self.block(index) {
-                Some(b) => b.counts(g).into_owned(),
+                Some(b) => b.counts(g)?.into_owned(),
                 None => {
                     scratch.resize(g.cluster_len(), 0);
                     dev.read("Could not read a refcount block", offset, &mut scratch)?;
@@ -1205,16 +1077,21 @@ impl Refcounts {
                     "Invalid refcount: refblock offset {offset:#x}"
                 )));
             }
-            self.store(cluster, 0);
+            self.store(cluster, 0)?;
             self.next = self.next.min(cluster.0);
             self.release(cluster.0, Freed::Punched, NEVER);
             self.table_mut().entries[index as usize] = 0;
-            let block = self.blocks.get_mut(index as usize).and_then(Option::take);
+            let block = self.take_block(index);
             if block.as_ref().is_none_or(|b| b.born.is_none()) {
+                // Nothing is left in it but, at times, the block itself.
+                let counts = block.map(|mut b| {
+                    b.counts.pack(g);
+                    b.counts
+                });
                 self.dropped.push(Dropped {
                     index,
                     offset,
-                    counts: block.map(|b| b.counts(g).into_owned()),
+                    counts,
                     peak: None,
                 });
             }
@@ -1289,6 +1166,7 @@ fn blocks_with_metadata(g: Geometry, mut clusters: u64) -> u64 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::image::counts::MOST;
     use crate::io::memory::MemoryStorage;
 
     impl Refcounts {
@@ -1312,7 +1190,7 @@ mod tests {
         let dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
         let mut entries = vec![0; 64];
         entries[0] = 1024;
-        (dev, Refcounts::new(g, 512, 1, entries))
+        (dev, Refcounts::new(g, 512, 1, entries, MOST))
     }
 
     #[test]
@@ -1367,7 +1245,7 @@ mod tests {
                 refblock::set(g, &mut file[at..at + 512], index, *count);
             }
             let mut dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
-            let mut r = Refcounts::new(g, 0, 1, entries);
+            let mut r = Refcounts::new(g, 0, 1, entries, MOST);
             let mut visited = Vec::new();
             let mut table = [0u8; 512];
             for round in 0..2000u64 {
@@ -1412,7 +1290,7 @@ mod tests {
             }
             for (index, block) in r.loaded() {
                 let first = (index * per_block) as usize;
-                let counts = block.counts(g);
+                let counts = block.counts(g).unwrap();
                 for (i, want) in want[first..].iter().take(per_block as usize).enumerate() {
                     let count = refblock::get(g, &counts, i);
                     assert_eq!(count, *want, "order {order} block {index}");

@@ -82,6 +82,7 @@ impl Replay {
         mut overlap: Overlap,
         has_backing: bool,
         length: u64,
+        memory: u64,
     ) -> Replay {
         let g = header.geometry;
         overlap.seal();
@@ -92,6 +93,7 @@ impl Replay {
                 header.reftable_offset,
                 header.reftable_clusters.into(),
                 reftable,
+                memory,
             ),
             overlap,
             header: Switched {
@@ -128,9 +130,10 @@ impl Replay {
     }
 
     /// What follows is written after everything so far is published.
-    pub(crate) fn next_epoch(&mut self) {
-        self.refs.next_epoch();
+    pub(crate) fn next_epoch(&mut self) -> Result<()> {
+        self.refs.next_epoch()?;
         self.close_epochs();
+        Ok(())
     }
 
     /// QEMU protects the refcount table where it is now.

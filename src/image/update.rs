@@ -208,12 +208,12 @@ impl Update<'_> {
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
             if block.only_raised() {
-                out.write_changes(self.dev, block.offset, &old, &block.counts(g))?;
+                out.write_changes(self.dev, block.offset, &old, &block.counts(g)?)?;
                 continue;
             }
             raised.clear();
             raised.extend_from_slice(&old);
-            raise(g, &mut raised, block.peak(g).as_deref(), &block.counts(g));
+            raise(g, &mut raised, block.peak(g)?.as_deref(), &block.counts(g)?);
             out.write_changes(self.dev, block.offset, &old, &raised)?;
         }
         for dropped in &refs.dropped {
@@ -416,7 +416,7 @@ impl Update<'_> {
         }
         // Unless something that lying counts called free is in a dropped block's cluster.
         for dropped in &replay.refs.dropped {
-            if replay.refs.count_after(g.cluster_of(dropped.offset)) == 0 {
+            if replay.refs.count_after(g.cluster_of(dropped.offset))? == 0 {
                 self.dev.discard(dropped.offset, g.cluster_size());
             }
         }
@@ -456,7 +456,7 @@ impl Update<'_> {
             self.dev.progress.step(g.cluster_size())?;
             self.dev
                 .read("Could not read a refcount block", block.offset, &mut old)?;
-            let counts = block.counts(g);
+            let counts = block.counts(g)?;
             if old != *counts {
                 out.write_changes(self.dev, block.offset, &old, &counts)?;
                 if block.freed {
@@ -474,7 +474,7 @@ impl Update<'_> {
                 if g.reftable_index(itself) == dropped.index {
                     refblock::set(g, &mut old, g.refblock_index(itself), 0);
                 }
-                holes.add_freed(refs, g, dropped.index, &old, counts, temp);
+                holes.add_freed(refs, g, dropped.index, &old, &counts.bytes(g)?, temp);
             }
         }
         let mut blocks: Vec<u64> = refs
@@ -485,10 +485,10 @@ impl Update<'_> {
         blocks.sort_unstable();
         // What was freed and then used again without new contents of its own keeps its bytes: only
         // a refcount block, or something that lying counts called free.
-        let free =
-            |c: &&u64| blocks.binary_search(c).is_err() && refs.count_after(HostCluster(**c)) == 0;
-        for c in refs.punched.iter().filter(free) {
-            holes.add(*c);
+        for c in refs.punched.iter() {
+            if blocks.binary_search(c).is_err() && refs.count_after(HostCluster(*c))? == 0 {
+                holes.add(*c);
+            }
         }
         Ok(())
     }
@@ -550,8 +550,10 @@ type Write<'a> = (&'static str, u64, std::borrow::Cow<'a, [u8]>);
 fn new_structures(refs: &Refcounts, g: Geometry, epoch: usize) -> Result<Vec<Write<'static>>> {
     let mut writes: Vec<Write> = Vec::new();
     for (_, block) in refs.loaded().filter(|(_, b)| b.born == Some(epoch)) {
-        let mut counts = block.counts(g).into_owned();
-        raise(g, &mut counts, block.peak(g).as_deref(), &block.counts(g));
+        let mut counts = block.counts(g)?.into_owned();
+        if let Some(peak) = block.peak(g)? {
+            refblock::raise_to(g, &mut counts, &peak, g.refblock_entries() as usize);
+        }
         writes.push(("refcount block", block.offset, counts.into()));
     }
     for table in refs.tables.iter().filter(|t| t.born == Some(epoch)) {

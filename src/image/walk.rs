@@ -51,14 +51,37 @@ pub(crate) enum Ones {
     Some,
 }
 
-/// What counting one table came to.
-#[derive(Default)]
+/// What counting one table, or the part of it that is counted now, came to.
+#[derive(Clone, Copy, Default)]
 struct Counted {
-    /// The end of the last entry whose bit 63 changes, in bytes from the table's start.
-    changed: Option<u64>,
+    /// The end of the last entry whose bit 63 changes, in bytes from the table's start; 0: none.
+    changed: u32,
     /// Some cluster's count is one now, and some cluster's is not.
     ones: bool,
     others: bool,
+    /// The table's own count, once that is known.
+    own: Option<Own>,
+    /// The contents differ from what is on the disk.
+    in_memory: bool,
+}
+
+/// What an L2 table's own count is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Own {
+    None,
+    One,
+    More,
+}
+
+impl Counted {
+    /// Take in what another part of the same table came to.
+    fn add(&mut self, part: Counted) {
+        self.changed = self.changed.max(part.changed);
+        self.ones |= part.ones;
+        self.others |= part.others;
+        self.own = self.own.or(part.own);
+        self.in_memory |= part.in_memory;
+    }
 }
 
 impl Replay {
@@ -72,63 +95,127 @@ impl Replay {
         out.l1.extend_from_slice(l1);
 
         check_repeats(g, l1)?;
+        self.refs.begin_walk();
         let mut tables = TableReader::new(g, l1)?;
-        for (index, slot) in out.l1.iter_mut().enumerate() {
-            let old = *slot;
-            if old == 0 {
-                continue;
+        for index in 0..l1.len() {
+            if self.refs.thrashes(g.l2_entries()) {
+                self.walk_in_windows(dev, l1, index, step, &mut out)?;
+                break;
             }
-            dev.progress.step(g.cluster_size())?;
-            let offset = old & OFFSET_MASK;
-            check_l2_offset(g, offset, index)?;
-            // What is rewritten is the table on disk.
-            let mut on_disk = true;
-            let table = match changed_table(&self.tables, &self.temporary, offset) {
-                Some(changed) => {
-                    on_disk = false;
-                    changed
-                }
-                // All zeros, however many the L1 names.
-                None if dev.ends_before(offset)? => &[],
-                None => tables.get(dev, index, offset)?,
-            };
-            let counted = count_table(&mut self.refs, dev, g, table, offset, step)?;
-            out.ones |= counted.ones;
+            let counted = self.count_table(dev, &mut tables, index, step)?;
+            self.note(&mut out, index, counted, step)?;
+        }
+        Ok(out)
+    }
 
-            let own = g.cluster_of(offset);
+    /// The rest of a walk, from `first` on, where the refcount blocks do not fit in memory: once for
+    /// each part of them that does.
+    fn walk_in_windows(
+        &mut self,
+        dev: &mut Device,
+        l1: &[u64],
+        first: usize,
+        step: Step,
+        out: &mut Walked,
+    ) -> Result<()> {
+        let n = l1.len() - first;
+        let mut all: Vec<Counted> = Vec::new();
+        all.try_reserve_exact(n)
+            .map_err(|_| Error::NoMemory(size_of::<Counted>() as u64 * n as u64))?;
+        all.resize(n, Counted::default());
+        for window in self.refs.windows() {
+            self.refs.enter_window(window)?;
+            let mut tables = TableReader::new(self.g, l1)?;
+            for (index, counted) in (first..).zip(&mut all) {
+                counted.add(self.count_table(dev, &mut tables, index, step)?);
+            }
+        }
+        self.refs.leave_windows();
+        for (index, counted) in (first..).zip(all) {
+            self.note(out, index, counted, step)?;
+        }
+        Ok(())
+    }
+
+    /// Count what the L2 table at `index` of the L1 refers to, and the table itself.
+    fn count_table(
+        &mut self,
+        dev: &mut Device,
+        tables: &mut TableReader,
+        index: usize,
+        step: Step,
+    ) -> Result<Counted> {
+        let g = self.g;
+        let entry = tables.l1.get(index).copied().unwrap_or(0);
+        if entry == 0 {
+            return Ok(Counted::default());
+        }
+        dev.progress.step(g.cluster_size())?;
+        let offset = entry & OFFSET_MASK;
+        check_l2_offset(g, offset, index)?;
+        // What is rewritten is the table on disk.
+        let changed = changed_table(&self.tables, &self.temporary, offset);
+        let table = match changed {
+            Some(changed) => changed,
+            // All zeros, however many the L1 names.
+            None if dev.ends_before(offset)? => &[],
+            None => tables.get(dev, index, offset)?,
+        };
+        let mut counted = count_entries(&mut self.refs, dev, g, table, offset, step)?;
+        counted.in_memory = changed.is_some();
+
+        let own = g.cluster_of(offset);
+        if !self.refs.outside(g.reftable_index(own)) {
             let count = match step {
                 Step::Look => self.refs.get(dev, own)?,
                 _ => self.refs.bump(dev, own, step == Step::Up)?,
             };
-            out.ones |= count == 1;
-            if let Some(end) = counted.changed {
-                // QEMU drops the first slice of a table that is freed, and writes the others.
-                let slice = g.l2_slice_bytes(self.header.size);
-                let freed = step == Step::Down && count == 0;
-                if !freed || end > slice {
-                    self.reach = self
-                        .reach
-                        .max(offset.saturating_add(end.div_ceil(slice) * slice));
-                }
-                if !freed {
-                    self.overlap
-                        .check(offset, g.cluster_size(), Some(Kind::ActiveL2))?;
-                    let ones = match (counted.ones, counted.others) {
-                        _ if step != Step::Look || !on_disk => Ones::Some,
-                        (true, true) => Ones::Some,
-                        (true, false) => Ones::All,
-                        (false, _) => Ones::None,
-                    };
-                    out.tables.push(Marked { offset, ones });
-                }
+            counted.own = Some(match count {
+                0 => Own::None,
+                1 => Own::One,
+                _ => Own::More,
+            });
+        }
+        Ok(counted)
+    }
+
+    /// Note what counting the table at `index` means for it and for its entry in the L1.
+    fn note(&mut self, out: &mut Walked, index: usize, counted: Counted, step: Step) -> Result<()> {
+        let g = self.g;
+        let Some(slot) = out.l1.get_mut(index).filter(|entry| **entry != 0) else {
+            return Ok(());
+        };
+        let offset = *slot & OFFSET_MASK;
+        // Each table has been counted, in one window or another.
+        let own = counted.own.unwrap_or(Own::None);
+        out.ones |= counted.ones || own == Own::One;
+        if counted.changed != 0 {
+            // QEMU drops the first slice of a table that is freed, and writes the others.
+            let (end, slice) = (counted.changed.into(), g.l2_slice_bytes(self.header.size));
+            let freed = step == Step::Down && own == Own::None;
+            if !freed || end > slice {
+                self.reach = self
+                    .reach
+                    .max(offset.saturating_add(u64::div_ceil(end, slice) * slice));
             }
-            let new = offset | if count == 1 { COPIED } else { 0 };
-            if new != old {
-                *slot = new;
-                out.l1_changed = true;
+            if !freed {
+                self.overlap
+                    .check(offset, g.cluster_size(), Some(Kind::ActiveL2))?;
+                let ones = match (counted.ones, counted.others) {
+                    _ if step != Step::Look || counted.in_memory => Ones::Some,
+                    (true, true) => Ones::Some,
+                    (true, false) => Ones::All,
+                    (false, _) => Ones::None,
+                };
+                out.tables.push(Marked { offset, ones });
             }
         }
-        Ok(out)
+        let new = offset | if own == Own::One { COPIED } else { 0 };
+        if new != *slot {
+            *slot = new;
+            out.l1_changed = true;
+        }
+        Ok(())
     }
 }
 
@@ -169,7 +256,7 @@ fn check_l2_offset(g: Geometry, offset: u64, l1_index: usize) -> Result<()> {
 }
 
 /// Count the clusters of one L2 table.
-fn count_table(
+fn count_entries(
     refs: &mut Refcounts,
     dev: &mut Device,
     g: Geometry,
@@ -184,7 +271,7 @@ fn count_table(
         all.ones |= run.ones;
         all.others |= run.others;
         if run.changed != 0 {
-            all.changed = Some((at + run.changed * size) as u64);
+            all.changed = (at + run.changed * size) as u32;
         }
         at += run.entries * size;
         if run.entries == 0 {
@@ -192,13 +279,16 @@ fn count_table(
             let place = (offset, at / size);
             let count = count_entry(refs, dev, g, old, place, step, &mut all.ones)?;
             at += size;
+            let Some(count) = count else {
+                continue;
+            };
             all.ones |= count == 1;
             // Flags of compressed clusters and of entries that name none do not hang on a count.
             let kind = entry::cluster(g, old & !COPIED);
             all.others |=
                 count != 1 && matches!(kind, Cluster::Standard(_) | Cluster::ZeroAllocated(_));
             if (old & COPIED != 0) != (count == 1) {
-                all.changed = Some(at as u64);
+                all.changed = at as u32;
             }
         }
     }
@@ -206,7 +296,7 @@ fn count_table(
 }
 
 /// Count what one entry refers to, of whatever kind it is. Returns the count that decides about its
-/// bit 63. `place` names the entry in errors.
+/// bit 63; none where that cluster is passed over for now. `place` names the entry in errors.
 fn count_entry(
     refs: &mut Refcounts,
     dev: &mut Device,
@@ -215,15 +305,18 @@ fn count_entry(
     place: (u64, usize),
     step: Step,
     ones: &mut bool,
-) -> Result<u64> {
-    let mut bump = |refs: &mut Refcounts, c: HostCluster| -> Result<u64> {
+) -> Result<Option<u64>> {
+    let mut bump = |refs: &mut Refcounts, c: HostCluster| -> Result<Option<u64>> {
+        if refs.outside(g.reftable_index(c)) {
+            return Ok(None);
+        }
         let count = match step {
-            Step::Look => return refs.get(dev, c),
+            Step::Look => return refs.get(dev, c).map(Some),
             Step::Up => refs.bump(dev, c, true)?,
             Step::Down => refs.bump(dev, c, false)?,
         };
         *ones |= count == 1;
-        Ok(count)
+        Ok(Some(count))
     };
     match entry::cluster(g, entry & !COPIED) {
         Cluster::Compressed { offset, length } if step != Step::Look => {
@@ -231,10 +324,10 @@ fn count_entry(
             for c in g.cluster_of(offset).0..=last {
                 bump(refs, HostCluster(c))?;
             }
-            Ok(2)
+            Ok(Some(2))
         }
         // Whatever its count, a compressed cluster is never written in place.
-        Cluster::Compressed { .. } => Ok(2),
+        Cluster::Compressed { .. } => Ok(Some(2)),
         Cluster::Standard(at) | Cluster::ZeroAllocated(at) => {
             if g.in_cluster(at) != 0 {
                 let (table, index) = place;
@@ -244,7 +337,7 @@ fn count_entry(
             }
             bump(refs, g.cluster_of(at))
         }
-        Cluster::ZeroPlain | Cluster::Unallocated => Ok(0),
+        Cluster::ZeroPlain | Cluster::Unallocated => Ok(Some(0)),
     }
 }
 
@@ -270,25 +363,28 @@ pub(crate) enum Counts {
     AllAreOne,
 }
 
-/// Bit 63 of one L2 entry as the counts demand.
+/// Bit 63 of one L2 entry as the counts demand; none where the cluster is passed over for now.
 fn wanted(
     refs: &mut Refcounts,
     dev: &mut Device,
     g: Geometry,
     old: u64,
     counts: Counts,
-) -> Result<bool> {
+) -> Result<Option<bool>> {
     let (Cluster::Standard(at) | Cluster::ZeroAllocated(at)) = entry::cluster(g, old & !COPIED)
     else {
-        return Ok(false);
+        return Ok(Some(false));
     };
+    if refs.outside(g.reftable_index(g.cluster_of(at))) {
+        return Ok(None);
+    }
     let count = match counts {
         Counts::Final => refs.get(dev, g.cluster_of(at))?,
         Counts::Published => refs.get_published(dev, g.cluster_of(at))?,
         Counts::NoneIsOne => 0,
         Counts::AllAreOne => 1,
     };
-    Ok(count == 1)
+    Ok(Some(count == 1))
 }
 
 /// Set or clear bit 63 in the entries of one table.
@@ -327,19 +423,45 @@ pub(crate) fn set_copied(
         }
         let old = BigEndian::read_u64(rest);
         let copied = wanted(refs, dev, g, old, counts)?;
+        at += size;
+        let Some(copied) = copied else {
+            continue;
+        };
         if (old & COPIED != 0) != copied && (flags == Flags::AsCounted || !copied) {
             BigEndian::write_u64(rest, old ^ COPIED);
             changed = true;
         }
-        at += size;
     }
     Ok(changed)
 }
 
 /// Write bit 63 of the entries of `tables` as the counts demand, which are looked at only where no
-/// walk has said enough; changed 4 KiB pieces only,
-/// adjacent ones in one request.
+/// walk has said enough. Where a walk went in windows, so does this.
 pub(crate) fn rewrite_tables(
+    refs: &mut Refcounts,
+    dev: &mut Device,
+    g: Geometry,
+    tables: &[Marked],
+    flags: Flags,
+    counts: Counts,
+) -> Result<()> {
+    if counts == Counts::NoneIsOne || !refs.jumped() {
+        return rewrite_part(refs, dev, g, tables, flags, counts);
+    }
+    let (some, sure): (Vec<Marked>, Vec<Marked>) =
+        tables.iter().partition(|t| t.ones == Ones::Some);
+    rewrite_part(refs, dev, g, &sure, flags, counts)?;
+    for window in refs.windows() {
+        refs.enter_window(window)?;
+        rewrite_part(refs, dev, g, &some, flags, counts)?;
+    }
+    refs.leave_windows();
+    Ok(())
+}
+
+/// [`rewrite_tables`] as far as entries are not passed over; changed 4 KiB pieces only, adjacent ones
+/// in one request.
+fn rewrite_part(
     refs: &mut Refcounts,
     dev: &mut Device,
     g: Geometry,

@@ -10,6 +10,7 @@ pub mod callbacks;
 pub mod file;
 pub mod lock;
 pub mod memory;
+pub(crate) mod scratch;
 pub mod trace;
 
 /// The longest single request that reaches a [`Storage`], in bytes (2 MiB).

@@ -146,7 +146,7 @@ impl Image {
             return Ok(());
         }
         let g = self.header.geometry;
-        replay.next_epoch();
+        replay.next_epoch()?;
         let before = replay.l1.clone();
         let mut index = g.l1_entries_for(self.header.size);
         let mut left = g.clusters_for(bytes);

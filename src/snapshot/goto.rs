@@ -189,7 +189,7 @@ impl Image {
         match place {
             Some(c) => Ok(L1Change::Through(replay.g.offset_of(HostCluster(c)))),
             None => {
-                replay.refs.mark_published();
+                replay.refs.mark_published()?;
                 Ok(L1Change::InPlace)
             }
         }
@@ -234,7 +234,7 @@ impl Image {
                     &mut replay.refs,
                     replay.g.cluster_of(*offset),
                     replay.g.clusters_for(bytes),
-                );
+                )?;
             }
             L1Change::Moved => {
                 // The table that the growth allocated takes the snapshot's contents at once.
@@ -273,8 +273,6 @@ fn same_sector(offset: u64, first: u64, last: u64) -> bool {
     sector(first) == sector(last)
 }
 
-fn count_temporary(refs: &mut Refcounts, first: HostCluster, n: u64) {
-    for c in first.0..first.0.saturating_add(n) {
-        refs.count_temporarily(HostCluster(c));
-    }
+fn count_temporary(refs: &mut Refcounts, first: HostCluster, n: u64) -> Result<()> {
+    (first.0..first.0.saturating_add(n)).try_for_each(|c| refs.count_temporarily(HostCluster(c)))
 }

@@ -1,0 +1,393 @@
+//! Which refcount blocks are in memory, in which form, and what they take.
+//!
+//! A block is read when the first of its counts is asked for and *open* from then on. The open ones
+//! that were not used for long are left: forgotten if nothing in them has changed, else packed or
+//! narrow (`counts`) and *kept*. When all of it takes more than the cap, kept ones are put *away* in
+//! a temporary file, as long as there is one.
+//!
+//! A walk in order comes to each block once. One that jumps about would fetch blocks from the file
+//! again and again: it is then cut into *windows*. In each it goes over all the tables that are left
+//! and counts only in so many blocks as fit in memory, so that what is beyond the cap costs passes.
+
+use super::super::counts::{Counts, Residents};
+use super::super::device::Device;
+use super::{Block, Refcounts, CACHED, JUMPS};
+use crate::error::{Error, Result};
+use crate::format::entry::OFFSET_MASK;
+use crate::format::run;
+use crate::io::scratch::Scratch;
+use byteorder::{BigEndian, ByteOrder};
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Our limit for what is kept of refcount blocks that a damaged table puts behind the end of the
+/// file, in bytes.
+const MAX_ABSENT_BLOCKS: u64 = 64 << 20;
+
+/// Blocks that are asked for ahead of the one that is loaded.
+const BLOCKS_AHEAD: u64 = 16;
+
+/// A walk is cut into windows when it has come back to this many blocks that could not stay, and to
+/// one in so many entries.
+const BACK: u64 = 8;
+const ENTRIES_EACH: u64 = 1024;
+
+/// See the module's text.
+pub(super) struct Memory {
+    pub(super) residents: Residents,
+    /// Blocks have been narrowed.
+    narrow: bool,
+    /// Blocks before this one have been asked for.
+    asked: u64,
+    /// Bytes of loaded blocks that lie wholly behind the end of the file.
+    absent: u64,
+    /// Where counts are put away; none before that, and where that is not possible.
+    scratch: Option<Arc<Scratch>>,
+    refused: bool,
+    /// The next block to be put away, if it is kept.
+    hand: u64,
+    /// Blocks from the first one on, so many, in which the walk counts now.
+    window: (u64, u64),
+    /// Blocks that this walk has come back to although they could not stay, and entries counted.
+    back: u64,
+    entries: u64,
+    /// A walk of this verb was cut into windows.
+    jumped: bool,
+}
+
+impl Memory {
+    pub(super) fn new(cap: u64) -> Memory {
+        Memory {
+            residents: Residents::new(cap),
+            narrow: false,
+            asked: 0,
+            absent: 0,
+            scratch: None,
+            refused: false,
+            hand: 0,
+            window: (0, u64::MAX),
+            back: 0,
+            entries: 0,
+            jumped: false,
+        }
+    }
+}
+
+impl Block {
+    /// Is this block kept in memory?
+    fn worth_putting_away(&self) -> bool {
+        !self.open && self.kept != 0
+    }
+}
+
+impl Refcounts {
+    /// Load the block at `index`; false where the table has none.
+    pub(super) fn load(&mut self, dev: &mut Device, index: u64) -> Result<bool> {
+        if let Some(block) = self.block(index) {
+            if block.counts.order().is_none() {
+                self.admit(index)?;
+            }
+            return Ok(true);
+        }
+        let offset = self.entry(index);
+        if offset == 0 {
+            return Ok(false);
+        }
+        self.check_aligned(index, offset)?;
+        if offset >= dev.length() {
+            // Costs the image 8 bytes, and us a cluster.
+            self.memory.absent += self.g.cluster_size();
+            if self.memory.absent > MAX_ABSENT_BLOCKS {
+                return Err(Error::Corrupt(format!(
+                    "Refblock offset {offset:#x} is behind the end of the file, like many others"
+                )));
+            }
+        }
+        self.ask_ahead(dev, index);
+        let counts = dev.read_vec(
+            "Could not read a refcount block",
+            offset,
+            self.g.cluster_size(),
+        )?;
+        self.insert(index, Block::new(self.g, offset, counts, None))?;
+        self.admit(index)?;
+        Ok(true)
+    }
+
+    /// Let the storage begin to fetch the blocks behind this one, each once.
+    fn ask_ahead(&mut self, dev: &mut Device, index: u64) {
+        let asked = self.memory.asked.max(index + 1);
+        let until = index + 1 + BLOCKS_AHEAD;
+        for next in asked..until.min(self.table().entries.len() as u64) {
+            let offset = self.entry(next);
+            if offset != 0 && !self.outside(next) {
+                dev.will_read(offset, self.g.cluster_size());
+            }
+        }
+        self.memory.asked = asked.max(until);
+    }
+
+    /// Open the counts of a block, and leave blocks that were not used for long.
+    fn admit(&mut self, index: u64) -> Result<()> {
+        let g = self.g;
+        let narrow = self.short_runs >= JUMPS && self.memory.residents.held() > CACHED;
+        if narrow && !self.memory.narrow {
+            // All of them: between blocks of one width the walk does not stop.
+            self.memory.narrow = true;
+            for block in self.blocks.iter_mut().flatten() {
+                block.counts.narrow(g);
+            }
+        }
+        let Some(block) = self.block_mut(index) else {
+            return Ok(());
+        };
+        block.counts.open(g)?;
+        if narrow {
+            block.counts.narrow(g);
+        }
+        block.open = true;
+        let bytes = block.counts.size();
+        self.account(index);
+        let back = self.memory.residents.enter(index, bytes);
+        self.memory.back += u64::from(back);
+        while let Some(oldest) = self.memory.residents.leave() {
+            if oldest != index {
+                self.settle(oldest);
+            }
+        }
+        self.make_room(index)
+    }
+
+    /// A block is no longer open: forget it, or keep it in little memory.
+    fn settle(&mut self, index: u64) {
+        let g = self.g;
+        let Some(slot) = self.blocks.get_mut(index as usize) else {
+            return;
+        };
+        match slot {
+            // What was only looked at is read again if need be.
+            Some(block) if !block.dirty && !block.has_peak() => *slot = None,
+            Some(block) => {
+                block.counts.pack(g);
+                block.open = false;
+                self.account(index);
+            }
+            None => {}
+        }
+    }
+
+    /// Say again what a block takes besides its counts while they are open.
+    pub(super) fn account(&mut self, index: u64) {
+        let Some(Some(block)) = self.blocks.get_mut(index as usize) else {
+            return;
+        };
+        let counts = if block.open { 0 } else { block.counts.size() };
+        let takes = counts + block.peak.as_ref().map_or(0, Counts::size);
+        let before = std::mem::replace(&mut block.kept, takes);
+        let residents = &mut self.memory.residents;
+        residents.kept = (residents.kept - before) + takes;
+    }
+
+    /// Put blocks away until what all take is within the cap, but not the one at `index`.
+    fn make_room(&mut self, index: u64) -> Result<()> {
+        while self.memory.residents.over() && !self.memory.refused {
+            match self.next_kept(index) {
+                Some(kept) => self.put_away(kept)?,
+                None => match self.memory.residents.oldest_but(index) {
+                    Some(oldest) => self.settle(oldest),
+                    None => return Ok(()),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// The next block that is kept and worth putting away.
+    fn next_kept(&mut self, but: u64) -> Option<u64> {
+        let n = self.blocks.len() as u64;
+        for _ in 0..n {
+            let index = self.memory.hand % n;
+            self.memory.hand = index + 1;
+            if index != but && self.block(index).is_some_and(Block::worth_putting_away) {
+                return Some(index);
+            }
+        }
+        None
+    }
+
+    /// Put the counts of a kept block away. Where that is not possible it stays, and all others too.
+    fn put_away(&mut self, index: u64) -> Result<()> {
+        let g = self.g;
+        if self.memory.scratch.is_none() && !self.memory.refused {
+            self.memory.scratch = Scratch::new().ok().map(Arc::new);
+        }
+        let Some(scratch) = self.memory.scratch.clone() else {
+            self.memory.refused = true;
+            return Ok(());
+        };
+        let Some(block) = self.block_mut(index) else {
+            return Ok(());
+        };
+        let at = index.saturating_mul(2).saturating_mul(g.cluster_size());
+        let mut put = || {
+            block.counts.put_away(g, &scratch, at)?;
+            match &mut block.peak {
+                Some(peak) => peak.put_away(g, &scratch, at.saturating_add(g.cluster_size())),
+                None => Ok(()),
+            }
+        };
+        // A full disk: what is away can still be read.
+        let done = put().is_ok();
+        self.account(index);
+        self.memory.refused |= !done;
+        Ok(())
+    }
+
+    /// The counts of the block at `index` for one look, read into `scratch` if the block is not
+    /// loaded.
+    pub(super) fn counts<'a>(
+        &'a self,
+        dev: &mut Device,
+        index: u64,
+        scratch: &'a mut Vec<u8>,
+    ) -> Result<Option<&'a [u8]>> {
+        if let Some(block) = self.block(index) {
+            return Ok(Some(match block.counts(self.g)? {
+                Cow::Borrowed(counts) => counts,
+                Cow::Owned(counts) => {
+                    *scratch = counts;
+                    scratch
+                }
+            }));
+        }
+        let offset = self.entry(index);
+        if offset == 0 {
+            return Ok(None);
+        }
+        self.check_aligned(index, offset)?;
+        scratch.resize(self.g.cluster_len(), 0);
+        dev.read("Could not read a refcount block", offset, scratch)?;
+        Ok(Some(scratch))
+    }
+
+    pub(super) fn insert(&mut self, index: u64, block: Block) -> Result<()> {
+        let slot = index as usize;
+        if slot >= self.blocks.len() {
+            let more = slot + 1 - self.blocks.len();
+            self.blocks
+                .try_reserve(more)
+                .map_err(|_| Error::NoMemory(more as u64 * 8))?;
+            self.blocks.resize_with(slot + 1, || None);
+        }
+        self.blocks[slot] = Some(Box::new(block));
+        self.account(index);
+        Ok(())
+    }
+
+    /// Take the block at `index` out of memory.
+    pub(super) fn take_block(&mut self, index: u64) -> Option<Box<Block>> {
+        let block = self.blocks.get_mut(index as usize).and_then(Option::take)?;
+        self.memory.residents.kept -= block.kept;
+        Some(block)
+    }
+
+    /// The counts as they are now are needed by a published state: keep them as part of the peak.
+    pub(crate) fn mark_published(&mut self) -> Result<()> {
+        let g = self.g;
+        for index in 0..self.blocks.len() as u64 {
+            let Some(block) = self.block_mut(index).filter(|b| b.dirty) else {
+                continue;
+            };
+            let counts = block.counts.bytes(g)?;
+            let mut peak = match block.peak(g)? {
+                Some(peak) => peak.into_owned(),
+                None => counts.to_vec(),
+            };
+            crate::format::refblock::raise_to(g, &mut peak, &counts, g.refblock_entries() as usize);
+            let mut peak = Counts::new(g, peak);
+            peak.pack(g);
+            block.peak = Some(peak);
+            self.account(index);
+            self.make_room(u64::MAX)?;
+        }
+        Ok(())
+    }
+
+    /// Does the walk pass the block at `index` over for now?
+    #[inline(always)]
+    pub(crate) fn outside(&self, index: u64) -> bool {
+        let (first, n) = self.memory.window;
+        index.wrapping_sub(first) >= n
+    }
+
+    /// The refcount block that counts the first entry of a table which is not zero and not passed
+    /// over (if it is a standard cluster, else none that matters).
+    #[inline]
+    pub(super) fn first_block(&self, table: &[u8]) -> u64 {
+        let g = self.g;
+        let mut words = table
+            .chunks_exact(g.l2_entry_size())
+            .map(BigEndian::read_u64)
+            .filter(|w| *w != 0);
+        let counted = |w: &u64| !run::block_of(g, *w).is_some_and(|index| self.outside(index));
+        words.find(counted).map_or(self.memory.window.0, |w| {
+            g.reftable_index(g.cluster_of(w & OFFSET_MASK))
+        })
+    }
+
+    /// A walk begins.
+    pub(crate) fn begin_walk(&mut self) {
+        (self.memory.back, self.memory.entries) = (0, 0);
+    }
+
+    /// So many entries have been counted. Does the walk spend its time opening and leaving blocks?
+    pub(crate) fn thrashes(&mut self, entries: u64) -> bool {
+        let memory = &mut self.memory;
+        memory.entries += entries;
+        memory.back >= BACK && memory.back * ENTRIES_EACH > memory.entries
+    }
+
+    /// Was a walk of this verb cut into windows?
+    pub(crate) fn jumped(&self) -> bool {
+        self.memory.jumped
+    }
+
+    /// Ranges of blocks that fit in memory together.
+    pub(crate) fn windows(&mut self) -> Vec<Range<u64>> {
+        let g = self.g;
+        self.memory.jumped = true;
+        let orders = self.loaded().map(|(_, b)| b.counts.fields_needed(g));
+        let order = orders.max().unwrap_or(g.refcount_order);
+        let bytes = g.cluster_size() >> (g.refcount_order - order);
+        // Not all of the room: counts grow, and fields with them.
+        let blocks = (self.memory.residents.room() / 8 * 7 / bytes.max(1)).max(1);
+        let entries = &self.table().entries;
+        let used = entries.iter().rposition(|e| *e != 0).map_or(0, |i| i + 1) as u64;
+        let starts = (0..used).step_by(blocks as usize);
+        starts.map(|first| first..first + blocks).collect()
+    }
+
+    /// From here on count only in these blocks: the others are left.
+    pub(crate) fn enter_window(&mut self, window: Range<u64>) -> Result<()> {
+        while let Some(oldest) = self.memory.residents.oldest() {
+            self.settle(oldest);
+        }
+        for index in (0..self.blocks.len() as u64).filter(|i| !window.contains(i)) {
+            if self.memory.refused {
+                break;
+            }
+            if self.block(index).is_some_and(Block::worth_putting_away) {
+                self.put_away(index)?;
+            }
+        }
+        self.memory.asked = window.start;
+        self.memory.window = (window.start, window.end - window.start);
+        Ok(())
+    }
+
+    /// Count in all blocks again.
+    pub(crate) fn leave_windows(&mut self) {
+        self.memory.window = (0, u64::MAX);
+    }
+}
