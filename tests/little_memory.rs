@@ -271,7 +271,7 @@ fn scattered_images_come_out_the_same_by_more_passes() {
         (9, 4, false, 150),
         (9, 6, false, 60),
         (12, 3, false, 20),
-        (12, 5, false, 8),
+        (12, 5, false, 16),
         (10, 4, true, 60),
     ] {
         let name = format!("{cluster_bits}/{order}/{extended}");
