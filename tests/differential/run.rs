@@ -384,12 +384,7 @@ impl<'a> Run<'a> {
             .to_string_lossy()
             .into_owned();
         self.side.close()?;
-        let check = |t: &mut Tools, f: &str| {
-            t.run(
-                "qemu-img",
-                &[b"check".to_vec(), b"-q".to_vec(), f.as_bytes().to_vec()],
-            )
-        };
+        let check = |t: &mut Tools, f: &str| t.on("qemu-img", &[b"check", b"-q"], f, &[]);
         let (x, y) = (
             check(&mut self.tools, QEMU)?,
             check(&mut self.tools, &ours)?,
