@@ -23,7 +23,7 @@ pub(crate) mod overlap;
 pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
-mod resize;
+pub(crate) mod resize;
 mod status;
 pub(crate) mod update;
 pub(crate) mod walk;
