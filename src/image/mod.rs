@@ -340,6 +340,7 @@ impl Image {
         table_size: u64,
     ) -> Result<()> {
         self.check_damage(&mut replay, plan, &list, table_size)?;
+        replay.refs.check_overwrites()?;
         let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
         self.dev.changed = false;

@@ -66,6 +66,7 @@ impl Replay {
         }
 
         self.refs.shrink_table(dev)?;
+        self.overlap.follow(&self.l1, &self.refs.table().entries);
         let length = self.length();
         let last = self.refs.last_cluster(dev, length)?;
         let wanted = (last + 1) << g.cluster_bits;
