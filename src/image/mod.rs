@@ -23,7 +23,7 @@ pub(crate) mod overlap;
 pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
-mod resize;
+pub(crate) mod resize;
 mod status;
 pub(crate) mod update;
 pub(crate) mod walk;
@@ -350,6 +350,7 @@ impl Image {
         table_size: u64,
     ) -> Result<()> {
         self.check_damage(&mut replay, plan, &list, table_size)?;
+        replay.refs.check_overwrites()?;
         let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
         self.dev.changed = false;

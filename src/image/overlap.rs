@@ -46,26 +46,28 @@ pub(crate) struct Overlap {
 
 impl Overlap {
     pub(crate) fn new(g: Geometry, l1: &[u64], reftable: &[u64]) -> Overlap {
-        let mut active_l2: Vec<u64> = l1
-            .iter()
-            .map(|e| e & entry::OFFSET_MASK)
-            .filter(|o| *o != 0)
-            .collect();
-        active_l2.sort_unstable();
-        let mut refblocks: Vec<u64> = reftable
-            .iter()
-            .map(|e| e & entry::REFTABLE_OFFSET_MASK)
-            .filter(|o| *o != 0)
-            .collect();
-        refblocks.sort_unstable();
         let ranges = vec![(0, g.cluster_size(), Kind::Header)];
-        Overlap {
+        let mut overlap = Overlap {
             g,
             ranges,
             furthest: vec![g.cluster_size()],
-            active_l2,
-            refblocks,
-        }
+            active_l2: Vec::new(),
+            refblocks: Vec::new(),
+        };
+        overlap.follow(l1, reftable);
+        overlap
+    }
+
+    /// Protect the L2 tables and refcount blocks that these tables name, and no others.
+    pub(crate) fn follow(&mut self, l1: &[u64], reftable: &[u64]) {
+        let sorted = |table: &[u64], mask: u64| {
+            let named = table.iter().map(|e| e & mask);
+            let mut offsets: Vec<u64> = named.filter(|o| *o != 0).collect();
+            offsets.sort_unstable();
+            offsets
+        };
+        self.active_l2 = sorted(l1, entry::OFFSET_MASK);
+        self.refblocks = sorted(reftable, entry::REFTABLE_OFFSET_MASK);
     }
 
     /// No refcount block may be in the table twice: one count would stand for two clusters. (QEMU

@@ -190,6 +190,8 @@ pub(crate) struct Refcounts {
     pub(crate) dropped: Vec<Dropped>,
     /// The last block read for its counts before the verb.
     before: Option<(u64, Vec<u8>)>,
+    /// New contents would go to clusters that the image uses until the verb's last publish.
+    overwrites: bool,
 }
 
 /// A refcount block that a shrinking resize takes out of the table.
@@ -233,6 +235,7 @@ impl Refcounts {
             reach: 0,
             dropped: Vec::new(),
             before: None,
+            overwrites: false,
         }
     }
 
@@ -810,14 +813,16 @@ impl Refcounts {
     }
 
     /// Make sure that the disk has forgotten what was in clusters that are about to get new
-    /// contents: if the write that forgets belongs to this epoch, a new epoch begins.
+    /// contents: if the write that forgets belongs to this epoch, a new epoch begins. Where no epoch
+    /// can do that the verb is replayed to its end all the same, for the errors that QEMU would give
+    /// on the way, and [`Refcounts::check_overwrites`] refuses it.
     pub(crate) fn forget_before_writing(
         &mut self,
         dev: &mut Device,
         offset: u64,
         bytes: u64,
     ) -> Result<()> {
-        if bytes == 0 {
+        if bytes == 0 || self.overwrites {
             return Ok(());
         }
         let first = self.g.cluster_of(offset).0;
@@ -829,12 +834,21 @@ impl Refcounts {
             }
         }
         match wait_for {
-            Some(NEVER) => Err(Error::Unsupported(
-                "The verb would have to write to clusters that the image still uses".into(),
-            )),
-            Some(epoch) if epoch >= self.epoch => self.next_epoch(),
-            _ => Ok(()),
+            Some(NEVER) => self.overwrites = true,
+            Some(epoch) if epoch >= self.epoch => self.next_epoch()?,
+            _ => {}
         }
+        Ok(())
+    }
+
+    /// May what the replay leaves behind be written? Asked when nothing is yet.
+    pub(crate) fn check_overwrites(&self) -> Result<()> {
+        if self.overwrites {
+            return Err(Error::Unsupported(
+                "The verb would have to write to clusters that the image still uses".into(),
+            ));
+        }
+        Ok(())
     }
 
     /// The count that a cluster had before the verb.

@@ -9,6 +9,17 @@ use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::TABLE_ENTRY;
 use byteorder::{BigEndian, ByteOrder};
 
+/// What discarding a part of the disk has come to.
+struct Discarded {
+    /// The first L1 entry that was looked at.
+    first: usize,
+    /// For each L1 entry from there on: has the L2 table that the L1 owns lost an entry?
+    emptied: Vec<bool>,
+    /// The end in the file of what is changed in QEMU's cache and not written when the tables are
+    /// freed.
+    unwritten: u64,
+}
+
 /// Bytes of L2 tables that a larger disk copies because the L1 does not own them, at most. Only
 /// those behind the old end count, which hold old VM state: QEMU would have to write these copies.
 const MOST_COPIES: u64 = 128 << 20;
@@ -21,7 +32,7 @@ impl Replay {
     pub(crate) fn shrink(&mut self, dev: &mut Device, old_size: u64, new_size: u64) -> Result<()> {
         let g = self.g;
         let start = g.round_up(new_size);
-        let unwritten = self.discard_fully(dev, start, old_size)?;
+        let discarded = self.discard_fully(dev, start, old_size)?;
 
         // `qcow2_shrink_l1_table`
         let keep = g.l1_entries_for(new_size) as usize;
@@ -32,6 +43,7 @@ impl Replay {
                 .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
             self.reach = self.reach.max(end);
         }
+        let mut remaining = Vec::new();
         for index in (keep..self.l1.len()).rev() {
             let offset = self.l1[index] & OFFSET_MASK;
             if offset != 0 {
@@ -39,10 +51,22 @@ impl Replay {
                     .free(dev, offset, g.cluster_size(), Freed::Punched, NEVER)?;
                 self.tables.remove(&offset);
                 self.l1[index] = 0;
+                let emptied = index.checked_sub(discarded.first);
+                let emptied = emptied.and_then(|i| discarded.emptied.get(i));
+                if emptied == Some(&true) && self.refs.get(dev, g.cluster_of(offset))? != 0 {
+                    remaining.push(offset);
+                }
+            }
+        }
+        // Looked at again: the L1 may have named a table twice.
+        for offset in remaining {
+            if self.refs.get(dev, g.cluster_of(offset))? != 0 {
+                return Err(shared_but_copied(offset));
             }
         }
 
         self.refs.shrink_table(dev)?;
+        self.overlap.follow(&self.l1, &self.refs.table().entries);
         let length = self.length();
         let last = self.refs.last_cluster(dev, length)?;
         let wanted = (last + 1) << g.cluster_bits;
@@ -50,22 +74,22 @@ impl Replay {
             self.truncate(wanted);
         }
         // What QEMU's cache still holds of tables that are free by now makes the file longer again.
-        self.reach = self.reach.max(unwritten);
+        self.reach = self.reach.max(discarded.unwritten);
         Ok(())
     }
 
-    /// QEMU's `qcow2_cluster_discard(ALWAYS, full)` over `start..end` of the disk. Returns the end in
-    /// the file of what is changed in QEMU's cache and not written when the tables are freed: of a
-    /// freed table the cache forgets the first slice only; a table that is made writes them all.
-    fn discard_fully(&mut self, dev: &mut Device, start: u64, end: u64) -> Result<u64> {
+    /// QEMU's `qcow2_cluster_discard(ALWAYS, full)` over `start..end` of the disk. Of a freed table
+    /// QEMU's cache forgets the first slice only; a table that is made writes them all.
+    fn discard_fully(&mut self, dev: &mut Device, start: u64, end: u64) -> Result<Discarded> {
         let g = self.g;
         let (slice, mut unwritten) = (g.l2_slice_bytes(end), 0);
-        check_repeats(
-            g,
-            self.l1
-                .get(g.l1_index(start) as usize..)
-                .unwrap_or_default(),
-        )?;
+        let first = g.l1_index(start) as usize;
+        let mut emptied = Vec::new();
+        let entries = self.l1.len().saturating_sub(first);
+        emptied
+            .try_reserve_exact(entries)
+            .map_err(|_| Error::NoMemory(entries as u64))?;
+        check_repeats(g, self.l1.get(first..).unwrap_or_default())?;
         let mut at = start;
         while at < end {
             dev.progress.step(g.cluster_size())?;
@@ -82,10 +106,14 @@ impl Replay {
                 self.temporary.insert(offset, false);
                 unwritten = 0;
             }
-            let size = g.l2_entry_size();
+            let (size, mut changed) = (g.l2_entry_size(), false);
             for (i, word) in table.chunks_exact_mut(size).enumerate().skip(from).take(n) {
+                if word.iter().all(|b| *b == 0) {
+                    continue;
+                }
+                changed = true;
                 let slice_end = ((i * size) as u64 / slice + 1) * slice;
-                if slice_end > slice && word.iter().any(|b| *b != 0) {
+                if slice_end > slice {
                     unwritten = unwritten.max(offset.saturating_add(slice_end));
                 }
                 match entry::cluster(g, BigEndian::read_u64(word)) {
@@ -99,13 +127,18 @@ impl Replay {
                 }
                 word.fill(0);
             }
+            emptied.push(owned && changed);
             // Only the table at the new end still matters: the others go with the L1's tail.
-            if from != 0 {
+            if from != 0 && (changed || !owned) {
                 self.tables.insert(offset, table);
             }
             at = next;
         }
-        Ok(unwritten)
+        Ok(Discarded {
+            first,
+            emptied,
+            unwritten,
+        })
     }
 
     /// Make the disk larger where a longer backing file would show in the new part: QEMU enters zero
@@ -141,6 +174,7 @@ impl Replay {
             dev.progress.step(g.cluster_size())?;
             let l1_index = g.l1_index(at);
             let next = g.guest_of_l1(l1_index + 1).unwrap_or(u64::MAX).min(end);
+            let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
             let table = self.own_temporary_table(dev, l1_index)?;
             if g.in_cluster(at) != 0 {
                 // A part of a cluster can be zeroed only where it has subclusters.
@@ -152,8 +186,36 @@ impl Replay {
                     ));
                 }
             }
+            // Only a table that is not freed with the old disk would show the zeros.
+            let (table_at, entries) = (entry & OFFSET_MASK, g.l2_index(at)..=g.l2_index(next - 1));
+            if entry & COPIED != 0
+                && self.refs.get(dev, g.cluster_of(table_at))? > 1
+                && !self.all_zero(&table, entries)
+            {
+                self.keep_table(table_at, table)?;
+            }
             at = next;
         }
+        Ok(())
+    }
+
+    /// Are these entries of a table zero clusters already?
+    fn all_zero(&self, table: &[u8], mut entries: std::ops::RangeInclusive<u64>) -> bool {
+        let size = self.g.l2_entry_size();
+        let word = |at: usize| table.get(at..).map_or(0, BigEndian::read_u64);
+        entries.all(|i| match i as usize * size {
+            at if self.g.extended_l2 => word(at + 8) == entry::SUBCLUSTERS_ALL_ZERO,
+            at => word(at) & entry::ZERO != 0,
+        })
+    }
+
+    /// Remember the contents of a table that the resize changes.
+    fn keep_table(&mut self, offset: u64, table: Vec<u8>) -> Result<()> {
+        let copies = self.tables.len() as u64 * self.g.cluster_size();
+        if copies > MOST_COPIES {
+            return Err(Error::NoMemory(copies));
+        }
+        self.tables.insert(offset, table);
         Ok(())
     }
 
@@ -166,11 +228,7 @@ impl Replay {
             if table.is_empty() {
                 self.tables.remove(&offset);
             } else {
-                let copies = self.tables.len() as u64 * self.g.cluster_size();
-                if copies > MOST_COPIES {
-                    return Err(Error::NoMemory(copies));
-                }
-                self.tables.insert(offset, table.clone());
+                self.keep_table(offset, table.clone())?;
             }
         }
         Ok(table)
@@ -216,4 +274,11 @@ impl Replay {
         self.tables.insert(offset, table);
         Ok(())
     }
+}
+
+/// QEMU changes such a table in place, and the snapshot that shares it loses what was in it.
+pub(crate) fn shared_but_copied(offset: u64) -> Error {
+    Error::Corrupt(format!(
+        "L2 table {offset:#x} is shared but flagged as COPIED"
+    ))
 }

@@ -9,6 +9,7 @@ use crate::format::run::Step;
 use crate::image::device::{bytes_of, zeroed};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::replay::Replay;
+use crate::image::resize::shared_but_copied;
 use crate::image::update::{L1Change, Plan};
 use crate::image::walk::{set_copied, Counts, Flags};
 use crate::image::Image;
@@ -158,9 +159,7 @@ impl Image {
                 .is_some_and(|e| e & crate::format::entry::COPIED == 0);
             let (offset, mut table) = replay.own_table(&mut self.dev, index)?;
             if !made {
-                return Err(Error::Corrupt(format!(
-                    "L2 table {offset:#x} is shared but flagged as COPIED"
-                )));
+                return Err(shared_but_copied(offset));
             }
             if table.is_empty() {
                 table = zeroed(g.cluster_size())?;

@@ -12,6 +12,7 @@ use crate::image::overlap::Kind;
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Refcounts;
 use crate::image::replay::Replay;
+use crate::image::resize::shared_but_copied;
 use crate::image::update::{L1Change, Plan};
 use crate::image::walk::{Counts, Walked};
 use crate::image::Image;
@@ -198,24 +199,19 @@ impl Image {
     /// Tables that the resize made are free again, with a hole where they were; none of the tables
     /// that it emptied may have survived in a snapshot.
     fn check_after_resize(&mut self, replay: &mut Replay) -> Result<()> {
-        let shared = |offset: u64| {
-            Err(Error::Corrupt(format!(
-                "L2 table {offset:#x} is shared but flagged as COPIED"
-            )))
-        };
         for (offset, is_table) in std::mem::take(&mut replay.temporary) {
             let cluster = replay.g.cluster_of(offset);
             if replay.refs.get(&mut self.dev, cluster)? == 0 {
                 replay.refs.punched.insert(cluster.0);
             } else if is_table {
-                return shared(offset);
+                return Err(shared_but_copied(offset));
             }
         }
         let changed: Vec<u64> = replay.tables.keys().copied().collect();
         for offset in changed {
             let cluster = replay.g.cluster_of(offset);
             if replay.refs.get(&mut self.dev, cluster)? != 0 {
-                return shared(offset);
+                return Err(shared_but_copied(offset));
             }
         }
         Ok(())

@@ -182,7 +182,11 @@ impl Spec {
         }
         if self.bitmaps {
             for i in 0..rng.range(1, 3) {
-                tools.must("qemu-img", &["bitmap", "--add", QEMU, &format!("bm{i}")])?;
+                let name = format!("bm{i}");
+                let o = tools.on("qemu-img", &[b"bitmap", b"--add"], QEMU, &[name.as_bytes()])?;
+                if !o.ok {
+                    return Err(format!("qemu-img bitmap --add {name}: {}", o.stderr));
+                }
             }
         }
         Ok(())

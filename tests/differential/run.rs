@@ -8,7 +8,7 @@ use super::files::{self, at, R};
 use super::generate::QEMU;
 use super::ours::{Lib, Listed, Side, Verb};
 use super::qemu::{Failure, Tools};
-use super::qimg::{self, Qcow, COMPRESSED, OFFSET};
+use super::qimg::{self, Qcow, COMPRESSED, COPIED, OFFSET};
 
 /// What every run shares.
 pub struct Ctx {
@@ -192,7 +192,7 @@ impl<'a> Run<'a> {
             }
         }
         if let Err(o) = &by_us {
-            if let Some(why) = self.agreed_refusal(v, &before, o)? {
+            if let Some(why) = self.agreed_refusal(v, &before, &by_qemu, o)? {
                 *self.stats.not_compared.entry(why.into()).or_default() += 1;
                 if by_qemu.is_err() {
                     files::copy(&self.before, &self.qemu)?;
@@ -254,10 +254,13 @@ impl<'a> Run<'a> {
     }
 
     /// Reasons for which ours may refuse today what qemu-img does. Each is counted and printed.
-    fn agreed_refusal(&self, v: &Verb, before: &Qcow, f: &Failure) -> R<Option<&'static str>> {
-        if f.errno != libc::ENOTSUP {
-            return Ok(None);
-        }
+    fn agreed_refusal(
+        &self,
+        v: &Verb,
+        before: &Qcow,
+        by_qemu: &Result<(), Failure>,
+        f: &Failure,
+    ) -> R<Option<&'static str>> {
         if let Verb::Goto { what } = v {
             let s = &before.snaps;
             let to = s
@@ -265,16 +268,84 @@ impl<'a> Run<'a> {
                 .find(|e| e.id == *what)
                 .or_else(|| s.iter().find(|e| e.name == *what));
             let to = to.and_then(|e| e.disk_size()).unwrap_or(before.h.size);
-            if let Some(b) = before.backing_size(self.dir())? {
-                if to > before.h.size && b > before.h.size {
-                    return Ok(Some("growing goto over a longer backing file (part E)"));
-                }
+            let backing = before.backing_size(self.dir())?;
+            let longer = backing.is_some_and(|b| to > before.h.size && b > before.h.size);
+            if f.errno == libc::ENOTSUP && longer {
+                return Ok(Some("growing goto over a longer backing file (part E)"));
+            }
+            if f.errno == libc::EIO && self.resizes_shared_table(before, to, by_qemu, f)? {
+                return Ok(Some(
+                    "wrong COPIED bits: QEMU changes a snapshot's L2 table, ours refuses",
+                ));
             }
         }
-        if before.h.incompat & 1 != 0 {
+        if f.errno == libc::ENOTSUP && before.h.incompat & 1 != 0 {
             return Ok(Some("dirty bit set: ours refuses, QEMU repairs"));
         }
         Ok(None)
+    }
+
+    /// A goto to another size discards the disk's end first, or covers a backing file with zeros: in
+    /// place in an L2 table that the active L1 flags as COPIED, although a snapshot names it too. True
+    /// only if the table that our message names is one of these, and qemu-img, where it succeeded,
+    /// has changed what the snapshot's table says of the disk between the two ends.
+    fn resizes_shared_table(
+        &self,
+        before: &Qcow,
+        to: u64,
+        by_qemu: &Result<(), Failure>,
+        f: &Failure,
+    ) -> R<bool> {
+        let table = f.text.split("L2 table 0x").nth(1);
+        let table = table.and_then(|t| t.split_once(" is shared but flagged as COPIED"));
+        let Some(table) = table.and_then(|(t, _)| u64::from_str_radix(t, 16).ok()) else {
+            return Ok(false);
+        };
+        let (cs, span, size) = (before.cs(), before.l2_span(), before.h.size);
+        let names = |q: &Qcow, off: u64, n: u32| -> R<bool> {
+            let l1 = q.words(off, n as usize)?;
+            Ok(l1.iter().any(|w| w & OFFSET == table))
+        };
+        let shared = |q: &Qcow| -> R<bool> {
+            for s in &q.snaps {
+                if names(q, s.l1_off, s.l1_size)? {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        if !shared(before)? {
+            return Ok(false);
+        }
+        // Bytes of the table that describe the part of the disk that goes or comes.
+        let entry = cs * cs / span;
+        let start = if to < size {
+            to.div_ceil(cs)
+        } else {
+            size / cs
+        } * cs;
+        for (i, word) in (0u64..).zip(before.words(before.h.l1_off, before.h.l1_size as usize)?) {
+            let from = start.max(i * span);
+            let end = size.max(to).min((i + 1) * span);
+            if word & COPIED == 0 || word & OFFSET != table || from >= end {
+                continue;
+            }
+            let at = table + (from % span) / cs * entry;
+            let n = ((end - from).div_ceil(cs) * entry) as usize;
+            let was = before.bytes(at, n)?;
+            let changed = match by_qemu {
+                Ok(()) => {
+                    let after = Qcow::open(&self.qemu)?;
+                    let is = after.bytes(at, n)?;
+                    shared(&after)? && is != was && (to > size || is.iter().all(|b| *b == 0))
+                }
+                Err(_) => to > size || was.iter().any(|b| *b != 0),
+            };
+            if changed {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Our list must say what stands in our file.
@@ -384,12 +455,7 @@ impl<'a> Run<'a> {
             .to_string_lossy()
             .into_owned();
         self.side.close()?;
-        let check = |t: &mut Tools, f: &str| {
-            t.run(
-                "qemu-img",
-                &[b"check".to_vec(), b"-q".to_vec(), f.as_bytes().to_vec()],
-            )
-        };
+        let check = |t: &mut Tools, f: &str| t.on("qemu-img", &[b"check", b"-q"], f, &[]);
         let (x, y) = (
             check(&mut self.tools, QEMU)?,
             check(&mut self.tools, &ours)?,

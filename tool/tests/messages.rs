@@ -89,6 +89,14 @@ const CALLS: &[&[&str]] = &[
     ],
 ];
 
+/// Reference images with damage that rules a goto out here, and the ID of the snapshot.
+const REFUSED: &[(&str, &str)] = &[
+    ("damaged-copied-grow", "1"),
+    ("damaged-copied-shrink", "1"),
+    ("l1-growth-shrink-data", "1"),
+    ("l1-growth-shrink-table", "1"),
+];
+
 fn fill(folder: &Path) {
     std::fs::write(folder.join("raw.img"), vec![0; 65536]).unwrap();
     std::fs::write(folder.join("empty.img"), []).unwrap();
@@ -153,6 +161,13 @@ fn verbs_on_reference_images_end_as_by_qemu_img() {
                     .map(|l| format!("{l}\n"))
                     .collect();
                 let got = ours(b.path(), &call);
+                // Agreed: what qemu-img does at the cost of a snapshot, or what cannot be made safe
+                // (docs/design.md), is refused.
+                if REFUSED.contains(&(&name, call[1])) {
+                    let codes = (expected.code, got.code);
+                    assert_eq!(codes, (Some(0), Some(1)), "{name}: {call:?}");
+                    continue;
+                }
                 assert_eq!(got, expected, "{name}: {packed:?}: {call:?}");
                 compared += 1;
             }
