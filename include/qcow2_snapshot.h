@@ -38,6 +38,11 @@
  *   cancel it: before anything is written without a trace, before it takes effect as an I/O
  *   error there would end it, and after that not any more.
  *
+ * Memory. L1 tables and the list of snapshots are in memory; L2 tables are not, and refcounts take
+ *   at most 224 MiB during a verb. An image that needs more (from some 40 TiB in random order on, at
+ *   64 KiB clusters) has the rest in a nameless temporary file in $TMPDIR, else /var/tmp, as
+ *   QEMU's own temporary files are; or in memory, if there is no room for such a file.
+ *
  * Ownership. Handles, error objects and lists belong to the caller and go back through
  *   qcow2_close(), qcow2_error_free() and qcow2_snapshot_list_free() or free(). Out-pointers
  *   are set to NULL first and to a value on success only. Strings that functions return

@@ -258,6 +258,15 @@ impl Replay {
                 } else {
                     reach
                 };
+                if self.refs.get(dev, g.cluster_of(host))? > 1 {
+                    let (from, bytes) = (host.saturating_add(in_cluster), end - in_cluster);
+                    let there = dev.read_vec("Could not read data", from, bytes)?;
+                    if there.iter().any(|b| *b != 0) {
+                        return Err(Error::Corrupt(format!(
+                            "Data cluster {host:#x} is shared but flagged as COPIED"
+                        )));
+                    }
+                }
                 self.reach = self.reach.max(host.saturating_add(end));
                 return Ok(());
             }

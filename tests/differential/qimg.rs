@@ -288,19 +288,6 @@ impl Qcow {
         v
     }
 
-    /// Virtual size of the backing file, if there is one.
-    pub fn backing_size(&self, dir: &Path) -> R<Option<u64>> {
-        let Some((name, raw)) = &self.h.backing else {
-            return Ok(None);
-        };
-        let path = dir.join(String::from_utf8_lossy(name).as_ref());
-        if *raw {
-            Ok(Some(files::len(&files::open(&path)?)?.div_ceil(512) * 512))
-        } else {
-            Ok(Some(Qcow::open(&path)?.h.size))
-        }
-    }
-
     /// Everything that claims bytes of the file, for reports and for cutting ends safely.
     pub fn map(&self) -> R<Map> {
         let cs = self.cs();

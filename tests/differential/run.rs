@@ -268,14 +268,14 @@ impl<'a> Run<'a> {
                 .find(|e| e.id == *what)
                 .or_else(|| s.iter().find(|e| e.name == *what));
             let to = to.and_then(|e| e.disk_size()).unwrap_or(before.h.size);
-            let backing = before.backing_size(self.dir())?;
-            let longer = backing.is_some_and(|b| to > before.h.size && b > before.h.size);
-            if f.errno == libc::ENOTSUP && longer {
-                return Ok(Some("growing goto over a longer backing file (part E)"));
-            }
             if f.errno == libc::EIO && self.resizes_shared_table(before, to, by_qemu, f)? {
                 return Ok(Some(
                     "wrong COPIED bits: QEMU changes a snapshot's L2 table, ours refuses",
+                ));
+            }
+            if f.errno == libc::EIO && self.grows_shared_cluster(before, to, by_qemu, f)? {
+                return Ok(Some(
+                    "wrong COPIED bits: QEMU writes zeros to a snapshot's data, ours refuses",
                 ));
             }
         }
@@ -346,6 +346,47 @@ impl<'a> Run<'a> {
             }
         }
         Ok(false)
+    }
+
+    /// The same where the disk ended within a cluster: the zeros up to its end are written in place to
+    /// a cluster that the active L2 table flags as COPIED, although a snapshot's table names it too.
+    fn grows_shared_cluster(
+        &self,
+        before: &Qcow,
+        to: u64,
+        by_qemu: &Result<(), Failure>,
+        f: &Failure,
+    ) -> R<bool> {
+        let cluster = f.text.split("Data cluster 0x").nth(1);
+        let cluster = cluster.and_then(|t| t.split_once(" is shared but flagged as COPIED"));
+        let Some(cluster) = cluster.and_then(|(t, _)| u64::from_str_radix(t, 16).ok()) else {
+            return Ok(false);
+        };
+        let (cs, span, size) = (before.cs(), before.l2_span(), before.h.size);
+        // The L2 entry that an L1 table has for the last byte of the disk.
+        let entry = |l1_off: u64, l1_size: u32| -> R<u64> {
+            let l1 = before.words(l1_off, l1_size as usize)?;
+            let table = l1.get((size / span) as usize).map_or(0, |w| w & OFFSET);
+            if table == 0 {
+                return Ok(0);
+            }
+            let at = table + size % span / cs * (cs * cs / span);
+            Ok(before.words(at, 1)?[0])
+        };
+        let active = entry(before.h.l1_off, before.h.l1_size)?;
+        let mut shared = false;
+        for s in &before.snaps {
+            shared |= entry(s.l1_off, s.l1_size)? & OFFSET == cluster;
+        }
+        if to <= size || size % cs == 0 || !shared || active & (COPIED | OFFSET) != COPIED | cluster
+        {
+            return Ok(false);
+        }
+        let (at, n) = (cluster + size % cs, (cs - size % cs) as usize);
+        Ok(match by_qemu {
+            Ok(()) => Qcow::open(&self.qemu)?.bytes(at, n)? != before.bytes(at, n)?,
+            Err(_) => true,
+        })
     }
 
     /// Our list must say what stands in our file.
