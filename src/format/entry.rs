@@ -57,6 +57,13 @@ pub fn cluster(g: Geometry, entry: u64) -> Cluster {
     }
 }
 
+/// Does bit 63 of this L2 entry hang on a count: is it [`Cluster::Standard`] or
+/// [`Cluster::ZeroAllocated`]?
+#[inline(always)]
+pub fn is_counted(entry: u64) -> bool {
+    entry & COMPRESSED == 0 && entry & OFFSET_MASK != 0
+}
+
 /// Split a compressed entry: bits 0..x are the offset and x..62 the number of further sectors,
 /// where x = 62 - (cluster_bits - 8) (`qcow2_parse_compressed_l2_entry`).
 #[allow(clippy::arithmetic_side_effects)] // 8 < cluster_bits < 62; the sum is below 2^62 + 2^22

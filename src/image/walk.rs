@@ -405,6 +405,20 @@ pub(crate) fn set_copied(
         }
         return Ok(changed);
     }
+    if counts == Counts::AllAreOne && flags == Flags::AsCounted {
+        let mut changed = false;
+        for word in table.chunks_exact_mut(size) {
+            let old = BigEndian::read_u64(word);
+            let new = if entry::is_counted(old) {
+                old | COPIED
+            } else {
+                old & !COPIED
+            };
+            changed |= new != old;
+            BigEndian::write_u64(word, new);
+        }
+        return Ok(changed);
+    }
     // Peaks are kept only where a verb publishes more than once.
     let runs = match counts {
         Counts::Final => true,
