@@ -1099,9 +1099,12 @@ impl Refcounts {
             if block.as_ref().is_none_or(|b| b.born.is_none()) {
                 // Nothing is left in it but, at times, the block itself.
                 let counts = block.map(|mut b| {
+                    // Its place in the temporary file is that of the next block here.
+                    b.counts.open(g)?;
                     b.counts.pack(g);
-                    b.counts
+                    Ok(b.counts)
                 });
+                let counts = counts.transpose()?;
                 self.dropped.push(Dropped {
                     index,
                     offset,

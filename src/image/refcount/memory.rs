@@ -28,10 +28,15 @@ const MAX_ABSENT_BLOCKS: u64 = 64 << 20;
 /// Blocks that are asked for ahead of the one that is loaded.
 const BLOCKS_AHEAD: u64 = 16;
 
-/// A walk is cut into windows when it has come back to this many blocks that could not stay, and to
-/// one in so many entries.
+/// When a walk has come back to this many blocks that could not stay, and to one in so many entries,
+/// it is seen whether windows would be cheaper.
 const BACK: u64 = 8;
 const ENTRIES_EACH: u64 = 1024;
+
+/// What fetching a block costs besides its bytes, and what an entry costs in a window, in bytes of such
+/// a fetch.
+const FETCH: u64 = 4096;
+const ENTRY: u64 = 16;
 
 /// See the module's text.
 pub(super) struct Memory {
@@ -52,6 +57,8 @@ pub(super) struct Memory {
     /// Blocks that this walk has come back to although they could not stay, and entries counted.
     back: u64,
     entries: u64,
+    /// The number of blocks at which windows are next thought of.
+    think_at: u64,
     /// A walk of this verb was cut into windows.
     jumped: bool,
 }
@@ -69,6 +76,7 @@ impl Memory {
             window: (0, u64::MAX),
             back: 0,
             entries: 0,
+            think_at: BACK,
             jumped: false,
         }
     }
@@ -167,7 +175,10 @@ impl Refcounts {
         };
         match slot {
             // What was only looked at is read again if need be.
-            Some(block) if !block.dirty && !block.has_peak() => *slot = None,
+            Some(block) if !block.dirty && !block.has_peak() => {
+                self.memory.residents.kept -= block.kept;
+                *slot = None;
+            }
             Some(block) => {
                 block.counts.pack(g);
                 block.open = false;
@@ -339,13 +350,22 @@ impl Refcounts {
     /// A walk begins.
     pub(crate) fn begin_walk(&mut self) {
         (self.memory.back, self.memory.entries) = (0, 0);
+        self.memory.think_at = BACK;
     }
 
-    /// So many entries have been counted. Does the walk spend its time opening and leaving blocks?
+    /// So many entries have been counted. Does the walk spend more time opening and leaving blocks than
+    /// it would in windows?
     pub(crate) fn thrashes(&mut self, entries: u64) -> bool {
         let memory = &mut self.memory;
         memory.entries += entries;
-        memory.back >= BACK && memory.back * ENTRIES_EACH > memory.entries
+        if memory.back < memory.think_at || memory.back * ENTRIES_EACH < memory.entries {
+            return false;
+        }
+        memory.think_at = memory.back.saturating_mul(2);
+        let (back, entries) = (memory.back, memory.entries);
+        let (blocks, used) = self.window_size();
+        let fetches = back.saturating_mul(self.g.cluster_size() + FETCH);
+        fetches > entries.saturating_mul(used.div_ceil(blocks) * ENTRY)
     }
 
     /// Was a walk of this verb cut into windows?
@@ -353,17 +373,23 @@ impl Refcounts {
         self.memory.jumped
     }
 
-    /// Ranges of blocks that fit in memory together.
-    pub(crate) fn windows(&mut self) -> Vec<Range<u64>> {
+    /// How many blocks fit in memory together, and how many there may be.
+    fn window_size(&self) -> (u64, u64) {
         let g = self.g;
-        self.memory.jumped = true;
         let orders = self.loaded().map(|(_, b)| b.counts.fields_needed(g));
         let order = orders.max().unwrap_or(g.refcount_order);
         let bytes = g.cluster_size() >> (g.refcount_order - order);
         // Not all of the room: counts grow, and fields with them.
-        let blocks = (self.memory.residents.room() / 8 * 7 / bytes.max(1)).max(1);
+        let blocks = self.memory.residents.room() / 8 * 7 / bytes.max(1);
         let entries = &self.table().entries;
-        let used = entries.iter().rposition(|e| *e != 0).map_or(0, |i| i + 1) as u64;
+        let used = entries.iter().rposition(|e| *e != 0).map_or(0, |i| i + 1);
+        (blocks.max(1), used as u64)
+    }
+
+    /// Ranges of blocks that fit in memory together.
+    pub(crate) fn windows(&mut self) -> Vec<Range<u64>> {
+        self.memory.jumped = true;
+        let (blocks, used) = self.window_size();
         let starts = (0..used).step_by(blocks as usize);
         starts.map(|first| first..first + blocks).collect()
     }
