@@ -39,7 +39,7 @@
  *   error there would end it, and after that not any more.
  *
  * Memory. L1 tables and the list of snapshots are in memory; L2 tables are not, and refcounts take
- *   at most 224 MiB during a verb. An image that needs more (from some 40 TiB in random order on, at
+ *   about 224 MiB at most during a verb. An image that needs more (from some 40 TiB in random order on, at
  *   64 KiB clusters) has the rest in a nameless temporary file in $TMPDIR, else /var/tmp, as
  *   QEMU's own temporary files are; or in memory, if there is no room for such a file.
  *

@@ -297,6 +297,7 @@ fn scattered_images_come_out_the_same_by_more_passes() {
             }
         }
         println!("{name}: up to {most:.1} times as much read");
-        assert!(most > 1.3, "{name}: never in passes, {most:.2}");
+        let always = cfg!(qcow2_little_memory);
+        assert!(always || most > 1.3, "{name}: never in passes, {most:.2}");
     }
 }

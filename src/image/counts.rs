@@ -44,17 +44,33 @@ pub(crate) enum Counts {
     Away {
         order: u32,
         at: u64,
+        sum: u64,
         scratch: Arc<Scratch>,
     },
 }
 
+/// What bytes in a temporary file must still come to: a disk that fails when they are written back
+/// may give zeros afterwards, which would free every cluster of the block.
+fn sum(bytes: &[u8]) -> u64 {
+    bytes.chunks(8).fold(bytes.len() as u64, |sum, chunk| {
+        let word = chunk.iter().fold(0, |w, b| w << 8 | u64::from(*b));
+        (sum.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    })
+}
+
 /// The bytes of fields of `1 << order` bits that are in the temporary file.
-fn fetched(g: Geometry, order: u32, scratch: &Scratch, at: u64) -> Result<Vec<u8>> {
+fn fetched(g: Geometry, order: u32, scratch: &Scratch, at: u64, wanted: u64) -> Result<Vec<u8>> {
     let mut bytes = super::device::zeroed(g.cluster_size() >> (g.refcount_order - order))?;
     scratch.read(at, &mut bytes).map_err(|source| Error::Os {
         context: "Could not read a temporary file".into(),
         source,
     })?;
+    if sum(&bytes) != wanted {
+        return Err(Error::Os {
+            context: "A temporary file has lost what was written to it".into(),
+            source: std::io::Error::from_raw_os_error(libc::EIO),
+        });
+    }
     Ok(bytes)
 }
 
@@ -80,8 +96,13 @@ impl Counts {
                 Cow::Owned(refblock::converted(of_order(g, *order), bytes, g))
             }
             Counts::Packed(runs) => Cow::Owned(unpacked(runs)),
-            Counts::Away { order, at, scratch } => {
-                let bytes = fetched(g, *order, scratch, *at)?;
+            Counts::Away {
+                order,
+                at,
+                sum,
+                scratch,
+            } => {
+                let bytes = fetched(g, *order, scratch, *at, *sum)?;
                 Cow::Owned(if *order == g.refcount_order {
                     bytes
                 } else {
@@ -150,8 +171,13 @@ impl Counts {
                 });
                 run.map_or(0, |(_, value)| refblock::get(g, value, within))
             }
-            Counts::Away { order, at, scratch } => {
-                let bytes = fetched(g, *order, scratch, *at)?;
+            Counts::Away {
+                order,
+                at,
+                sum,
+                scratch,
+            } => {
+                let bytes = fetched(g, *order, scratch, *at, *sum)?;
                 refblock::get(of_order(g, *order), &bytes, index)
             }
         })
@@ -176,8 +202,13 @@ impl Counts {
         match self {
             Counts::Open { .. } => {}
             Counts::Packed(runs) => *self = Counts::new(g, unpacked(runs)),
-            Counts::Away { order, at, scratch } => {
-                let (order, bytes) = (*order, fetched(g, *order, scratch, *at)?);
+            Counts::Away {
+                order,
+                at,
+                sum,
+                scratch,
+            } => {
+                let (order, bytes) = (*order, fetched(g, *order, scratch, *at, *sum)?);
                 *self = Counts::Open { order, bytes };
             }
         }
@@ -199,6 +230,7 @@ impl Counts {
             *self = Counts::Away {
                 order: *order,
                 at,
+                sum: sum(bytes),
                 scratch: Arc::clone(scratch),
             };
         }
@@ -436,7 +468,27 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no O_TMPFILE")]
+    fn counts_that_are_away_come_back_or_are_an_error() {
+        let scratch = Arc::new(Scratch::new().unwrap());
+        let noise: Vec<u8> = (0..65536u32)
+            .map(|i| u8::from(i % 2 == 1) * (i.wrapping_mul(2_654_435_761) >> 30) as u8)
+            .collect();
+        let mut counts = Counts::new(g(), noise.clone());
+        counts.put_away(g(), &scratch, 1 << 20).unwrap();
+        assert!(counts.is_away() && counts.size() == 0);
+        assert_eq!(counts.bytes(g()).unwrap(), noise);
+        assert_eq!(counts.get(g(), 3).unwrap(), u64::from(noise[7]));
+        // What a disk that has failed may give.
+        scratch.write(1 << 20, &[0; 16384]).unwrap();
+        assert_eq!(counts.bytes(g()).unwrap_err().errno(), libc::EIO);
+        assert_eq!(counts.open(g()).unwrap_err().errno(), libc::EIO);
+        assert_eq!(counts.get(g(), 3).unwrap_err().errno(), libc::EIO);
+    }
+
+    #[test]
     #[cfg_attr(miri, ignore = "an hour there, and nothing in it that Miri could find")]
+    #[cfg_attr(qcow2_little_memory, ignore = "it is about much memory")]
     fn a_walk_in_order_keeps_few_blocks_and_one_that_jumps_keeps_more() {
         let mut r = Residents::new(MOST);
         for pass in 0..3 {

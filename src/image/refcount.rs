@@ -368,9 +368,12 @@ impl Refcounts {
     /// that are at hand. No entries: the first one is something else.
     #[inline]
     pub(crate) fn count_run(&mut self, dev: &mut Device, table: &[u8], step: Step) -> Result<Run> {
-        let first = self.first_block(table);
-        if !self.load(dev, first)? {
-            return Ok(Run::default());
+        let (first, passed) = self.first_block(table);
+        if self.outside(first) || !self.load(dev, first)? {
+            return Ok(Run {
+                entries: passed,
+                ..Run::default()
+            });
         }
         Ok(by_refcount_width!(self.fields_of(first), W => match step {
             Step::Up => self.count_at_hand::<W>(table, Step::Up),
@@ -481,9 +484,9 @@ impl Refcounts {
         table: &mut [u8],
         only_clear: bool,
     ) -> Result<(usize, bool)> {
-        let first = self.first_block(table);
-        if !self.load(dev, first)? {
-            return Ok((0, false));
+        let (first, passed) = self.first_block(table);
+        if self.outside(first) || !self.load(dev, first)? {
+            return Ok((passed, false));
         }
         let fields = self.fields_of(first);
         Ok(by_refcount_width!(fields, W => self.copied_at_hand::<W>(table, only_clear)))
@@ -843,7 +846,9 @@ impl Refcounts {
 
     /// May what the replay leaves behind be written? Asked when nothing is yet.
     pub(crate) fn check_overwrites(&self) -> Result<()> {
-        if self.overwrites {
+        // A block in the place of one that a resize drops would go with that one's table entry.
+        let again = self.dropped.iter().any(|d| self.block(d.index).is_some());
+        if self.overwrites || again {
             return Err(Error::Unsupported(
                 "The verb would have to write to clusters that the image still uses".into(),
             ));
@@ -922,8 +927,12 @@ impl Refcounts {
     }
 
     /// Count a cluster once in the peak only: it is used between two publishes and free again
-    /// afterwards. The block must be loaded, and the replay over.
-    pub(crate) fn count_temporarily(&mut self, cluster: HostCluster) -> Result<()> {
+    /// afterwards. The replay must be over.
+    pub(crate) fn count_temporarily(
+        &mut self,
+        dev: &mut Device,
+        cluster: HostCluster,
+    ) -> Result<()> {
         let g = self.g;
         let at = g.refblock_index(cluster);
         let index = g.reftable_index(cluster);
@@ -933,14 +942,18 @@ impl Refcounts {
             }
             return Ok(());
         }
-        if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
-            let peak = block.peak.get_or_insert_with(|| block.counts.clone());
-            peak.set(g, at, 1)?;
-            block.raised = true;
-            block.lowered = true;
-            block.ours |= !block.dirty;
-            block.dirty = true;
-        }
+        // Walks since the search for this cluster may have left the block.
+        self.load(dev, index)?;
+        let Some(block) = self.block_mut(index) else {
+            return Err(self.not_described(cluster));
+        };
+        let peak = block.peak.get_or_insert_with(|| block.counts.clone());
+        peak.set(g, at, 1)?;
+        block.raised = true;
+        block.lowered = true;
+        block.ours |= !block.dirty;
+        block.dirty = true;
+        self.account(index);
         Ok(())
     }
 
@@ -966,18 +979,20 @@ impl Refcounts {
                 continue;
             }
             let at = g.refblock_index(HostCluster(c));
-            let counted = if let Some(b) = self.block(index) {
-                let peak = b.peak.as_ref().map_or(Ok(0), |p| p.get(g, at))?;
-                let counted = b.counts.get(g, at)? != 0 || peak != 0;
-                // What a resize has freed here is still in use on the disk.
-                counted || self.count_before(dev, HostCluster(c))? != 0
-            } else {
-                if in_scratch != Some(index) {
+            if in_scratch != Some(index) {
+                if let Some(block) = self.block(index) {
+                    scratch = block.counts(g)?.into_owned();
+                    if let Some(peak) = block.peak(g)? {
+                        refblock::raise_to(g, &mut scratch, &peak, g.refblock_entries() as usize);
+                    }
+                } else {
                     self.counts(dev, index, &mut scratch)?;
-                    in_scratch = Some(index);
                 }
-                refblock::get(g, &scratch, at) != 0
-            };
+                in_scratch = Some(index);
+            }
+            // What a resize has freed in a block that is loaded is still in use on the disk.
+            let counted = refblock::get(g, &scratch, at) != 0
+                || self.block(index).is_some() && self.count_before(dev, HostCluster(c))? != 0;
             run = if counted || self.touched(c) {
                 0
             } else {
@@ -1187,6 +1202,13 @@ mod tests {
     use crate::io::memory::MemoryStorage;
 
     impl Refcounts {
+        /// Leave all open blocks, as a walk does. Returns how many.
+        fn forget_all_clean(&mut self) -> usize {
+            let loaded = self.loaded().count();
+            self.enter_window(0..u64::MAX).unwrap();
+            loaded - self.loaded().count()
+        }
+
         /// Clusters of the newest table, and of the blocks made together with it.
         fn table_and_blocks(&self) -> usize {
             let behind = self
@@ -1208,6 +1230,18 @@ mod tests {
         let mut entries = vec![0; 64];
         entries[0] = 1024;
         (dev, Refcounts::new(g, 512, 1, entries, MOST))
+    }
+
+    #[test]
+    fn a_temporary_table_is_counted_in_a_block_that_was_left_meanwhile() {
+        let (mut dev, mut r) = small();
+        assert_eq!(r.find_untouched(&mut dev, 1, 2).unwrap(), Some(3));
+        assert!(r.forget_all_clean() > 0 && r.block(0).is_none());
+        r.count_temporarily(&mut dev, HostCluster(3)).unwrap();
+        let block = r.block(0).unwrap();
+        let peak = block.peak(r.g).unwrap().unwrap();
+        assert_eq!(refblock::get(r.g, &peak, 3), 1);
+        assert!(block.dirty && block.raised && block.lowered);
     }
 
     #[test]

@@ -245,7 +245,13 @@ impl Replay {
 
     /// QEMU's `get_cluster_table`: the active L2 table at `l1_index`, made or copied if the L1 does
     /// not own it. Returns its offset and contents, none for zeros: millions of tables may be made.
-    pub(crate) fn own_table(&mut self, dev: &mut Device, l1_index: u64) -> Result<(u64, Vec<u8>)> {
+    /// `forgotten_in`: the epoch whose publish makes the disk forget the table that is left.
+    pub(crate) fn own_table(
+        &mut self,
+        dev: &mut Device,
+        l1_index: u64,
+        forgotten_in: usize,
+    ) -> Result<(u64, Vec<u8>)> {
         let g = self.g;
         let old = self.l1.get(l1_index as usize).copied().unwrap_or(0);
         let offset = old & OFFSET_MASK;
@@ -278,9 +284,8 @@ impl Replay {
             *slot = new | COPIED;
         }
         if offset != 0 {
-            let epoch = self.refs.epoch;
             self.refs
-                .free(dev, offset, g.cluster_size(), Freed::Kept, epoch)?;
+                .free(dev, offset, g.cluster_size(), Freed::Kept, forgotten_in)?;
         }
         Ok((new, table))
     }
@@ -306,16 +311,21 @@ impl Replay {
     }
 
     /// Take the active disk's reference from what an L2 entry refers to; the bytes stay (QEMU's
-    /// `qcow2_free_any_cluster(NEVER)`).
-    pub(crate) fn forget_cluster(&mut self, dev: &mut Device, word: &[u8]) -> Result<()> {
+    /// `qcow2_free_any_cluster(NEVER)`), as the publish of epoch `forgotten_in` makes the disk do.
+    pub(crate) fn forget_cluster(
+        &mut self,
+        dev: &mut Device,
+        word: &[u8],
+        forgotten_in: usize,
+    ) -> Result<()> {
         let g = self.g;
-        let epoch = self.refs.epoch;
         match entry::cluster(g, BigEndian::read_u64(word)) {
             Cluster::Standard(at) | Cluster::ZeroAllocated(at) if g.in_cluster(at) == 0 => self
                 .refs
-                .free(dev, at, g.cluster_size(), Freed::Kept, epoch),
+                .free(dev, at, g.cluster_size(), Freed::Kept, forgotten_in),
             Cluster::Compressed { offset, length } => {
-                self.refs.free(dev, offset, length, Freed::Kept, epoch)
+                self.refs
+                    .free(dev, offset, length, Freed::Kept, forgotten_in)
             }
             _ => Ok(()),
         }

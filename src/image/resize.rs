@@ -101,7 +101,7 @@ impl Replay {
                 .l1
                 .get(l1_index as usize)
                 .is_some_and(|e| e & COPIED != 0);
-            let (offset, mut table) = self.own_table(dev, l1_index)?;
+            let (offset, mut table) = self.own_table(dev, l1_index, NEVER)?;
             if !owned {
                 self.temporary.insert(offset, false);
                 unwritten = 0;
@@ -179,7 +179,7 @@ impl Replay {
             if g.in_cluster(at) != 0 {
                 // A part of a cluster can be zeroed only where it has subclusters.
                 let from = g.l2_index(at) as usize * g.l2_entry_size();
-                let word = table.get(from..).map_or(0, BigEndian::read_u64);
+                let word = word_at(&table, from);
                 if word & entry::COMPRESSED != 0 {
                     return Err(Error::Unsupported(
                         "Cannot zero a part of a compressed cluster".into(),
@@ -202,10 +202,9 @@ impl Replay {
     /// Are these entries of a table zero clusters already?
     fn all_zero(&self, table: &[u8], mut entries: std::ops::RangeInclusive<u64>) -> bool {
         let size = self.g.l2_entry_size();
-        let word = |at: usize| table.get(at..).map_or(0, BigEndian::read_u64);
         entries.all(|i| match i as usize * size {
-            at if self.g.extended_l2 => word(at + 8) == entry::SUBCLUSTERS_ALL_ZERO,
-            at => word(at) & entry::ZERO != 0,
+            at if self.g.extended_l2 => word_at(table, at + 8) == entry::SUBCLUSTERS_ALL_ZERO,
+            at => word_at(table, at) & entry::ZERO != 0,
         })
     }
 
@@ -222,7 +221,7 @@ impl Replay {
     /// Own the table at `l1_index`; if it had to be made, remember what is in it until it is freed.
     fn own_temporary_table(&mut self, dev: &mut Device, l1_index: u64) -> Result<Vec<u8>> {
         let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
-        let (offset, table) = self.own_table(dev, l1_index)?;
+        let (offset, table) = self.own_table(dev, l1_index, NEVER)?;
         if entry & COPIED == 0 {
             self.temporary.insert(offset, table.is_empty());
             if table.is_empty() {
@@ -246,7 +245,7 @@ impl Replay {
         }
         let offset = self.l1.get(l1_index as usize).copied().unwrap_or(0) & OFFSET_MASK;
         let at = g.l2_index(start) as usize * g.l2_entry_size();
-        let old = table.get(at..).map_or(0, BigEndian::read_u64);
+        let old = word_at(&table, at);
         // A new cluster is filled up to the end of the subcluster, or of the cluster.
         let reach = written_end
             .div_ceil(self.zero_unit())
@@ -278,11 +277,16 @@ impl Replay {
         if let Some(word) = table.get_mut(at..at + 8) {
             let old_word = word.to_vec();
             BigEndian::write_u64(word, new | COPIED);
-            self.forget_cluster(dev, &old_word)?;
+            self.forget_cluster(dev, &old_word, NEVER)?;
         }
         self.tables.insert(offset, table);
         Ok(())
     }
+}
+
+/// The word at `at` of a table, of which there is nothing if it is all zeros.
+fn word_at(table: &[u8], at: usize) -> u64 {
+    table.get(at..at + 8).map_or(0, BigEndian::read_u64)
 }
 
 /// QEMU changes such a table in place, and the snapshot that shares it loses what was in it.

@@ -465,6 +465,9 @@ pub(crate) fn rewrite_tables(
     let (some, sure): (Vec<Marked>, Vec<Marked>) =
         tables.iter().partition(|t| t.ones == Ones::Some);
     rewrite_part(refs, dev, g, &sure, flags, counts)?;
+    if some.is_empty() {
+        return Ok(());
+    }
     for window in refs.windows() {
         refs.enter_window(window)?;
         rewrite_part(refs, dev, g, &some, flags, counts)?;

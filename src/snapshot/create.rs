@@ -157,7 +157,7 @@ impl Image {
                 .l1
                 .get(index as usize)
                 .is_some_and(|e| e & crate::format::entry::COPIED == 0);
-            let (offset, mut table) = replay.own_table(&mut self.dev, index)?;
+            let (offset, mut table) = replay.own_table(&mut self.dev, index, replay.refs.epoch)?;
             if !made {
                 return Err(shared_but_copied(offset));
             }
@@ -174,7 +174,7 @@ impl Image {
             )?;
             for word in table.chunks_exact_mut(g.l2_entry_size()).take(n as usize) {
                 if let Some(new) = replay.zeroed_entry(word) {
-                    replay.forget_cluster(&mut self.dev, word)?;
+                    replay.forget_cluster(&mut self.dev, word, replay.refs.epoch)?;
                     word.copy_from_slice(new.get(..word.len()).unwrap_or_default());
                 }
             }

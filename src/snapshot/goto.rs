@@ -7,7 +7,7 @@ use crate::format::entry::COPIED;
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
 use crate::format::record::EXTRA_2014;
 use crate::format::run::Step;
-use crate::image::device::bytes_of;
+use crate::image::device::{bytes_of, Device};
 use crate::image::overlap::Kind;
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Refcounts;
@@ -228,6 +228,7 @@ impl Image {
                 let bytes = replay.l1.len() as u64 * TABLE_ENTRY;
                 count_temporary(
                     &mut replay.refs,
+                    &mut self.dev,
                     replay.g.cluster_of(*offset),
                     replay.g.clusters_for(bytes),
                 )?;
@@ -269,6 +270,12 @@ fn same_sector(offset: u64, first: u64, last: u64) -> bool {
     sector(first) == sector(last)
 }
 
-fn count_temporary(refs: &mut Refcounts, first: HostCluster, n: u64) -> Result<()> {
-    (first.0..first.0.saturating_add(n)).try_for_each(|c| refs.count_temporarily(HostCluster(c)))
+fn count_temporary(
+    refs: &mut Refcounts,
+    dev: &mut Device,
+    first: HostCluster,
+    n: u64,
+) -> Result<()> {
+    let mut clusters = first.0..first.0.saturating_add(n);
+    clusters.try_for_each(|c| refs.count_temporarily(dev, HostCluster(c)))
 }

@@ -206,7 +206,10 @@ impl Refcounts {
             match self.next_kept(index) {
                 Some(kept) => self.put_away(kept)?,
                 None => match self.memory.residents.oldest_but(index) {
-                    Some(oldest) => self.settle(oldest),
+                    Some(oldest) => {
+                        self.settle(oldest);
+                        self.put_away(oldest)?;
+                    }
                     None => return Ok(()),
                 },
             }
@@ -333,18 +336,22 @@ impl Refcounts {
     }
 
     /// The refcount block that counts the first entry of a table which is not zero and not passed
-    /// over (if it is a standard cluster, else none that matters).
+    /// over (if it is a standard cluster, else none that matters), and how many come before it.
     #[inline]
-    pub(super) fn first_block(&self, table: &[u8]) -> u64 {
+    pub(super) fn first_block(&self, table: &[u8]) -> (u64, usize) {
         let g = self.g;
         let mut words = table
             .chunks_exact(g.l2_entry_size())
-            .map(BigEndian::read_u64)
-            .filter(|w| *w != 0);
-        let counted = |w: &u64| !run::block_of(g, *w).is_some_and(|index| self.outside(index));
-        words.find(counted).map_or(self.memory.window.0, |w| {
-            g.reftable_index(g.cluster_of(w & OFFSET_MASK))
-        })
+            .map(BigEndian::read_u64);
+        let counted =
+            |w: u64| w != 0 && !run::block_of(g, w).is_some_and(|index| self.outside(index));
+        match words.clone().position(counted) {
+            Some(n) => {
+                let word = words.nth(n).unwrap_or(0);
+                (g.reftable_index(g.cluster_of(word & OFFSET_MASK)), n)
+            }
+            None => (self.memory.window.0, words.len()),
+        }
     }
 
     /// A walk begins.
@@ -373,25 +380,42 @@ impl Refcounts {
         self.memory.jumped
     }
 
-    /// How many blocks fit in memory together, and how many there may be.
+    /// How many blocks fit in memory together, and how many there are.
     fn window_size(&self) -> (u64, u64) {
         let g = self.g;
-        let orders = self.loaded().map(|(_, b)| b.counts.fields_needed(g));
-        let order = orders.max().unwrap_or(g.refcount_order);
-        let bytes = g.cluster_size() >> (g.refcount_order - order);
+        let (mut n, mut bytes, mut peaks) = (0u64, 0u64, 1);
+        for (_, block) in self.loaded() {
+            n += 1;
+            bytes += g.cluster_size() >> (g.refcount_order - block.counts.fields_needed(g));
+            if block.has_peak() {
+                peaks = 2;
+            }
+        }
         // Not all of the room: counts grow, and fields with them.
-        let blocks = self.memory.residents.room() / 8 * 7 / bytes.max(1);
-        let entries = &self.table().entries;
-        let used = entries.iter().rposition(|e| *e != 0).map_or(0, |i| i + 1);
-        (blocks.max(1), used as u64)
+        let room = self.memory.residents.room() / 8 * 7 / peaks;
+        let blocks = (room.saturating_mul(n.max(1)) / bytes.max(1)).max(1);
+        let used = self.table().entries.iter().filter(|e| **e != 0).count();
+        (blocks, used as u64)
     }
 
-    /// Ranges of blocks that fit in memory together.
+    /// Ranges of blocks that fit in memory together; the last one goes on to where no blocks are.
     pub(crate) fn windows(&mut self) -> Vec<Range<u64>> {
         self.memory.jumped = true;
-        let (blocks, used) = self.window_size();
-        let starts = (0..used).step_by(blocks as usize);
-        starts.map(|first| first..first + blocks).collect()
+        let (blocks, _) = self.window_size();
+        let entries = self.table().entries.iter().zip(0u64..);
+        let used = entries.filter(|(e, _)| **e != 0).map(|(_, i)| i);
+        let mut starts: Vec<u64> = used.step_by(blocks as usize).collect();
+        match starts.first_mut() {
+            Some(first) => *first = 0,
+            None => starts.push(0),
+        }
+        let ends = starts.iter().skip(1).copied().chain([u64::MAX]);
+        starts
+            .iter()
+            .copied()
+            .zip(ends)
+            .map(|(a, b)| a..b)
+            .collect()
     }
 
     /// From here on count only in these blocks: the others are left.
