@@ -40,13 +40,39 @@ pub(crate) enum Counts {
     Open { order: u32, bytes: Vec<u8> },
     /// Runs of equal 8-byte words of the block.
     Packed(Vec<(u32, [u8; 8])>),
-    /// In a temporary file, at this place: fields as in `Open`.
-    Away {
-        order: u32,
-        at: u64,
-        sum: u64,
-        scratch: Arc<Scratch>,
-    },
+    /// In a temporary file.
+    Away(Away),
+}
+
+/// Fields as in [`Counts::Open`], at this place of a temporary file.
+#[derive(Clone, Debug)]
+pub(crate) struct Away {
+    order: u32,
+    at: u64,
+    /// [`sum`] of the bytes.
+    sum: u64,
+    scratch: Arc<Scratch>,
+}
+
+impl Away {
+    /// The bytes of the fields.
+    fn fetch(&self, g: Geometry) -> Result<Vec<u8>> {
+        let mut bytes = super::device::zeroed(g.cluster_size() >> (g.refcount_order - self.order))?;
+        let error = |context: &str, source| Error::Os {
+            context: context.into(),
+            source,
+        };
+        let read = self.scratch.read(self.at, &mut bytes);
+        read.map_err(|e| error("Could not read a temporary file", e))?;
+        if sum(&bytes) != self.sum {
+            let eio = std::io::Error::from_raw_os_error(libc::EIO);
+            return Err(error(
+                "A temporary file has lost what was written to it",
+                eio,
+            ));
+        }
+        Ok(bytes)
+    }
 }
 
 /// What bytes in a temporary file must still come to: a disk that fails when they are written back
@@ -56,22 +82,6 @@ fn sum(bytes: &[u8]) -> u64 {
         let word = chunk.iter().fold(0, |w, b| w << 8 | u64::from(*b));
         (sum.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)
     })
-}
-
-/// The bytes of fields of `1 << order` bits that are in the temporary file.
-fn fetched(g: Geometry, order: u32, scratch: &Scratch, at: u64, wanted: u64) -> Result<Vec<u8>> {
-    let mut bytes = super::device::zeroed(g.cluster_size() >> (g.refcount_order - order))?;
-    scratch.read(at, &mut bytes).map_err(|source| Error::Os {
-        context: "Could not read a temporary file".into(),
-        source,
-    })?;
-    if sum(&bytes) != wanted {
-        return Err(Error::Os {
-            context: "A temporary file has lost what was written to it".into(),
-            source: std::io::Error::from_raw_os_error(libc::EIO),
-        });
-    }
-    Ok(bytes)
 }
 
 fn of_order(g: Geometry, order: u32) -> Geometry {
@@ -96,17 +106,12 @@ impl Counts {
                 Cow::Owned(refblock::converted(of_order(g, *order), bytes, g))
             }
             Counts::Packed(runs) => Cow::Owned(unpacked(runs)),
-            Counts::Away {
-                order,
-                at,
-                sum,
-                scratch,
-            } => {
-                let bytes = fetched(g, *order, scratch, *at, *sum)?;
-                Cow::Owned(if *order == g.refcount_order {
+            Counts::Away(away) => {
+                let bytes = away.fetch(g)?;
+                Cow::Owned(if away.order == g.refcount_order {
                     bytes
                 } else {
-                    refblock::converted(of_order(g, *order), &bytes, g)
+                    refblock::converted(of_order(g, away.order), &bytes, g)
                 })
             }
         })
@@ -117,14 +122,14 @@ impl Counts {
     pub(crate) fn order(&self) -> Option<u32> {
         match self {
             Counts::Open { order, .. } => Some(*order),
-            Counts::Packed(_) | Counts::Away { .. } => None,
+            Counts::Packed(_) | Counts::Away(_) => None,
         }
     }
 
     /// The width of the fields, or of those that would do, as a refcount order.
     pub(crate) fn fields_needed(&self, g: Geometry) -> u32 {
         match self {
-            Counts::Open { order, .. } | Counts::Away { order, .. } => *order,
+            Counts::Open { order, .. } | Counts::Away(Away { order, .. }) => *order,
             Counts::Packed(runs) => {
                 let highest = runs
                     .iter()
@@ -137,7 +142,7 @@ impl Counts {
 
     /// Are the counts in the temporary file?
     pub(crate) fn is_away(&self) -> bool {
-        matches!(self, Counts::Away { .. })
+        matches!(self, Counts::Away(_))
     }
 
     /// The fields, if they have this width.
@@ -171,15 +176,7 @@ impl Counts {
                 });
                 run.map_or(0, |(_, value)| refblock::get(g, value, within))
             }
-            Counts::Away {
-                order,
-                at,
-                sum,
-                scratch,
-            } => {
-                let bytes = fetched(g, *order, scratch, *at, *sum)?;
-                refblock::get(of_order(g, *order), &bytes, index)
-            }
+            Counts::Away(away) => refblock::get(of_order(g, away.order), &away.fetch(g)?, index),
         })
     }
 
@@ -202,13 +199,8 @@ impl Counts {
         match self {
             Counts::Open { .. } => {}
             Counts::Packed(runs) => *self = Counts::new(g, unpacked(runs)),
-            Counts::Away {
-                order,
-                at,
-                sum,
-                scratch,
-            } => {
-                let (order, bytes) = (*order, fetched(g, *order, scratch, *at, *sum)?);
+            Counts::Away(away) => {
+                let (order, bytes) = (away.order, away.fetch(g)?);
                 *self = Counts::Open { order, bytes };
             }
         }
@@ -227,12 +219,12 @@ impl Counts {
                 context: "Could not write a temporary file".into(),
                 source,
             })?;
-            *self = Counts::Away {
+            *self = Counts::Away(Away {
                 order: *order,
                 at,
                 sum: sum(bytes),
                 scratch: Arc::clone(scratch),
-            };
+            });
         }
         Ok(())
     }
@@ -255,7 +247,7 @@ impl Counts {
         match self {
             Counts::Open { bytes, .. } => bytes.len() as u64,
             Counts::Packed(runs) => size_of_val(runs.as_slice()) as u64,
-            Counts::Away { .. } => 0,
+            Counts::Away(_) => 0,
         }
     }
 
