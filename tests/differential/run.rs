@@ -304,9 +304,7 @@ impl<'a> Run<'a> {
         by_qemu: &Result<(), Failure>,
         f: &Failure,
     ) -> R<bool> {
-        let table = f.text.split("L2 table 0x").nth(1);
-        let table = table.and_then(|t| t.split_once(" is shared but flagged as COPIED"));
-        let Some(table) = table.and_then(|(t, _)| u64::from_str_radix(t, 16).ok()) else {
+        let Some(table) = shared_but_copied(f, "L2 table") else {
             return Ok(false);
         };
         let (cs, span, size) = (before.cs(), before.l2_span(), before.h.size);
@@ -365,9 +363,7 @@ impl<'a> Run<'a> {
         by_qemu: &Result<(), Failure>,
         f: &Failure,
     ) -> R<bool> {
-        let cluster = f.text.split("Data cluster 0x").nth(1);
-        let cluster = cluster.and_then(|t| t.split_once(" is shared but flagged as COPIED"));
-        let Some(cluster) = cluster.and_then(|(t, _)| u64::from_str_radix(t, 16).ok()) else {
+        let Some(cluster) = shared_but_copied(f, "Data cluster") else {
             return Ok(false);
         };
         let (cs, span, size) = (before.cs(), before.l2_span(), before.h.size);
@@ -609,4 +605,11 @@ fn digest(q: &Qcow, off: u64, n: u32) -> R<u64> {
         }
     }
     Ok(h)
+}
+
+/// The offset in our message about a table or cluster that only claims to be owned.
+fn shared_but_copied(f: &Failure, what: &str) -> Option<u64> {
+    let text = f.text.split(&format!("{what} 0x")).nth(1)?;
+    let (offset, _) = text.split_once(" is shared but flagged as COPIED")?;
+    u64::from_str_radix(offset, 16).ok()
 }
