@@ -4,10 +4,11 @@ use crate::error::{Error, Result};
 use crate::image::progress::Progress;
 use crate::io::{Run, Storage, MAX_REQUEST};
 
-/// A [`Storage`] whose length is known and whose errors carry context.
+/// A [`Storage`] whose length is known and whose errors carry context. What changes it stands in
+/// `plan::execute`.
 pub(crate) struct Device {
-    storage: Box<dyn Storage>,
-    length: u64,
+    pub(in crate::image) storage: Box<dyn Storage>,
+    pub(in crate::image) length: u64,
     /// A change has been asked for since this was last set to false.
     pub(crate) changed: bool,
     /// It is here because whatever takes time has the device at hand.
@@ -74,55 +75,6 @@ impl Device {
         let mut buf = zeroed(bytes)?;
         self.read(op, offset, &mut buf)?;
         Ok(buf)
-    }
-
-    /// Write `data` at `offset`. `label` says which structure it is.
-    pub(crate) fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
-        let mut at = offset;
-        self.changed = true;
-        for part in data.chunks(MAX_REQUEST) {
-            self.storage
-                .write(label, at, part)
-                .map_err(|source| Error::Io {
-                    op: label,
-                    offset: at,
-                    source,
-                })?;
-            at = at.saturating_add(part.len() as u64);
-            self.length = self.length.max(at);
-        }
-        Ok(())
-    }
-
-    /// Set the file's length.
-    pub(crate) fn truncate(&mut self, length: u64) -> Result<()> {
-        self.changed = true;
-        self.storage.truncate(length).map_err(|source| Error::Io {
-            op: "Could not resize the image file",
-            offset: length,
-            source,
-        })?;
-        self.length = length;
-        Ok(())
-    }
-
-    /// Punch a hole; failures cost space only and are ignored, as QEMU does.
-    pub(crate) fn discard(&mut self, offset: u64, bytes: u64) {
-        let end = offset.saturating_add(bytes).min(self.length);
-        if offset < end {
-            self.changed = true;
-            let _ = self.storage.discard(offset, end - offset);
-        }
-    }
-
-    /// Wait until everything before is stable.
-    pub(crate) fn barrier(&mut self) -> Result<()> {
-        self.changed = true;
-        self.storage.barrier().map_err(|source| Error::Io {
-            op: "Could not flush the image file",
-            offset: 0,
-            source,
-        })
     }
 
     /// These bytes will be read soon.

@@ -10,9 +10,9 @@ use crate::io::Storage;
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
+use plan::Plan;
 use progress::Progress;
 use replay::Replay;
-use update::{Plan, Update};
 
 mod chain;
 mod counts;
@@ -20,12 +20,13 @@ mod damage;
 pub(crate) mod device;
 mod mapping;
 pub(crate) mod overlap;
+pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
 pub(crate) mod resize;
 mod status;
-pub(crate) mod update;
+mod tables;
 pub(crate) mod walk;
 
 pub use progress::{ProgressHook, Stage};
@@ -97,6 +98,9 @@ pub struct Image {
     remark: Option<String>,
     /// Bytes that refcounts may take in memory.
     refcount_memory: u64,
+    /// The steps of the last verb, as text.
+    #[cfg(test)]
+    steps: String,
 }
 
 impl Image {
@@ -202,6 +206,8 @@ impl Image {
             outcome: Outcome::None,
             remark: None,
             refcount_memory: counts::MOST,
+            #[cfg(test)]
+            steps: String::new(),
         };
         image.load_snapshots()?;
         if read_write && image.header.incompatible & features::DIRTY != 0 {
@@ -345,52 +351,43 @@ impl Image {
     pub(crate) fn commit(
         &mut self,
         mut replay: Replay,
-        plan: &Plan,
+        plan: Plan,
         list: Vec<Snapshot>,
         table_size: u64,
     ) -> Result<()> {
-        self.check_damage(&mut replay, plan, &list, table_size)?;
+        self.check_damage(&mut replay, &plan, &list, table_size)?;
         replay.refs.check_overwrites()?;
         let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
         self.dev.changed = false;
-        let mut update = Update {
-            dev: &mut self.dev,
-            outcome: Outcome::Unchanged,
-        };
-        let result = update.commit(&mut replay, plan, autoclear);
-        let (outcome, started) = (update.outcome, self.dev.changed);
+        let (outcome, result) = plan.carry_out(&mut self.dev, &self.header, autoclear, &mut replay);
         self.outcome = outcome;
         self.forget_reads();
         if result.is_err() {
-            self.standing = match (outcome, started) {
+            self.standing = match (outcome, self.dev.changed) {
                 (Outcome::Unknown, _) => Standing::Spent,
                 (_, true) => Standing::NoChanges,
                 _ => self.standing,
             };
         }
         if outcome == Outcome::Done {
-            let h = &mut self.header;
-            h.size = replay.header.size;
-            h.l1_size = replay.header.l1_size;
-            h.l1_offset = replay.header.l1_offset;
-            h.nb_snapshots = replay.header.nb_snapshots;
-            h.snapshots_offset = replay.header.snapshots_offset;
-            let table = replay.refs.table();
-            h.reftable_offset = table.offset;
-            h.reftable_clusters = table.clusters as u32;
+            self.header.switch(replay.places(), replay.meaning);
             if let Some(bits) = autoclear {
-                h.autoclear = bits;
+                self.header.autoclear = bits;
             }
-            self.reftable = table.entries.clone();
+            self.reftable = replay.refs.take_table();
             self.l1 = replay.l1;
-            self.snapshots = crate::image::SnapshotList {
+            self.snapshots = SnapshotList {
                 entries: list,
                 size: table_size,
                 loaded: true,
             };
         }
-        result
+        #[cfg(test)]
+        if let Ok(steps) = &result {
+            self.steps = plan::text(steps);
+        }
+        result.map(drop)
     }
 
     /// Drop what was cached of the disk seen so far.

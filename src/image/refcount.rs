@@ -124,6 +124,16 @@ impl Block {
         !self.lowered && self.peak.is_none()
     }
 
+    /// Do its counts on disk go up before the first publish?
+    pub(crate) fn is_raised(&self) -> bool {
+        self.born.is_none() && (self.raised || self.has_peak())
+    }
+
+    /// Do they go down after the last?
+    pub(crate) fn is_lowered(&self) -> bool {
+        self.dirty && !self.only_raised()
+    }
+
     #[inline]
     fn touch(&mut self, up: bool) {
         self.dirty = true;
@@ -141,6 +151,13 @@ pub(crate) struct Table {
     pub(crate) entries: Vec<u64>,
     /// `None`: the table that was there before the verb; else the epoch that made it.
     pub(crate) born: Option<usize>,
+}
+
+impl Table {
+    /// Offset of the block at `index`; 0 for none.
+    pub(crate) fn entry(&self, index: u64) -> u64 {
+        self.entries.get(index as usize).copied().unwrap_or(0) & REFTABLE_OFFSET_MASK
+    }
 }
 
 /// Does a caller have to look for clusters again?
@@ -245,6 +262,11 @@ impl Refcounts {
         &self.tables[self.tables.len() - 1]
     }
 
+    /// The entries of the refcount table as they are now: the verb is over.
+    pub(crate) fn take_table(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.table_mut().entries)
+    }
+
     fn table_mut(&mut self) -> &mut Table {
         let last = self.tables.len() - 1;
         &mut self.tables[last]
@@ -252,12 +274,11 @@ impl Refcounts {
 
     /// Offset of the block at `index` of the table; 0 for none.
     pub(crate) fn entry(&self, index: u64) -> u64 {
-        self.table()
-            .entries
-            .get(index as usize)
-            .copied()
-            .unwrap_or(0)
-            & REFTABLE_OFFSET_MASK
+        self.table().entry(index)
+    }
+
+    pub(crate) fn geometry(&self) -> Geometry {
+        self.g
     }
 
     /// Blocks that are loaded, by refcount table index.

@@ -5,19 +5,19 @@ use super::overlap::{Kind, Overlap};
 use super::refcount::{Freed, Refcounts};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
+use crate::format::features;
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
-use crate::format::{features, header::Header};
+use crate::format::header::{Header, Meaning, Places};
 use byteorder::{BigEndian, ByteOrder};
 use std::collections::BTreeMap;
 
-/// The fields in bytes 24 to 71 of the header that verbs switch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Switched {
-    pub(crate) size: u64,
-    pub(crate) l1_size: u32,
-    pub(crate) l1_offset: u64,
-    pub(crate) nb_snapshots: u32,
-    pub(crate) snapshots_offset: u64,
+/// One place where the active L1 table has been during the verb.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct L1Place {
+    pub(crate) offset: u64,
+    pub(crate) entries: u32,
+    /// `None`: where it was before the verb; else the epoch that made it.
+    pub(crate) born: Option<usize>,
 }
 
 /// New contents for clusters that nothing published refers to.
@@ -35,10 +35,10 @@ pub(crate) struct Replay {
     pub(crate) g: Geometry,
     pub(crate) refs: Refcounts,
     pub(crate) overlap: Overlap,
-    /// The header as it is at this point of the replay.
-    pub(crate) header: Switched,
-    /// The header at the end of each finished epoch.
-    pub(crate) epoch_headers: Vec<Switched>,
+    /// What the image means in the end, as far as the replay has come.
+    pub(crate) meaning: Meaning,
+    /// Places of the active L1 table, the current one last.
+    pub(crate) l1_places: Vec<L1Place>,
     /// The active L1 in memory.
     pub(crate) l1: Vec<u64>,
     /// L2 tables whose contents the replay has changed, by offset. An empty one is all zeros.
@@ -96,14 +96,12 @@ impl Replay {
                 memory,
             ),
             overlap,
-            header: Switched {
-                size: header.size,
-                l1_size: header.l1_size,
-                l1_offset: header.l1_offset,
-                nb_snapshots: header.nb_snapshots,
-                snapshots_offset: header.snapshots_offset,
-            },
-            epoch_headers: Vec::new(),
+            meaning: header.meaning(),
+            l1_places: vec![L1Place {
+                offset: header.l1_offset,
+                entries: header.l1_size,
+                born: None,
+            }],
             l1,
             tables: BTreeMap::new(),
             temporary: BTreeMap::new(),
@@ -116,24 +114,18 @@ impl Replay {
         }
     }
 
-    /// Change header fields; they become visible with the publish of the current epoch.
-    pub(crate) fn switch(&mut self, change: impl FnOnce(&mut Switched)) {
-        self.close_epochs();
-        change(&mut self.header);
+    /// Where the active L1 table is now.
+    pub(crate) fn l1_place(&self) -> L1Place {
+        // `l1_places` is never empty: made with one, only pushed to.
+        self.l1_places[self.l1_places.len() - 1]
     }
 
-    /// Keep the header of epochs that have ended.
-    pub(crate) fn close_epochs(&mut self) {
-        while self.epoch_headers.len() < self.refs.epoch {
-            self.epoch_headers.push(self.header);
-        }
-    }
-
-    /// What follows is written after everything so far is published.
-    pub(crate) fn next_epoch(&mut self) -> Result<()> {
-        self.refs.next_epoch()?;
-        self.close_epochs();
-        Ok(())
+    /// Contents of the active L1 table, if it was made in the epoch that is not over: the header
+    /// names it when all of that is written.
+    pub(crate) fn unpublished_l1(&mut self) -> Option<&mut NewData> {
+        let (place, epoch) = (self.l1_place(), self.refs.epoch);
+        let mut made = self.new_data.iter_mut();
+        made.find(|w| place.born == Some(epoch) && w.offset == place.offset && w.epoch == epoch)
     }
 
     /// QEMU protects the refcount table where it is now.
@@ -170,7 +162,6 @@ impl Replay {
         let end = offset.saturating_add(data.len() as u64);
         self.refs
             .forget_before_writing(dev, offset, data.len() as u64)?;
-        self.close_epochs();
         let last = g.cluster_of(end - 1).0;
         if self.refs.punched.contains(&last) {
             let zeros_end = g.round_up(end).min(self.reach.max(end));
@@ -213,18 +204,23 @@ impl Replay {
         self.check_new(offset, bytes)?;
         self.write_new(dev, "L1 table", offset, device::bytes_of(&l1)?)?;
 
-        let (old_offset, old_bytes) = (self.header.l1_offset, self.l1.len() as u64 * TABLE_ENTRY);
-        // What a resize has entered in the table since stays in it when it is left.
+        // What a resize has entered in the table since stays in it when it is left. A table that an
+        // epoch before this one publishes is the old disk's until then.
+        let (old_offset, old_bytes) = (self.l1_place().offset, self.l1.len() as u64 * TABLE_ENTRY);
         let left = device::bytes_of(&self.l1)?;
-        match self.new_data.iter_mut().find(|w| w.offset == old_offset) {
+        match self.unpublished_l1() {
             Some(made) => made
                 .data
                 .splice(..left.len().min(made.data.len()), left)
                 .for_each(drop),
             None => self.left_l1 = Some((old_offset, self.l1.clone())),
         }
-        self.switch(|h| (h.l1_offset, h.l1_size) = (offset, entries as u32));
         let epoch = self.refs.epoch;
+        self.l1_places.push(L1Place {
+            offset,
+            entries: entries as u32,
+            born: Some(epoch),
+        });
         self.refs
             .free(dev, old_offset, old_bytes, Freed::Kept, epoch)?;
         self.overlap.release(Kind::ActiveL1, old_offset);
@@ -335,6 +331,27 @@ impl Replay {
     pub(crate) fn truncate(&mut self, length: u64) {
         self.reach = length;
         self.refs.reach = 0;
+    }
+
+    /// Where the tables stand in the end.
+    pub(crate) fn places(&self) -> Places {
+        let (l1, table) = (self.l1_place(), self.refs.table());
+        Places {
+            l1_offset: l1.offset,
+            l1_size: l1.entries,
+            reftable_offset: table.offset,
+            reftable_clusters: table.clusters as u32,
+        }
+    }
+
+    /// The file's length in the end.
+    pub(crate) fn final_length(&self) -> u64 {
+        let blocks = self.refs.loaded().filter(|(_, b)| b.dirty && !b.ours);
+        let end = blocks
+            .map(|(_, b)| b.offset.saturating_add(self.g.cluster_size()))
+            .max()
+            .unwrap_or(0);
+        self.length().max(end)
     }
 
     /// The file's length so far, refcount structures included.

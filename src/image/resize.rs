@@ -38,8 +38,8 @@ impl Replay {
         let keep = g.l1_entries_for(new_size) as usize;
         if keep < self.l1.len() {
             let end = self
-                .header
-                .l1_offset
+                .l1_place()
+                .offset
                 .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
             self.reach = self.reach.max(end);
         }

@@ -7,12 +7,13 @@ use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
 use crate::format::run::Step;
 use crate::image::device::{bytes_of, zeroed};
+use crate::image::plan::{ActiveL1, Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::replay::Replay;
 use crate::image::resize::shared_but_copied;
-use crate::image::update::{L1Change, Plan};
-use crate::image::walk::{set_copied, Counts, Flags};
+use crate::image::walk::{set_copied, Flags};
 use crate::image::Image;
+use std::rc::Rc;
 
 impl Image {
     /// Create a snapshot of the active disk. Returns its ID.
@@ -50,24 +51,31 @@ impl Image {
             replay.reach = replay
                 .reach
                 .max(self.header.l1_offset.saturating_add(l1_bytes));
-            plan.copied
-                .push((self.header.l1_offset, self.l1.clone(), walked.l1.clone()));
+            plan.copied.push(Rc::new(Edit {
+                offset: self.header.l1_offset,
+                before: self.l1.clone(),
+                after: walked.l1.clone(),
+            }));
         }
         replay.l1 = walked.l1;
         plan.clear = walked.tables;
-        plan.counts = if walked.ones {
+        if walked.ones {
+            plan.clear
+                .iter_mut()
+                .for_each(|t| t.flags = Flags::Published);
             plan.set = plan.clear.clone();
-            Counts::Published
         } else {
-            Counts::NoneIsOne
-        };
+            plan.clear
+                .iter_mut()
+                .for_each(|t| t.flags = Flags::NoneIsOne);
+        }
         let mut list = self.snapshots.entries.clone();
         list.push(self.new_entry(new, &id, l1_copy));
         let table_size = self.replay_table(&mut replay, &mut plan, &list)?;
         self.replay_release_of_vm_state(&mut replay, &mut plan, new.vm_state_size)?;
 
         let list = self.as_written(list);
-        self.commit(replay, &plan, list, table_size)?;
+        self.commit(replay, plan, list, table_size)?;
         Ok(id)
     }
 
@@ -147,7 +155,7 @@ impl Image {
             return Ok(());
         }
         let g = self.header.geometry;
-        replay.next_epoch()?;
+        replay.refs.next_epoch()?;
         let before = replay.l1.clone();
         let mut index = g.l1_entries_for(self.header.size);
         let mut left = g.clusters_for(bytes);
@@ -169,8 +177,8 @@ impl Image {
                 &mut self.dev,
                 g,
                 &mut table,
-                Flags::AsCounted,
-                Counts::Published,
+                Flags::Published,
+                true,
             )?;
             for word in table.chunks_exact_mut(g.l2_entry_size()).take(n as usize) {
                 if let Some(new) = replay.zeroed_entry(word) {
@@ -182,7 +190,11 @@ impl Image {
             replay.write_new(&mut self.dev, "L2 table", offset, table)?;
             (index, left) = (index + 1, left - n);
         }
-        plan.l1 = (L1Change::EachEntry, before, replay.l1.clone());
+        plan.l1 = ActiveL1::EachEntry(Rc::new(Edit {
+            offset: replay.l1_place().offset,
+            before,
+            after: replay.l1.clone(),
+        }));
         Ok(())
     }
 }

@@ -3,11 +3,12 @@
 use crate::error::{Error, Result};
 use crate::format::geometry::TABLE_ENTRY;
 use crate::format::run::Step;
+use crate::image::plan::{Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
-use crate::image::update::Plan;
 use crate::image::walk::Marked;
 use crate::image::Image;
+use std::rc::Rc;
 
 impl Image {
     /// Delete the snapshot with this ID, this name, or both.
@@ -61,14 +62,17 @@ impl Image {
                 .l1_offset
                 .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
             replay.reach = replay.reach.max(end);
-            plan.copied
-                .push((self.header.l1_offset, self.l1.clone(), active.l1.clone()));
+            plan.copied.push(Rc::new(Edit {
+                offset: self.header.l1_offset,
+                before: self.l1.clone(),
+                after: active.l1.clone(),
+            }));
         }
         replay.l1 = active.l1;
         plan.set = merged(dropped.tables, active.tables);
 
         let list = self.as_written(list);
-        self.commit(replay, &plan, list, table_size)
+        self.commit(replay, plan, list, table_size)
     }
 }
 

@@ -5,10 +5,10 @@ use crate::error::{Error, Result};
 use crate::format::geometry::MAX_SNAPSHOT_TABLE_BYTES;
 use crate::format::header::AT_SNAPSHOTS;
 use crate::format::record;
+use crate::image::plan::Plan;
 use crate::image::progress::Stage;
 use crate::image::refcount::Freed;
 use crate::image::replay::Replay;
-use crate::image::update::Plan;
 use crate::image::{device, Image, SnapshotList};
 
 /// The table is read in requests of this size.
@@ -115,7 +115,8 @@ impl Image {
 
         plan.decisive = replay.refs.epoch;
         let (old_offset, old_size) = (self.header.snapshots_offset, self.snapshots.size);
-        replay.switch(|h| (h.nb_snapshots, h.snapshots_offset) = (list.len() as u32, offset));
+        replay.meaning.nb_snapshots = list.len() as u32;
+        replay.meaning.snapshots_offset = offset;
         let epoch = replay.refs.epoch;
         replay
             .refs
@@ -199,6 +200,6 @@ impl Image {
         let size = self.replay_table(&mut replay, &mut plan, &list)?;
 
         let list = self.as_written(list);
-        self.commit(replay, &plan, list, size)
+        self.commit(replay, plan, list, size)
     }
 }

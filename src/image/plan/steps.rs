@@ -1,0 +1,702 @@
+//! From epochs to the steps that bring the disk there. Nothing here reads or writes.
+
+use super::epoch::{Epoch, Epochs};
+use super::{ActiveL1, At, Edit, Plan, Temporary};
+use crate::error::{Error, Result};
+use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
+use crate::format::header::{encode_switched, Header, Meaning, Places, SWITCHED};
+use crate::format::header::{AT_AUTOCLEAR, AT_SIZE};
+use crate::image::progress::Stage;
+use crate::image::refcount::{Block, Refcounts};
+use crate::image::replay::Replay;
+use crate::image::walk::Marked;
+use std::ops::Range;
+use std::rc::Rc;
+
+/// One thing to do. Between two barriers the order of steps means nothing.
+#[derive(Debug)]
+pub(crate) enum Step {
+    /// A stage of the verb's progress begins, in which so many clusters are gone through.
+    Begin(Stage, u64),
+    /// It ends. The ends of the first two are the last moments at which the verb can be cancelled.
+    End,
+    Write(Write),
+    /// Everything before is stable before anything behind it is written.
+    Barrier,
+    /// Until the barrier behind it, whether the image means what it meant is not known.
+    Publish(Vec<Write>),
+    /// The verb has taken effect.
+    Done,
+    Stream(Pass),
+    /// Punch these ranges of clusters (first, number), and those that became free in a [`Pass::Lower`].
+    /// All that counts as so many clusters gone through.
+    Punch(Vec<(u64, u64)>, u64),
+    /// Punch these bytes.
+    Discard(u64, u64),
+    /// Make the file as long as this, if it is shorter, or if it is longer.
+    Grow(u64),
+    Cut(u64),
+}
+
+/// One request.
+#[derive(Debug)]
+pub(crate) struct Write {
+    /// Which structure it is.
+    pub(crate) label: &'static str,
+    pub(crate) at: u64,
+    pub(crate) what: What,
+}
+
+/// Bytes to be written. What is large is encoded when its turn has come.
+#[derive(Debug)]
+pub(crate) enum What {
+    Bytes(Vec<u8>),
+    /// These bytes of an L1 table.
+    Words(Rc<Edit>, At, Range<usize>),
+    /// A new refcount block, by its index in the refcount table.
+    Block(u64),
+    /// A new refcount table with the blocks that are there after an epoch.
+    Table {
+        table: usize,
+        epoch: usize,
+    },
+}
+
+/// Many structures, gone through by the buffer: read, changed, and what has changed written.
+#[derive(Debug)]
+pub(crate) enum Pass {
+    /// Bring these refcount blocks up to the highest counts that any published state needs.
+    Raise(Vec<u64>),
+    /// Bring them down to the final counts. Clusters in the range are given back as they were.
+    Lower(Vec<u64>, Range<u64>),
+    /// Clear COPIED in L2 tables where the counts demand it.
+    Clear(Vec<Marked>),
+    /// Set it too.
+    Set(Vec<Marked>),
+}
+
+/// The steps of a verb; `file` is the file's length before them.
+pub(crate) fn steps(
+    was: &Header,
+    autoclear: Option<u64>,
+    file: u64,
+    replay: &Replay,
+    epochs: Epochs,
+    plan: Plan,
+) -> Result<Vec<Step>> {
+    let refs = &replay.refs;
+    let mut out = Steps {
+        g: replay.g,
+        list: Vec::new(),
+        file,
+        crypt_method: was.crypt_method,
+        header: encode_switched(was.places(), was.meaning(), was.crypt_method),
+    };
+    let raised = blocks(refs, Block::is_raised);
+    let work = raised.len() as u64 + plan.clear.len() as u64;
+    out.push(Step::Begin(Stage::Prepare, work));
+    if let Some(bits) = autoclear {
+        let bits = What::Bytes(bits.to_be_bytes().to_vec());
+        out.write("header: autoclear features", AT_AUTOCLEAR, bits);
+        out.push(Step::Barrier);
+    }
+    let last = epochs.all.len().saturating_sub(1);
+    for (n, epoch) in epochs.all.into_iter().enumerate() {
+        let meaning = if n < epochs.decisive {
+            was.meaning()
+        } else {
+            epochs.meaning
+        };
+        let (places, hooks) = (epoch.places, hook_ups(replay.g, refs, &epoch, n)?);
+        out.new_contents(refs, epoch, n, &plan.l1)?;
+        if n == 0 {
+            out.push(Step::Stream(Pass::Raise(blocks(refs, Block::is_raised))));
+            out.push(Step::Stream(Pass::Clear(plan.clear.clone())));
+            for edit in &plan.copied {
+                out.edit(edit, At::Before, At::Published)?;
+            }
+        }
+        out.push(Step::Barrier);
+        for round in hooks {
+            for (at, block) in round {
+                let entry = What::Bytes(block.to_be_bytes().to_vec());
+                out.write("refcount table entry", at, entry);
+            }
+            out.push(Step::Barrier);
+        }
+        if n == epochs.decisive {
+            out.push(Step::End);
+            out.publish_decisive(places, meaning, &plan.l1)?;
+        } else {
+            out.publish_header(places, meaning);
+        }
+        if n == last {
+            if let ActiveL1::EachEntry(edit) = &plan.l1 {
+                // The verb is done; these entries only let go of the VM state.
+                out.edit(edit, At::Before, At::After)?;
+                out.push(Step::Barrier);
+            }
+        }
+    }
+    out.reclaim(refs, plan, replay.final_length())?;
+    Ok(out.list)
+}
+
+/// Refcount blocks of a kind, by index.
+fn blocks(refs: &Refcounts, kind: impl Fn(&Block) -> bool) -> Vec<u64> {
+    let of_kind = refs.loaded().filter(|(_, b)| kind(b));
+    of_kind.map(|(index, _)| index).collect()
+}
+
+/// The steps so far, and what they leave.
+struct Steps {
+    g: Geometry,
+    list: Vec<Step>,
+    /// How long the file is by now.
+    file: u64,
+    crypt_method: u32,
+    /// Bytes 24 to 71 of the header by now.
+    header: [u8; SWITCHED],
+}
+
+impl Steps {
+    fn push(&mut self, step: Step) {
+        match &step {
+            Step::Stream(Pass::Raise(list)) if list.is_empty() => return,
+            Step::Stream(Pass::Clear(list) | Pass::Set(list)) if list.is_empty() => return,
+            _ => {}
+        }
+        self.list.push(step);
+    }
+
+    fn write(&mut self, label: &'static str, at: u64, what: What) {
+        self.list.push(Step::Write(Write { label, at, what }));
+    }
+
+    /// New structures and new data of an epoch. What extends the file comes first, so that a full
+    /// disk is found before anything else is touched.
+    fn new_contents(
+        &mut self,
+        refs: &Refcounts,
+        epoch: Epoch,
+        n: usize,
+        l1: &ActiveL1,
+    ) -> Result<()> {
+        let mut writes = Vec::new();
+        let mut add = |label, at: u64, bytes: u64, what| {
+            writes.push((at.saturating_add(bytes), Write { label, at, what }));
+        };
+        for index in epoch.blocks {
+            let at = refs.block(index).map_or(0, |b| b.offset);
+            let what = What::Block(index);
+            add("refcount block", at, self.g.cluster_size(), what);
+        }
+        for index in epoch.tables {
+            let (at, entries) = refs
+                .tables
+                .get(index)
+                .map_or((0, 0), |t| (t.offset, t.entries.len()));
+            let what = What::Table {
+                table: index,
+                epoch: n,
+            };
+            add("refcount table", at, entries as u64 * TABLE_ENTRY, what);
+        }
+        for data in epoch.new {
+            let bytes = data.data.len() as u64;
+            add(data.label, data.offset, bytes, What::Bytes(data.data));
+        }
+        if let (0, ActiveL1::Through(edit, temporary)) = (n, l1) {
+            let what = whole(edit);
+            add("temporary L1 table", temporary.offset, edit.bytes(), what);
+        }
+        let file = self.file;
+        let (extend, others): (Vec<_>, Vec<_>) =
+            writes.into_iter().partition(|(end, _)| *end > file);
+        for (end, write) in extend.into_iter().chain(others) {
+            self.file = self.file.max(end);
+            self.list.push(Step::Write(write));
+        }
+        Ok(())
+    }
+
+    /// Write the pieces of an L1 table in which it differs.
+    fn edit(&mut self, edit: &Rc<Edit>, from: At, to: At) -> Result<()> {
+        let writes = changes(edit, from, edit, to)?;
+        self.list.extend(writes.into_iter().map(Step::Write));
+        Ok(())
+    }
+
+    /// One write within the header's first sector, and a barrier. Nothing if nothing changes.
+    fn publish_header(&mut self, places: Places, meaning: Meaning) {
+        let target = encode_switched(places, meaning, self.crypt_method);
+        let differs = |i: &usize| self.header.get(*i) != target.get(*i);
+        let (first, last) = (
+            (0..SWITCHED).find(differs),
+            (0..SWITCHED).rev().find(differs),
+        );
+        let (Some(first), Some(last)) = (first, last) else {
+            return;
+        };
+        let bytes = target.get(first..=last).unwrap_or_default();
+        self.push(Step::Publish(vec![Write {
+            label: "header",
+            at: AT_SIZE + first as u64,
+            what: What::Bytes(bytes.to_vec()),
+        }]));
+        self.push(Step::Barrier);
+        self.header = target;
+    }
+
+    /// What makes the old state the new one.
+    fn publish_decisive(&mut self, places: Places, meaning: Meaning, l1: &ActiveL1) -> Result<()> {
+        match l1 {
+            ActiveL1::Through(edit, temporary) => {
+                let via = Places {
+                    l1_offset: temporary.offset,
+                    ..places
+                };
+                self.publish_header(via, meaning);
+                self.push(Step::Done);
+                self.edit(edit, At::Before, At::Published)?;
+                self.push(Step::Barrier);
+                self.publish_header(places, meaning);
+            }
+            ActiveL1::OneSector(edit) | ActiveL1::InPlace(edit) => {
+                let torn = matches!(l1, ActiveL1::InPlace(_));
+                debug_assert!(torn || edit.sectors_published().count() <= 1);
+                self.publish_header(places, meaning);
+                let writes = changes(edit, At::Before, edit, At::Published)?;
+                // Else only bit 63 changes, later.
+                if !writes.is_empty() {
+                    self.push(Step::Publish(writes));
+                    self.push(Step::Barrier);
+                }
+                self.push(Step::Done);
+            }
+            ActiveL1::Kept | ActiveL1::Moved(_) | ActiveL1::EachEntry(_) => {
+                self.publish_header(places, meaning);
+                self.push(Step::Done);
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts down, COPIED set, holes. Nothing that is referred to changes its meaning.
+    fn reclaim(&mut self, refs: &Refcounts, plan: Plan, length: u64) -> Result<()> {
+        let g = self.g;
+        let lowered = blocks(refs, Block::is_lowered);
+        let freed = refs.loaded().filter(|(_, b)| b.freed).count() as u64;
+        let work = lowered.len() as u64 + plan.set.len() as u64 + freed;
+        self.push(Step::Begin(Stage::Reclaim, work));
+        // A dropped block's own count, which another block may hold, goes down only when the table
+        // has stopped naming it; and so does its hole come later.
+        for dropped in &refs.dropped {
+            let table = refs.table().offset;
+            let at = table.saturating_add(dropped.index * TABLE_ENTRY);
+            self.write("refcount table entry", at, What::Bytes(vec![0; 8]));
+        }
+        if !refs.dropped.is_empty() {
+            self.push(Step::Barrier);
+        }
+        let temporary = match &plan.l1 {
+            ActiveL1::Through(edit, temporary) => Some((edit, temporary)),
+            _ => None,
+        };
+        let spare = temporary.map_or(0..0, |(edit, t)| {
+            let first = g.cluster_of(t.offset).0;
+            first..first + g.clusters_for(edit.bytes())
+        });
+        self.push(Step::Stream(Pass::Lower(lowered, spare)));
+        self.push(Step::Stream(Pass::Set(plan.set)));
+        for edit in &plan.copied {
+            let last = match &plan.l1 {
+                // Entries published one by one are on the disk already, and stay: pieces are
+                // written whole.
+                ActiveL1::EachEntry(last) if last.offset == edit.offset && flags_to_set(edit)? => {
+                    last
+                }
+                _ => edit,
+            };
+            let writes = changes(edit, At::Published, last, At::After)?;
+            self.list.extend(writes.into_iter().map(Step::Write));
+        }
+        match &plan.l1 {
+            ActiveL1::Kept | ActiveL1::EachEntry(_) => {}
+            ActiveL1::OneSector(edit)
+            | ActiveL1::Moved(edit)
+            | ActiveL1::Through(edit, _)
+            | ActiveL1::InPlace(edit) => self.edit(edit, At::Published, At::After)?,
+        }
+        if let Some(edit) = &plan.left {
+            self.edit(edit, At::Before, At::After)?;
+        }
+        if let Some((_, temporary)) = temporary {
+            self.give_back(temporary);
+        }
+        self.push(Step::Punch(explicit_holes(g, refs)?, freed));
+        self.push(Step::Grow(length));
+        // Unless something that lying counts called free is in a dropped block's cluster.
+        for dropped in &refs.dropped {
+            if refs.count_after(g.cluster_of(dropped.offset))? == 0 {
+                self.push(Step::Discard(dropped.offset, g.cluster_size()));
+            }
+        }
+        // What is cut off is unused: a failure costs space only.
+        self.push(Step::Cut(length));
+        self.push(Step::Barrier);
+        self.push(Step::End);
+        Ok(())
+    }
+
+    /// Put back what was where the temporary L1 table is; what lies past the end of the file goes
+    /// with the last cut.
+    fn give_back(&mut self, temporary: &Temporary) {
+        if temporary.old.is_empty() {
+            return;
+        }
+        if temporary.old.iter().all(|b| *b == 0) {
+            let bytes = temporary.old.len() as u64;
+            self.push(Step::Discard(temporary.offset, bytes));
+        }
+        let old = What::Bytes(temporary.old.clone());
+        self.write("free clusters", temporary.offset, old);
+    }
+}
+
+/// An L1 table as it is published, all of it.
+fn whole(edit: &Rc<Edit>) -> What {
+    What::Words(Rc::clone(edit), At::Published, 0..edit.after.len() * 8)
+}
+
+/// Does reclaim have flags to set in this table?
+fn flags_to_set(edit: &Edit) -> Result<bool> {
+    Ok(!edit.changes(At::Published, edit, At::After)?.is_empty())
+}
+
+/// The writes that make a table, which is as `edit` is at `from`, what `last` is at `to`.
+fn changes(edit: &Edit, from: At, last: &Rc<Edit>, to: At) -> Result<Vec<Write>> {
+    let runs = edit.changes(from, last, to)?.into_iter();
+    let writes = runs.map(|run| Write {
+        label: "L1 table",
+        at: edit.offset.saturating_add(run.start as u64),
+        what: What::Words(Rc::clone(last), to, run),
+    });
+    Ok(writes.collect())
+}
+
+/// Where an epoch's new blocks are to be entered in tables that are older than they (place, block):
+/// a block whose own count stands in another new block waits for that one's entry.
+fn hook_ups(
+    g: Geometry,
+    refs: &Refcounts,
+    epoch: &Epoch,
+    n: usize,
+) -> Result<Vec<Vec<(u64, u64)>>> {
+    let mut entries = Vec::new();
+    // One that the epoch makes is written whole, and so is one that is made later.
+    for table in refs.tables.iter().filter(|t| t.born.is_none_or(|e| e < n)) {
+        for index in epoch.blocks.iter().copied() {
+            let block = refs.block(index).map_or(0, |b| b.offset);
+            if table.entry(index) == block {
+                let at = table.offset.saturating_add(index * TABLE_ENTRY);
+                entries.push((index, at, block));
+            }
+        }
+    }
+    let (mut known, mut rounds): (Vec<u64>, _) = (Vec::new(), Vec::new());
+    while !entries.is_empty() {
+        let waits = |index: u64, block: u64| {
+            let describing = g.reftable_index(g.cluster_of(block));
+            describing != index
+                && !known.contains(&describing)
+                && epoch.blocks.contains(&describing)
+        };
+        let (later, now): (Vec<_>, Vec<_>) =
+            entries.into_iter().partition(|(i, _, b)| waits(*i, *b));
+        if now.is_empty() {
+            return Err(Error::Corrupt(
+                "Refcount blocks describe each other in a circle".into(),
+            ));
+        }
+        known.extend(now.iter().map(|(index, ..)| *index));
+        rounds.push(now.into_iter().map(|(_, at, block)| (at, block)).collect());
+        entries = later;
+    }
+    Ok(rounds)
+}
+
+/// Ranges of clusters that QEMU punches besides those that lose their count. What was freed and
+/// then used again without new contents of its own keeps its bytes: only a refcount block, or
+/// something that lying counts called free.
+fn explicit_holes(g: Geometry, refs: &Refcounts) -> Result<Vec<(u64, u64)>> {
+    let dropped = refs.dropped.iter().map(|d| g.cluster_of(d.offset).0);
+    let mut dropped: Vec<u64> = dropped.collect();
+    dropped.sort_unstable();
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for c in refs.punched.iter().copied() {
+        if dropped.binary_search(&c).is_err() && refs.count_after(HostCluster(c))? == 0 {
+            match ranges.last_mut() {
+                Some((first, n)) if *first + *n == c => *n += 1,
+                _ => ranges.push((c, 1)),
+            }
+        }
+    }
+    Ok(ranges)
+}
+
+/// The rules of the module's page, asked of the steps themselves. The first one that is broken.
+pub(crate) fn broken_rule(steps: &[Step]) -> Option<&'static str> {
+    let broken = |rule: &'static str, kept: bool| (!kept).then_some(rule);
+    let (mut published, mut done, mut unstable, mut meant) = (false, false, false, false);
+    for (i, step) in steps.iter().enumerate() {
+        let next = steps.get(i + 1);
+        let problem = match step {
+            Step::Stream(Pass::Raise(_)) => {
+                broken("counts go up before anything is published", !published)
+            }
+            Step::Stream(Pass::Clear(_)) => {
+                broken("COPIED is cleared before anything is published", !published)
+            }
+            Step::Stream(Pass::Lower(..)) => {
+                broken("counts go down when the verb has taken effect", done)
+            }
+            Step::Stream(Pass::Set(_)) => {
+                broken("COPIED is set when the verb has taken effect", done)
+            }
+            Step::Punch(..) | Step::Discard(..) | Step::Cut(_) => broken(
+                "nothing is thrown away before the verb has taken effect",
+                done,
+            ),
+            Step::Publish(_) if unstable => Some("what is published is stable before"),
+            Step::Publish(_) if !matches!(next, Some(Step::Barrier)) => {
+                Some("a publish is stable before anything else is written")
+            }
+            Step::Publish(writes) => {
+                let means = writes.iter().any(changes_meaning);
+                let again = means && (meant || done);
+                meant |= means;
+                broken("what the image means changes once", !again)
+            }
+            Step::Done => broken("a verb takes effect once", !done),
+            Step::Write(_) if meant && !done => {
+                Some("the decisive publish is all that is between two states")
+            }
+            _ => None,
+        };
+        if problem.is_some() {
+            return problem;
+        }
+        match step {
+            Step::Barrier => unstable = false,
+            Step::Publish(_) => (published, unstable) = (true, true),
+            Step::Done => done = true,
+            Step::Begin(..) | Step::End => {}
+            _ => unstable = true,
+        }
+    }
+    broken("a verb takes effect", done).or(broken("success is stable", !unstable))
+}
+
+/// Does a write switch the disk size or the snapshot table?
+fn changes_meaning(write: &Write) -> bool {
+    let What::Bytes(bytes) = &write.what else {
+        return false; // an L1 table
+    };
+    let (first, end) = (write.at, write.at + bytes.len() as u64);
+    let covers = |a: u64, b: u64| first < b && a < end;
+    covers(24, 32) || covers(60, 72)
+}
+
+/// The steps, one a line.
+#[cfg(test)]
+pub(crate) fn text(steps: &[Step]) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::new();
+    for step in steps {
+        let _ = match step {
+            Step::Begin(stage, work) => writeln!(out, "{stage:?}, {work} clusters"),
+            Step::End => writeln!(out, "end"),
+            Step::Write(w) => writeln!(out, "  write {w}"),
+            Step::Barrier => writeln!(out, "  B"),
+            Step::Publish(writes) => writes
+                .iter()
+                .try_for_each(|w| writeln!(out, "  PUBLISH {w}")),
+            Step::Done => writeln!(out, "  DONE"),
+            Step::Stream(pass) => writeln!(out, "  {pass}"),
+            Step::Punch(ranges, _) => writeln!(out, "  punch what became free, and {ranges:x?}"),
+            Step::Discard(at, bytes) => writeln!(out, "  punch {at:#x}+{bytes:#x}"),
+            Step::Grow(length) => writeln!(out, "  file at least {length:#x}"),
+            Step::Cut(length) => writeln!(out, "  file at most {length:#x}"),
+        };
+    }
+    out
+}
+
+#[cfg(test)]
+impl std::fmt::Display for Write {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} at {:#x}", self.label, self.at)?;
+        match &self.what {
+            What::Bytes(bytes) => write!(f, "+{:#x}", bytes.len()),
+            What::Words(_, when, bytes) => write!(f, "+{:#x} ({when:?})", bytes.len()),
+            What::Block(index) => write!(f, " (block {index})"),
+            What::Table { .. } => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+impl std::fmt::Display for Pass {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let offsets = |marked: &[Marked]| marked.iter().map(|m| m.offset).collect::<Vec<_>>();
+        match self {
+            Pass::Raise(blocks) => write!(f, "counts up, refcount blocks {blocks:?}"),
+            Pass::Lower(blocks, _) => write!(f, "counts down, refcount blocks {blocks:?}"),
+            Pass::Clear(tables) => write!(f, "COPIED cleared, L2 tables {:x?}", offsets(tables)),
+            Pass::Set(tables) => write!(f, "COPIED set, L2 tables {:x?}", offsets(tables)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(at: u64, bytes: usize) -> Step {
+        Step::Publish(vec![Write {
+            label: "header",
+            at,
+            what: What::Bytes(vec![0; bytes]),
+        }])
+    }
+
+    fn data() -> Step {
+        Step::Write(Write {
+            label: "snapshot table",
+            at: 4096,
+            what: What::Bytes(vec![0; 8]),
+        })
+    }
+
+    fn raise() -> Step {
+        Step::Stream(Pass::Raise(vec![0]))
+    }
+
+    fn lower() -> Step {
+        Step::Stream(Pass::Lower(vec![0], 0..0))
+    }
+
+    #[test]
+    fn each_rule_is_noticed_when_it_is_broken() {
+        use Step::{Barrier, Done};
+        let good = vec![
+            data(),
+            raise(),
+            Barrier,
+            header(60, 12),
+            Barrier,
+            Done,
+            lower(),
+            Barrier,
+        ];
+        assert_eq!(broken_rule(&good), None);
+        let tables_move_first = vec![
+            data(),
+            raise(),
+            Barrier,
+            header(40, 12),
+            Barrier,
+            data(),
+            Barrier,
+            header(24, 8),
+            Barrier,
+            Done,
+            lower(),
+            Barrier,
+        ];
+        assert_eq!(broken_rule(&tables_move_first), None);
+        let cases = [
+            (
+                "counts go up before anything is published",
+                vec![
+                    data(),
+                    Barrier,
+                    header(60, 12),
+                    Barrier,
+                    raise(),
+                    Barrier,
+                    Done,
+                    Barrier,
+                ],
+            ),
+            (
+                "counts go down when the verb has taken effect",
+                vec![lower(), Barrier, header(60, 12), Barrier, Done, Barrier],
+            ),
+            (
+                "what is published is stable before",
+                vec![data(), header(60, 12), Barrier, Done, Barrier],
+            ),
+            (
+                "a publish is stable before anything else is written",
+                vec![data(), Barrier, header(60, 12), Done, lower(), Barrier],
+            ),
+            (
+                "what the image means changes once",
+                vec![
+                    data(),
+                    Barrier,
+                    header(24, 8),
+                    Barrier,
+                    header(60, 12),
+                    Barrier,
+                    Done,
+                    Barrier,
+                ],
+            ),
+            (
+                "the decisive publish is all that is between two states",
+                vec![
+                    header(24, 8),
+                    Barrier,
+                    data(),
+                    Barrier,
+                    header(40, 8),
+                    Barrier,
+                    Done,
+                ],
+            ),
+            (
+                "nothing is thrown away before the verb has taken effect",
+                vec![
+                    Step::Punch(vec![], 0),
+                    Barrier,
+                    header(60, 12),
+                    Barrier,
+                    Done,
+                ],
+            ),
+            (
+                "a verb takes effect once",
+                vec![
+                    data(),
+                    Barrier,
+                    header(60, 12),
+                    Barrier,
+                    Done,
+                    Done,
+                    Barrier,
+                ],
+            ),
+            ("a verb takes effect", vec![data(), Barrier]),
+            (
+                "success is stable",
+                vec![data(), Barrier, header(60, 12), Barrier, Done, lower()],
+            ),
+        ];
+        for (rule, steps) in cases {
+            assert_eq!(broken_rule(&steps), Some(rule));
+        }
+    }
+}
