@@ -48,7 +48,7 @@ impl Image {
             }
         }
         for offset in plan.clear.iter().chain(&plan.set).map(|t| &t.offset) {
-            if replay.refs.taken.contains(&g.cluster_of(*offset).0) {
+            if replay.refs.fates.is_taken(g.cluster_of(*offset).0) {
                 return Err(Error::Corrupt(format!(
                     "L2 table {offset:#x} is in use but counted as free"
                 )));
@@ -57,8 +57,8 @@ impl Image {
 
         let (l1, meaning, was) = (replay.l1_place(), replay.meaning, &self.header);
         let table = replay.refs.table();
-        let born = replay.refs.loaded().filter(|(_, b)| b.born.is_some());
-        let dropped = replay.refs.dropped.iter().map(|d| d.index);
+        let born = replay.refs.loaded().filter(|(_, b)| b.made_in().is_some());
+        let dropped = replay.refs.dropped().iter().map(|d| d.index);
         for index in born.map(|(index, _)| index).chain(dropped) {
             let at = table.offset.saturating_add(index * TABLE_ENTRY);
             replay
@@ -89,7 +89,7 @@ impl Image {
             (s.l1_table_offset, bytes, i >= old)
         }));
         needed.extend((0..table.entries.len() as u64).map(|i| {
-            let born = replay.refs.block(i).is_some_and(|b| b.born.is_some());
+            let born = replay.refs.block(i).is_some_and(|b| b.made_in().is_some());
             (replay.refs.entry(i), 1, born)
         }));
         self.check_kept(replay, needed)

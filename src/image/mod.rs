@@ -15,7 +15,6 @@ use progress::Progress;
 use replay::Replay;
 
 mod chain;
-mod counts;
 mod damage;
 pub(crate) mod device;
 mod mapping;
@@ -205,7 +204,7 @@ impl Image {
             standing: Standing::Good,
             outcome: Outcome::None,
             remark: None,
-            refcount_memory: counts::MOST,
+            refcount_memory: refcount::packed::MOST,
             #[cfg(test)]
             steps: String::new(),
         };

@@ -2,7 +2,7 @@
 
 use super::device::{self, Device};
 use super::overlap::{Kind, Overlap};
-use super::refcount::{Freed, Refcounts};
+use super::refcount::{Forgotten, Freed, Refcounts};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::features;
@@ -123,7 +123,7 @@ impl Replay {
     /// Contents of the active L1 table, if it was made in the epoch that is not over: the header
     /// names it when all of that is written.
     pub(crate) fn unpublished_l1(&mut self) -> Option<&mut NewData> {
-        let (place, epoch) = (self.l1_place(), self.refs.epoch);
+        let (place, epoch) = (self.l1_place(), self.refs.epoch());
         let mut made = self.new_data.iter_mut();
         made.find(|w| place.born == Some(epoch) && w.offset == place.offset && w.epoch == epoch)
     }
@@ -163,26 +163,26 @@ impl Replay {
         self.refs
             .forget_before_writing(dev, offset, data.len() as u64)?;
         let last = g.cluster_of(end - 1).0;
-        if self.refs.punched.contains(&last) {
+        if self.refs.fates.is_punched(last) {
             let zeros_end = g.round_up(end).min(self.reach.max(end));
             data.resize((zeros_end - offset) as usize, 0);
         }
         for c in g.cluster_of(offset).0..=last {
-            self.refs.punched.remove(&c);
+            self.refs.fates.rewrite(c);
         }
         self.reach = self.reach.max(end);
         self.new_data.push(NewData {
             label,
             offset,
             data,
-            epoch: self.refs.epoch,
+            epoch: self.refs.epoch(),
         });
         Ok(())
     }
 
     /// Has QEMU punched the cluster at `offset` in this verb?
     pub(crate) fn is_punched(&self, offset: u64) -> bool {
-        self.refs.punched.contains(&self.g.cluster_of(offset).0)
+        self.refs.fates.is_punched(self.g.cluster_of(offset).0)
     }
 
     /// QEMU's `qcow2_grow_l1_table(exact)`: the L1 table moves to a place with room for `entries`.
@@ -215,14 +215,19 @@ impl Replay {
                 .for_each(drop),
             None => self.left_l1 = Some((old_offset, self.l1.clone())),
         }
-        let epoch = self.refs.epoch;
+        let epoch = self.refs.epoch();
         self.l1_places.push(L1Place {
             offset,
             entries: entries as u32,
             born: Some(epoch),
         });
-        self.refs
-            .free(dev, old_offset, old_bytes, Freed::Kept, epoch)?;
+        self.refs.free(
+            dev,
+            old_offset,
+            old_bytes,
+            Freed::Kept,
+            Forgotten::With(epoch),
+        )?;
         self.overlap.release(Kind::ActiveL1, old_offset);
         self.overlap.protect(Kind::ActiveL1, offset, bytes);
         self.overlap.seal();
@@ -241,12 +246,12 @@ impl Replay {
 
     /// QEMU's `get_cluster_table`: the active L2 table at `l1_index`, made or copied if the L1 does
     /// not own it. Returns its offset and contents, none for zeros: millions of tables may be made.
-    /// `forgotten_in`: the epoch whose publish makes the disk forget the table that is left.
+    /// `forgotten`: the epoch whose publish makes the disk forget the table that is left.
     pub(crate) fn own_table(
         &mut self,
         dev: &mut Device,
         l1_index: u64,
-        forgotten_in: usize,
+        forgotten: Forgotten,
     ) -> Result<(u64, Vec<u8>)> {
         let g = self.g;
         let old = self.l1.get(l1_index as usize).copied().unwrap_or(0);
@@ -281,7 +286,7 @@ impl Replay {
         }
         if offset != 0 {
             self.refs
-                .free(dev, offset, g.cluster_size(), Freed::Kept, forgotten_in)?;
+                .free(dev, offset, g.cluster_size(), Freed::Kept, forgotten)?;
         }
         Ok((new, table))
     }
@@ -307,21 +312,20 @@ impl Replay {
     }
 
     /// Take the active disk's reference from what an L2 entry refers to; the bytes stay (QEMU's
-    /// `qcow2_free_any_cluster(NEVER)`), as the publish of epoch `forgotten_in` makes the disk do.
+    /// `qcow2_free_any_cluster(NEVER)`), as the publish of epoch `forgotten` makes the disk do.
     pub(crate) fn forget_cluster(
         &mut self,
         dev: &mut Device,
         word: &[u8],
-        forgotten_in: usize,
+        forgotten: Forgotten,
     ) -> Result<()> {
         let g = self.g;
         match entry::cluster(g, BigEndian::read_u64(word)) {
             Cluster::Standard(at) | Cluster::ZeroAllocated(at) if g.in_cluster(at) == 0 => self
                 .refs
-                .free(dev, at, g.cluster_size(), Freed::Kept, forgotten_in),
+                .free(dev, at, g.cluster_size(), Freed::Kept, forgotten),
             Cluster::Compressed { offset, length } => {
-                self.refs
-                    .free(dev, offset, length, Freed::Kept, forgotten_in)
+                self.refs.free(dev, offset, length, Freed::Kept, forgotten)
             }
             _ => Ok(()),
         }
@@ -330,7 +334,7 @@ impl Replay {
     /// Set the length that QEMU's own truncate leaves.
     pub(crate) fn truncate(&mut self, length: u64) {
         self.reach = length;
-        self.refs.reach = 0;
+        self.refs.forget_reach();
     }
 
     /// Where the tables stand in the end.
@@ -346,7 +350,7 @@ impl Replay {
 
     /// The file's length in the end.
     pub(crate) fn final_length(&self) -> u64 {
-        let blocks = self.refs.loaded().filter(|(_, b)| b.dirty && !b.ours);
+        let blocks = self.refs.loaded().filter(|(_, b)| b.is_qemus());
         let end = blocks
             .map(|(_, b)| b.offset.saturating_add(self.g.cluster_size()))
             .max()
@@ -356,7 +360,7 @@ impl Replay {
 
     /// The file's length so far, refcount structures included.
     pub(crate) fn length(&self) -> u64 {
-        self.reach.max(self.refs.reach)
+        self.reach.max(self.refs.reach())
     }
 
     /// Does the image have valid bitmaps, which a change of the guest's data would break?

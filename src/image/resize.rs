@@ -1,7 +1,7 @@
 //! Resizing the disk in the middle of a goto (QEMU's `qcow2_co_truncate`), in memory.
 
 use super::device::{self, Device};
-use super::refcount::{Freed, NEVER};
+use super::refcount::{Forgotten, Freed};
 use super::replay::Replay;
 use super::walk::check_repeats;
 use crate::error::{Error, Result};
@@ -47,8 +47,13 @@ impl Replay {
         for index in (keep..self.l1.len()).rev() {
             let offset = self.l1[index] & OFFSET_MASK;
             if offset != 0 {
-                self.refs
-                    .free(dev, offset, g.cluster_size(), Freed::Punched, NEVER)?;
+                self.refs.free(
+                    dev,
+                    offset,
+                    g.cluster_size(),
+                    Freed::Punched,
+                    Forgotten::Never,
+                )?;
                 self.tables.remove(&offset);
                 self.l1[index] = 0;
                 let emptied = index.checked_sub(discarded.first);
@@ -101,7 +106,7 @@ impl Replay {
                 .l1
                 .get(l1_index as usize)
                 .is_some_and(|e| e & COPIED != 0);
-            let (offset, mut table) = self.own_table(dev, l1_index, NEVER)?;
+            let (offset, mut table) = self.own_table(dev, l1_index, Forgotten::Never)?;
             if !owned {
                 self.temporary.insert(offset, false);
                 unwritten = 0;
@@ -221,7 +226,7 @@ impl Replay {
     /// Own the table at `l1_index`; if it had to be made, remember what is in it until it is freed.
     fn own_temporary_table(&mut self, dev: &mut Device, l1_index: u64) -> Result<Vec<u8>> {
         let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
-        let (offset, table) = self.own_table(dev, l1_index, NEVER)?;
+        let (offset, table) = self.own_table(dev, l1_index, Forgotten::Never)?;
         if entry & COPIED == 0 {
             self.temporary.insert(offset, table.is_empty());
             if table.is_empty() {
@@ -277,7 +282,7 @@ impl Replay {
         if let Some(word) = table.get_mut(at..at + 8) {
             let old_word = word.to_vec();
             BigEndian::write_u64(word, new | COPIED);
-            self.forget_cluster(dev, &old_word, NEVER)?;
+            self.forget_cluster(dev, &old_word, Forgotten::Never)?;
         }
         self.tables.insert(offset, table);
         Ok(())

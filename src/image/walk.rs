@@ -12,7 +12,7 @@ use super::tables::{self, Reader};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster};
-use crate::format::run::Step;
+use crate::format::run::Tally;
 use byteorder::{BigEndian, ByteOrder};
 
 /// Our limit for the entries of L2 tables that an L1 table names again: about a second.
@@ -93,7 +93,7 @@ impl Counted {
 
 impl Replay {
     /// Walk `l1`, in QEMU's order: the clusters of an L2 table, then the table itself.
-    pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], step: Step) -> Result<Walked> {
+    pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], tally: Tally) -> Result<Walked> {
         let g = self.g;
         let mut out = Walked::default();
         out.l1
@@ -106,11 +106,11 @@ impl Replay {
         let mut tables = Reader::new(g, tables::Kind::L2Tables, l1);
         for index in 0..l1.len() {
             if self.refs.thrashes(g.l2_entries()) {
-                self.walk_in_windows(dev, l1, index, step, &mut out)?;
+                self.walk_in_windows(dev, l1, index, tally, &mut out)?;
                 break;
             }
-            let counted = self.count_table(dev, &mut tables, index, step)?;
-            self.note(&mut out, index, counted, step)?;
+            let counted = self.count_table(dev, &mut tables, index, tally)?;
+            self.note(&mut out, index, counted, tally)?;
         }
         Ok(out)
     }
@@ -122,7 +122,7 @@ impl Replay {
         dev: &mut Device,
         l1: &[u64],
         first: usize,
-        step: Step,
+        tally: Tally,
         out: &mut Walked,
     ) -> Result<()> {
         let n = l1.len() - first;
@@ -134,12 +134,12 @@ impl Replay {
             self.refs.enter_window(window)?;
             let mut tables = Reader::new(self.g, tables::Kind::L2Tables, l1);
             for (index, counted) in (first..).zip(&mut all) {
-                counted.add(self.count_table(dev, &mut tables, index, step)?);
+                counted.add(self.count_table(dev, &mut tables, index, tally)?);
             }
         }
         self.refs.leave_windows();
         for (index, counted) in (first..).zip(all) {
-            self.note(out, index, counted, step)?;
+            self.note(out, index, counted, tally)?;
         }
         Ok(())
     }
@@ -150,7 +150,7 @@ impl Replay {
         dev: &mut Device,
         tables: &mut Reader,
         index: usize,
-        step: Step,
+        tally: Tally,
     ) -> Result<Counted> {
         let g = self.g;
         let entry = tables.list().get(index).copied().unwrap_or(0);
@@ -168,14 +168,14 @@ impl Replay {
             None if dev.ends_before(offset)? => &[],
             None => tables.get(dev, index)?,
         };
-        let mut counted = count_entries(&mut self.refs, dev, g, table, offset, step)?;
+        let mut counted = count_entries(&mut self.refs, dev, g, table, offset, tally)?;
         counted.in_memory = changed.is_some();
 
         let own = g.cluster_of(offset);
         if !self.refs.outside(g.reftable_index(own)) {
-            let count = match step {
-                Step::Look => self.refs.get(dev, own)?,
-                _ => self.refs.bump(dev, own, step == Step::Up)?,
+            let count = match tally {
+                Tally::Look => self.refs.get(dev, own)?,
+                _ => self.refs.bump(dev, own, tally == Tally::Up)?,
             };
             counted.own = Some(match count {
                 0 => Own::None,
@@ -187,7 +187,13 @@ impl Replay {
     }
 
     /// Note what counting the table at `index` means for it and for its entry in the L1.
-    fn note(&mut self, out: &mut Walked, index: usize, counted: Counted, step: Step) -> Result<()> {
+    fn note(
+        &mut self,
+        out: &mut Walked,
+        index: usize,
+        counted: Counted,
+        tally: Tally,
+    ) -> Result<()> {
         let g = self.g;
         let Some(slot) = out.l1.get_mut(index).filter(|entry| **entry != 0) else {
             return Ok(());
@@ -199,7 +205,7 @@ impl Replay {
         if counted.changed != 0 {
             // QEMU drops the first slice of a table that is freed, and writes the others.
             let (end, slice) = (counted.changed.into(), g.l2_slice_bytes(self.meaning.size));
-            let freed = step == Step::Down && own == Own::None;
+            let freed = tally == Tally::Down && own == Own::None;
             if !freed || end > slice {
                 self.reach = self
                     .reach
@@ -209,7 +215,7 @@ impl Replay {
                 self.overlap
                     .check(offset, g.cluster_size(), Some(Kind::ActiveL2))?;
                 let flags = match (counted.ones, counted.others) {
-                    _ if step != Step::Look || counted.in_memory => Flags::Final,
+                    _ if tally != Tally::Look || counted.in_memory => Flags::Final,
                     (true, true) => Flags::Final,
                     (true, false) => Flags::AllAreOne,
                     (false, _) => Flags::NoneIsOne,
@@ -269,12 +275,12 @@ fn count_entries(
     g: Geometry,
     table: &[u8],
     offset: u64,
-    step: Step,
+    tally: Tally,
 ) -> Result<Counted> {
     let size = g.l2_entry_size();
     let (mut at, mut all) = (0, Counted::default());
     while let Some(rest) = table.get(at..).filter(|r| !r.is_empty()) {
-        let run = refs.count_run(dev, rest, step)?;
+        let run = refs.count_run(dev, rest, tally)?;
         all.ones |= run.ones;
         all.others |= run.others;
         if run.changed != 0 {
@@ -284,7 +290,7 @@ fn count_entries(
         if run.entries == 0 {
             let old = BigEndian::read_u64(rest);
             let place = (offset, at / size);
-            let count = count_entry(refs, dev, g, old, place, step, &mut all.ones)?;
+            let count = count_entry(refs, dev, g, old, place, tally, &mut all.ones)?;
             at += size;
             let Some(count) = count else {
                 continue;
@@ -310,23 +316,23 @@ fn count_entry(
     g: Geometry,
     entry: u64,
     place: (u64, usize),
-    step: Step,
+    tally: Tally,
     ones: &mut bool,
 ) -> Result<Option<u64>> {
     let mut bump = |refs: &mut Refcounts, c: HostCluster| -> Result<Option<u64>> {
         if refs.outside(g.reftable_index(c)) {
             return Ok(None);
         }
-        let count = match step {
-            Step::Look => return refs.get(dev, c).map(Some),
-            Step::Up => refs.bump(dev, c, true)?,
-            Step::Down => refs.bump(dev, c, false)?,
+        let count = match tally {
+            Tally::Look => return refs.get(dev, c).map(Some),
+            Tally::Up => refs.bump(dev, c, true)?,
+            Tally::Down => refs.bump(dev, c, false)?,
         };
         *ones |= count == 1;
         Ok(Some(count))
     };
     match entry::cluster(g, entry & !COPIED) {
-        Cluster::Compressed { offset, length } if step != Step::Look => {
+        Cluster::Compressed { offset, length } if tally != Tally::Look => {
             let last = g.cluster_of(offset.saturating_add(length - 1)).0;
             for c in g.cluster_of(offset).0..=last {
                 bump(refs, HostCluster(c))?;

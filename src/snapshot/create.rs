@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
-use crate::format::run::Step;
+use crate::format::run::Tally;
 use crate::image::device::{bytes_of, zeroed};
 use crate::image::plan::{ActiveL1, Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
@@ -46,7 +46,7 @@ impl Image {
             l1_copy,
             bytes_of(&self.l1)?,
         )?;
-        let walked = replay.walk(&mut self.dev, &self.l1, Step::Up)?;
+        let walked = replay.walk(&mut self.dev, &self.l1, Tally::Up)?;
         if walked.l1_changed {
             replay.reach = replay
                 .reach
@@ -165,7 +165,8 @@ impl Image {
                 .l1
                 .get(index as usize)
                 .is_some_and(|e| e & crate::format::entry::COPIED == 0);
-            let (offset, mut table) = replay.own_table(&mut self.dev, index, replay.refs.epoch)?;
+            let (offset, mut table) =
+                replay.own_table(&mut self.dev, index, replay.refs.forgotten_now())?;
             if !made {
                 return Err(shared_but_copied(offset));
             }
@@ -182,7 +183,7 @@ impl Image {
             )?;
             for word in table.chunks_exact_mut(g.l2_entry_size()).take(n as usize) {
                 if let Some(new) = replay.zeroed_entry(word) {
-                    replay.forget_cluster(&mut self.dev, word, replay.refs.epoch)?;
+                    replay.forget_cluster(&mut self.dev, word, replay.refs.forgotten_now())?;
                     word.copy_from_slice(new.get(..word.len()).unwrap_or_default());
                 }
             }

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::format::geometry::TABLE_ENTRY;
-use crate::format::run::Step;
+use crate::format::run::Tally;
 use crate::image::plan::{Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
@@ -43,9 +43,9 @@ impl Image {
             .replay_table(&mut replay, &mut plan, &list)
             .map_err(|e| e.context("Failed to remove snapshot from snapshot list"))?;
         let dropped = replay
-            .walk(&mut self.dev, &l1, Step::Down)
+            .walk(&mut self.dev, &l1, Tally::Down)
             .map_err(|e| e.context("Failed to free the cluster and L1 table"))?;
-        let (l1_bytes, epoch) = (l1.len() as u64 * TABLE_ENTRY, replay.refs.epoch);
+        let (l1_bytes, epoch) = (l1.len() as u64 * TABLE_ENTRY, replay.refs.forgotten_now());
         replay.refs.free(
             &mut self.dev,
             gone.l1_table_offset,
@@ -54,7 +54,7 @@ impl Image {
             epoch,
         )?;
         let active = replay
-            .walk(&mut self.dev, &self.l1, Step::Look)
+            .walk(&mut self.dev, &self.l1, Tally::Look)
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
         if active.l1_changed {
             let end = self

@@ -13,7 +13,7 @@ use crate::format::entry::COPIED;
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
 use crate::format::header::Header;
 use crate::format::record::EXTRA_2014;
-use crate::format::run::Step;
+use crate::format::run::Tally;
 use crate::image::device::{bytes_of, Device};
 use crate::image::overlap::Kind;
 use crate::image::plan::{ActiveL1, Edit, Plan, Temporary};
@@ -179,7 +179,7 @@ enum Publish {
 
 impl<'a> Sized<'a> {
     fn count_up(self, offset: u64, stored_l1: Vec<u64>) -> Result<BothCounted<'a>> {
-        let up = self.replay.walk(self.dev, &stored_l1, Step::Up)?;
+        let up = self.replay.walk(self.dev, &stored_l1, Tally::Up)?;
         let mut snapshot_l1 = None;
         if up.l1_changed {
             let end = offset.saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
@@ -260,7 +260,7 @@ impl Chosen<'_> {
             snapshot_l1,
         } = both;
         let old_l1 = std::mem::take(&mut replay.l1);
-        let mut down = replay.walk(dev, &old_l1, Step::Down)?;
+        let mut down = replay.walk(dev, &old_l1, Tally::Down)?;
         // A table may have 32 MiB.
         drop((old_l1, std::mem::take(&mut down.l1)));
         check_after_resize(replay, dev)?;
@@ -268,7 +268,7 @@ impl Chosen<'_> {
         // none again.
         let ones = down.ones || up.ones;
         let last = if ones {
-            replay.walk(dev, &up.l1, Step::Look)?
+            replay.walk(dev, &up.l1, Tally::Look)?
         } else {
             Walked {
                 l1: up.l1,
@@ -278,7 +278,7 @@ impl Chosen<'_> {
         replay.l1 = last.l1;
 
         let mut plan = Plan::new();
-        plan.decisive = replay.refs.epoch;
+        plan.decisive = replay.refs.epoch();
         (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables));
         if !ones {
             let marked = plan.clear.iter_mut().chain(&mut plan.set);
@@ -290,7 +290,7 @@ impl Chosen<'_> {
             // Not where something else has taken its clusters.
             let bytes = after.len() as u64 * TABLE_ENTRY;
             let (first, n) = (replay.g.cluster_of(offset).0, replay.g.clusters_for(bytes));
-            if !replay.refs.any_taken(first, n) {
+            if !replay.refs.fates.any_taken(first, n) {
                 plan.left = Some(Rc::new(Edit {
                     offset,
                     before: was.l1.to_vec(),
@@ -308,7 +308,7 @@ fn check_after_resize(replay: &mut Replay, dev: &mut Device) -> Result<()> {
     for (offset, is_table) in std::mem::take(&mut replay.temporary) {
         let cluster = replay.g.cluster_of(offset);
         if replay.refs.get(dev, cluster)? == 0 {
-            replay.refs.punched.insert(cluster.0);
+            replay.refs.fates.punch(cluster.0);
         } else if is_table {
             return Err(shared_but_copied(offset));
         }

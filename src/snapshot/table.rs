@@ -113,11 +113,11 @@ impl Image {
         let contents = self.encode_table(replay, offset, size, list)?;
         replay.write_new(&mut self.dev, "snapshot table", offset, contents)?;
 
-        plan.decisive = replay.refs.epoch;
+        plan.decisive = replay.refs.epoch();
         let (old_offset, old_size) = (self.header.snapshots_offset, self.snapshots.size);
         replay.meaning.nb_snapshots = list.len() as u32;
         replay.meaning.snapshots_offset = offset;
-        let epoch = replay.refs.epoch;
+        let epoch = replay.refs.forgotten_now();
         replay
             .refs
             .free(&mut self.dev, old_offset, old_size, Freed::Punched, epoch)?;

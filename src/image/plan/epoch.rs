@@ -32,17 +32,17 @@ impl Epochs {
     pub(crate) fn of(replay: &mut Replay, decisive: usize) -> Result<Epochs> {
         let refs = &replay.refs;
         let mut all = Vec::new();
-        for epoch in 0..=refs.epoch {
+        for epoch in 0..=refs.epoch() {
             let made = |born: Option<usize>| born == Some(epoch);
             let by_now = |born: Option<usize>| born.is_none_or(|e| e <= epoch);
-            let table = refs.tables.iter().rfind(|t| by_now(t.born));
+            let table = refs.tables().iter().rfind(|t| by_now(t.born));
             let l1 = replay.l1_places.iter().rfind(|p| by_now(p.born));
             let (Some(table), Some(l1)) = (table, l1) else {
                 // Both have the place that they had before the verb.
                 return Err(Error::Corrupt("A table stands nowhere".into()));
             };
-            let blocks = refs.loaded().filter(|(_, b)| made(b.born));
-            let tables = refs.tables.iter().enumerate();
+            let blocks = refs.loaded().filter(|(_, b)| made(b.made_in()));
+            let tables = refs.tables().iter().enumerate();
             all.push(Epoch {
                 places: Places {
                     l1_offset: l1.offset,

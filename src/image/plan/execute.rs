@@ -4,7 +4,6 @@ use super::passes::Holes;
 use super::steps::{Step, What, Write};
 use crate::error::{Error, Result};
 use crate::format::geometry::HostCluster;
-use crate::format::refblock;
 use crate::image::device::{self, Device};
 use crate::image::refcount::Refcounts;
 use crate::image::Outcome;
@@ -80,10 +79,7 @@ fn new_block(refs: &Refcounts, index: u64) -> Result<Vec<u8>> {
     let g = refs.geometry();
     let mut counts = device::zeroed(g.cluster_size())?;
     if let Some(block) = refs.block(index) {
-        counts.copy_from_slice(&block.counts(g)?);
-        if let Some(peak) = block.peak(g)? {
-            refblock::raise_to(g, &mut counts, &peak, g.refblock_entries() as usize);
-        }
+        block.peak_counts(g, &mut counts)?;
     }
     Ok(counts)
 }
@@ -91,7 +87,7 @@ fn new_block(refs: &Refcounts, index: u64) -> Result<Vec<u8>> {
 /// The contents of a new refcount table: without the blocks that are made later, with those that
 /// are dropped when the verb has taken effect.
 fn new_table(refs: &Refcounts, table: usize, epoch: usize) -> Result<Vec<u8>> {
-    let entries = refs.tables.get(table).map(|t| t.entries.as_slice());
+    let entries = refs.tables().get(table).map(|t| t.entries.as_slice());
     let mut bytes = device::bytes_of(entries.unwrap_or_default())?;
     let mut enter = |index: u64, offset: u64| {
         let at = index as usize * 8;
@@ -100,13 +96,13 @@ fn new_table(refs: &Refcounts, table: usize, epoch: usize) -> Result<Vec<u8>> {
         }
     };
     for (index, block) in refs.loaded() {
-        let later = block.born.is_some_and(|e| e > epoch);
+        let later = block.made_in().is_some_and(|e| e > epoch);
         let named = entries.and_then(|e| e.get(index as usize)) == Some(&block.offset);
         if later && named {
             enter(index, 0);
         }
     }
-    for dropped in &refs.dropped {
+    for dropped in refs.dropped() {
         enter(dropped.index, dropped.offset);
     }
     Ok(bytes)

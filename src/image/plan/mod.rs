@@ -32,6 +32,7 @@ mod execute;
 #[cfg(test)]
 mod golden;
 mod passes;
+mod rules;
 mod steps;
 
 use super::device::{zeroed, Device};
@@ -45,7 +46,7 @@ use std::rc::Rc;
 
 pub(crate) use edit::{At, Edit};
 #[cfg(test)]
-pub(crate) use steps::text;
+pub(crate) use rules::text;
 
 /// How the active L1 table gets new contents.
 pub(crate) enum ActiveL1 {
@@ -110,7 +111,7 @@ impl Plan {
             Ok(steps) => steps,
             Err(e) => return (Outcome::Unchanged, Err(e)),
         };
-        debug_assert_eq!(steps::broken_rule(&steps), None);
+        debug_assert_eq!(rules::broken_rule(&steps), None);
         let (outcome, result) = execute::execute(dev, &mut replay.refs, &steps);
         (outcome, result.map(|()| steps))
     }
@@ -118,7 +119,7 @@ impl Plan {
 
 /// QEMU checks each refcount block that it writes against the other structures.
 fn check_blocks(replay: &Replay) -> Result<()> {
-    for (_, block) in replay.refs.loaded().filter(|(_, b)| b.dirty) {
+    for (_, block) in replay.refs.loaded().filter(|(_, b)| b.is_written()) {
         replay
             .overlap
             .check(block.offset, replay.g.cluster_size(), Some(Kind::Refblock))?;

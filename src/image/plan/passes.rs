@@ -90,25 +90,15 @@ fn raise(dev: &mut Device, refs: &Refcounts, blocks: &[u64]) -> Result<()> {
         let Some(block) = refs.block(index) else {
             return Ok(());
         };
-        let counts = block.counts(g)?;
-        if block.only_raised() {
-            new.copy_from_slice(&counts);
-            return Ok(());
-        }
-        let entries = g.refblock_entries() as usize;
         new.copy_from_slice(old);
-        refblock::raise_to(g, new, &counts, entries);
-        if let Some(peak) = block.peak(g)? {
-            refblock::raise_to(g, new, &peak, entries);
-        }
-        Ok(())
+        block.peak_counts(g, new)
     })
 }
 
 /// The blocks that a resize drops, where a temporary table is counted in them.
 fn raise_dropped(dev: &mut Device, refs: &Refcounts) -> Result<()> {
     let g = refs.geometry();
-    for dropped in &refs.dropped {
+    for dropped in refs.dropped() {
         if let Some(peak) = &dropped.peak {
             let what = "Could not read a refcount block";
             let old = dev.read_vec(what, dropped.offset, g.cluster_size())?;
@@ -125,8 +115,8 @@ fn lower(dev: &mut Device, refs: &Refcounts, blocks: &[u64], holes: &mut Holes) 
         let Some(block) = refs.block(index) else {
             return Ok(());
         };
-        new.copy_from_slice(&block.counts(g)?);
-        if block.freed {
+        block.final_counts(g, new)?;
+        if block.frees() {
             holes.add_freed(refs, index, old, new);
         }
         Ok(())
@@ -137,7 +127,7 @@ fn lower(dev: &mut Device, refs: &Refcounts, blocks: &[u64], holes: &mut Holes) 
 /// behind a barrier.
 fn lower_dropped(dev: &mut Device, refs: &Refcounts, holes: &mut Holes) -> Result<()> {
     let g = refs.geometry();
-    for dropped in &refs.dropped {
+    for dropped in refs.dropped() {
         if let Some(counts) = &dropped.counts {
             let what = "Could not read a refcount block";
             let mut old = dev.read_vec(what, dropped.offset, g.cluster_size())?;
@@ -226,7 +216,7 @@ impl Holes {
         for i in 0..g.refblock_entries() as usize {
             if refblock::get(g, old, i) != 0 && refblock::get(g, new, i) == 0 {
                 let c = base + i as u64;
-                if !refs.kept.contains(&c) && !self.spare.contains(&c) {
+                if !refs.fates.is_kept(c) && !self.spare.contains(&c) {
                     self.add(c);
                 }
             }
