@@ -75,9 +75,9 @@
  * The version of this header. Compare qcow2_version(), the one of the library.
  */
 #define QCOW2_SNAPSHOT_VERSION_MAJOR 0
-#define QCOW2_SNAPSHOT_VERSION_MINOR 1
+#define QCOW2_SNAPSHOT_VERSION_MINOR 2
 #define QCOW2_SNAPSHOT_VERSION_PATCH 0
-#define QCOW2_SNAPSHOT_VERSION "0.1.0"
+#define QCOW2_SNAPSHOT_VERSION "0.2.0"
 
 /**
  * Open for reading and changing (QEMU's BDRV_O_RDWR). Without it: read-only.
