@@ -14,7 +14,7 @@ static void goto_says(int flags, const char *id, int want, const char *words, co
 int main(void)
 {
     static const char LENGTH[] = "Could not learn the length of the backing file: Could not open backing file: ";
-    Bytes image = reference("backing-grow-longer/before"), name;
+    Bytes image = reference("backing-grow-longer/before"), busy = reference("v3-4k/before"), name;
     uint64_t at = be(image, 8, 8), n = be(image, 16, 4);
     Entry e;
     char path[1024], id[128];
@@ -32,7 +32,7 @@ int main(void)
     unlink(path);
     goto_says(QCOW2_O_RDWR, id, -ENOENT, LENGTH, "snapshot");
     /* Somebody writes to it. */
-    spew(path, reference("v3-4k/before"));
+    spew(path, busy);
     user = must_open(path, QCOW2_O_RDWR);
     goto_says(QCOW2_O_RDWR, id, -EAGAIN, LENGTH, "snapshot");
     CHECK_RET(qcow2_close(user), 0);
@@ -42,5 +42,6 @@ int main(void)
     }
     CHECK_FILE("image.qcow2", image);
     drop(&image);
+    drop(&busy);
     return done();
 }
