@@ -26,6 +26,11 @@ impl Device {
         Ok(dev)
     }
 
+    /// Somebody else has changed the file.
+    pub(crate) fn refresh(&mut self) -> Result<()> {
+        self.length_now().map(drop)
+    }
+
     fn length_now(&mut self) -> Result<u64> {
         self.length = self.storage.length().map_err(|source| Error::Io {
             op: "Could not get the length of the image",
