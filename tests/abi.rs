@@ -199,6 +199,8 @@ int main(void)
     MEMBER(Qcow2IoOps, discard);
     MEMBER(Qcow2IoOps, close);
     MEMBER(Qcow2IoOps, open_file);
+    MEMBER(Qcow2IoOps, event);
+    MEMBER(Qcow2IoOps, backing_length);
     SIZE(Qcow2Extent);
     MEMBER(Qcow2Extent, start);
     MEMBER(Qcow2Extent, length);

@@ -161,6 +161,15 @@ impl Device {
         self.storage.open_named(name, format)
     }
 
+    /// The length of what the backing file shows, where the storage's owner says it.
+    pub(crate) fn backing_length(&mut self) -> Result<Option<u64>> {
+        let told = self.storage.backing_length().transpose();
+        told.map_err(|source| Error::Os {
+            context: "Could not get the length of the backing file".into(),
+            source,
+        })
+    }
+
     pub(crate) fn close(self) -> Result<()> {
         self.storage.close().map_err(|source| Error::Os {
             context: "Could not close the image file".into(),
