@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
     "src/capi/verbs.rs",
     "src/capi/progress.rs",
+    "src/capi/layout.rs",
     "src/capi/error.rs",
 ];
 
@@ -67,7 +68,7 @@ fn header(root: &Path) -> String {
 }
 
 /// The parts of the header: what the first declaration of each begins with, and its title.
-const SECTIONS: [(&str, &str); 11] = [
+const SECTIONS: &[(&str, &str)] = &[
     ("#define QCOW2_O_RDWR ", "Flags of the opens"),
     (
         "#define QCOW2_BLOCK_DATA ",
@@ -78,12 +79,14 @@ const SECTIONS: [(&str, &str); 11] = [
         "What a verb did to the image",
     ),
     ("#define QCOW2_PROGRESS_CHECK ", "Stages of a verb"),
+    ("#define QCOW2_CHANGED_SIZE ", "What a verb changed"),
     ("typedef struct Qcow2Error ", "Types"),
     ("const char *qcow2_version(", "Version"),
     ("int qcow2_open(", "Opening and closing"),
     ("int qcow2_read_snapshots(", "Snapshots: QEMU's functions"),
     ("int64_t qcow2_getlength(", "Reading disks and VM state"),
     ("int qcow2_set_progress(", "Progress"),
+    ("int qcow2_snapshot_layout(", "Embedding: where the tables are"),
     ("const char *qcow2_error_get_pretty(", "Errors and outcomes"),
 ];
 
@@ -141,7 +144,11 @@ fn version_macros() -> String {
 
 /// cbindgen writes every constant in decimal, which nobody can read in a bit mask.
 fn flag_in_hex(line: &str) -> String {
-    for (prefix, width) in [("#define QCOW2_O_", 10), ("#define QCOW2_BLOCK_", 4)] {
+    for (prefix, width) in [
+        ("#define QCOW2_O_", 10),
+        ("#define QCOW2_BLOCK_", 4),
+        ("#define QCOW2_CHANGED_", 3),
+    ] {
         let flag = line
             .strip_prefix(prefix)
             .and_then(|rest| rest.split_once(' '))

@@ -71,6 +71,6 @@ pub mod capi;
 
 pub use error::{Error, Result};
 pub use flags::OpenFlags;
-pub use image::{BlockStatus, Image, Outcome, ProgressHook, Stage};
+pub use image::{BlockStatus, Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
 pub use snapshot::{NewSnapshot, Snapshot};
 pub use words::{os_words, printable, strerror};

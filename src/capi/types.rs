@@ -172,6 +172,15 @@ pub struct Qcow2IoOps {
             file_opaque: *mut *mut c_void,
         ) -> c_int,
     >,
+    /// Since 0.2. Called before each write, barrier and discard of the image, for tests and traces:
+    /// `label` says what comes, and lives as long as the call: "header", "header: autoclear features",
+    /// "L1 table", "temporary L1 table", "snapshot L1 table", "L2 table", "snapshot table",
+    /// "refcount table", "refcount table entry", "refcount block", "free clusters" (bytes put back
+    /// where a temporary table was); "barrier"; "discard". Later versions may have more. May be NULL.
+    pub event: Option<unsafe extern "C" fn(opaque: *mut c_void, label: *const c_char)>,
+    /// Since 0.2. The length in bytes of what the image's backing file shows, or -errno: asked when
+    /// a revert makes the disk larger, in the place of opening the backing file. May be NULL.
+    pub backing_length: Option<unsafe extern "C" fn(opaque: *mut c_void) -> i64>,
 }
 
 const VERSION: &CStr =
