@@ -86,7 +86,10 @@ const SECTIONS: &[(&str, &str)] = &[
     ("int qcow2_read_snapshots(", "Snapshots: QEMU's functions"),
     ("int64_t qcow2_getlength(", "Reading disks and VM state"),
     ("int qcow2_set_progress(", "Progress"),
-    ("int qcow2_snapshot_layout(", "Embedding: where the tables are"),
+    (
+        "int qcow2_snapshot_layout(",
+        "Embedding: where the tables are",
+    ),
     ("const char *qcow2_error_get_pretty(", "Errors and outcomes"),
 ];
 
