@@ -6,7 +6,7 @@ use crate::format::features;
 use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Extensions, Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
-use crate::io::Storage;
+use crate::io::{Stamp, Storage};
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
@@ -59,6 +59,9 @@ enum Standing {
 pub(crate) struct View {
     pub(crate) l1: Vec<u64>,
     pub(crate) size: u64,
+    pub(crate) of: Snapshot,
+    /// It was deleted by somebody else.
+    pub(crate) gone: bool,
 }
 
 /// The snapshot table in memory.
@@ -71,8 +74,22 @@ pub(crate) struct SnapshotList {
     pub(crate) loaded: bool,
 }
 
+/// What opening reads of an image.
+struct Loaded {
+    header: Header,
+    extensions: Extensions,
+    backing_file: Vec<u8>,
+    l1: Vec<u64>,
+    reftable: Vec<u64>,
+}
+
 /// One open image.
+///
+/// The order of the first members is that of dropping them: what was opened through a caller's
+/// functions is closed before these are.
 pub struct Image {
+    chain: Option<chain::Chain>,
+    data_file: Option<Device>,
     pub(crate) dev: Device,
     pub(crate) flags: OpenFlags,
     pub(crate) header: Header,
@@ -85,11 +102,11 @@ pub struct Image {
     l2_cache: mapping::L2Cache,
     unpacked: Option<mapping::Unpacked>,
     /// Where the image is, for names in it that are relative; unknown behind callbacks.
-    path: Option<std::path::PathBuf>,
-    chain: Option<Vec<chain::Layer>>,
-    data_file: Option<Device>,
-    /// Names of the files of the chain for C callers, made when first asked for.
-    host_names: Vec<Option<std::ffi::CString>>,
+    place: Option<chain::Place>,
+    /// Names of the files of the chain that C callers were given.
+    host_names: Vec<std::ffi::CString>,
+    /// What the file's stamp was when header and tables were read, if a later change shows in it.
+    seen: Option<Stamp>,
     /// Were clusters allocated ahead? Found out on first use.
     preallocated: Option<bool>,
     standing: Standing,
@@ -107,9 +124,10 @@ impl Image {
     /// The system's, `InUse` when a guest, qemu-img or another handle has the image open, and those
     /// of [`Image::open_storage`].
     pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> {
+        let place = chain::Place::new(path.to_owned());
         let storage = FileStorage::open_path(path, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
-        image.path = Some(path.to_owned());
+        image.place = Some(place);
         Ok(image)
     }
 
@@ -121,9 +139,10 @@ impl Image {
         let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
         // Names in the image are relative to the folder that the file is in, if it still has one.
-        image.path = std::fs::read_link(format!("/proc/self/fd/{fd}"))
+        image.place = std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
             .ok()
-            .filter(|p| p.is_absolute());
+            .filter(|p| p.is_absolute())
+            .map(chain::Place::new);
         Ok(image)
     }
 
@@ -157,6 +176,43 @@ impl Image {
     }
 
     fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
+        let seen = dev.stamp().filter(Stamp::is_settled);
+        let loaded = Image::load(&mut dev, flags)?;
+        let mut image = Image {
+            chain: None,
+            data_file: None,
+            dev,
+            flags,
+            header: loaded.header,
+            extensions: loaded.extensions,
+            backing_file: loaded.backing_file,
+            l1: loaded.l1,
+            reftable: loaded.reftable,
+            snapshots: SnapshotList::default(),
+            view: None,
+            l2_cache: mapping::L2Cache::default(),
+            unpacked: None,
+            place: None,
+            host_names: Vec::new(),
+            seen,
+            preallocated: None,
+            standing: Standing::Good,
+            outcome: Outcome::None,
+            remark: None,
+            refcount_memory: counts::MOST,
+        };
+        image.load_snapshots()?;
+        if flags.has(OpenFlags::RDWR) && image.header.incompatible & features::DIRTY != 0 {
+            return Err(Error::Unsupported(
+                "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qemu-img check -r all'"
+                    .into(),
+            ));
+        }
+        Ok(image)
+    }
+
+    /// Read and check header and tables.
+    fn load(dev: &mut Device, flags: OpenFlags) -> Result<Loaded> {
         let read_write = flags.has(OpenFlags::RDWR);
         let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
         // The extensions may fill the first cluster, whose size the header says.
@@ -181,43 +237,22 @@ impl Image {
         let reftable = device::words(&reftable)?;
         let extensions = header.extensions(&first)?;
         let backing_file = header.backing_file(&first)?.to_vec();
-        let mut image = Image {
-            dev,
-            flags,
+        Ok(Loaded {
             header,
             extensions,
             backing_file,
             l1,
             reftable,
-            snapshots: SnapshotList::default(),
-            view: None,
-            l2_cache: mapping::L2Cache::default(),
-            unpacked: None,
-            path: None,
-            chain: None,
-            data_file: None,
-            host_names: Vec::new(),
-            preallocated: None,
-            standing: Standing::Good,
-            outcome: Outcome::None,
-            remark: None,
-            refcount_memory: counts::MOST,
-        };
-        image.load_snapshots()?;
-        if read_write && image.header.incompatible & features::DIRTY != 0 {
-            return Err(Error::Unsupported(
-                "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qemu-img check -r all'"
-                    .into(),
-            ));
-        }
-        Ok(image)
+        })
     }
 
     /// Close the image. Nothing is written.
     ///
     /// # Errors
     /// Those of closing or unlocking the file only; the handle is gone in any case.
-    pub fn close(self) -> Result<()> {
+    pub fn close(mut self) -> Result<()> {
+        self.chain = None;
+        self.data_file = None;
         self.dev.close()
     }
 
@@ -271,6 +306,74 @@ impl Image {
                 "An earlier failure left the state of the image unknown; close the handle and open it again".into(),
             ));
         }
+        Ok(())
+    }
+
+    /// Begin a call that reads what is seen of the disk.
+    pub(crate) fn begin_read(&mut self) -> Result<()> {
+        self.begin_look()?;
+        if self.view.as_ref().is_some_and(|v| v.gone) {
+            return Err(Error::NotFound(
+                "The snapshot that is read from was deleted by somebody else".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Begin a call that looks at the image. Where others may change it meanwhile (`FORCE_SHARE`), and have,
+    /// everything is read again: by the tables of before, bytes of another place would be found.
+    pub(crate) fn begin_look(&mut self) -> Result<()> {
+        self.usable()?;
+        if !self.flags.has(OpenFlags::FORCE_SHARE) {
+            return Ok(());
+        }
+        let mut changed = self.has_changed();
+        for layer in self.chain.iter_mut().flat_map(|c| c.iter_mut()) {
+            if let chain::Layer::Qcow2(image) = layer {
+                changed |= image.has_changed();
+            }
+        }
+        if changed {
+            self.load_again()?;
+        }
+        Ok(())
+    }
+
+    /// May somebody have changed the file since its tables were read?
+    fn has_changed(&mut self) -> bool {
+        let stamp = self.dev.stamp();
+        stamp.is_some() && stamp != self.seen
+    }
+
+    fn load_again(&mut self) -> Result<()> {
+        // Until all is read: nothing is known.
+        self.seen = None;
+        let stamp = self.dev.stamp();
+        (self.chain, self.data_file) = (None, None);
+        self.forget_reads();
+        self.dev.length_now()?;
+        let loaded = Image::load(&mut self.dev, self.flags)?;
+        self.header = loaded.header;
+        self.extensions = loaded.extensions;
+        self.backing_file = loaded.backing_file;
+        self.l1 = loaded.l1;
+        self.reftable = loaded.reftable;
+        let wanted = self.snapshots.loaded;
+        self.load_snapshots()?;
+        if let Some(mut view) = self.view.take() {
+            // An ID is given again when it is free; a moment is not.
+            let same = |s: &&Snapshot| {
+                s.id == view.of.id
+                    && s.l1_table_offset == view.of.l1_table_offset
+                    && (s.date_sec, s.date_nsec) == (view.of.date_sec, view.of.date_nsec)
+            };
+            view.gone = !self.snapshots.entries.iter().any(|s| same(&s));
+            self.view = Some(view);
+        }
+        if !wanted {
+            self.free_snapshots();
+        }
+        self.seen = stamp.filter(Stamp::is_settled);
         Ok(())
     }
 

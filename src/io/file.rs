@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::lock::{self, FileKind, ImageLock};
-use super::{discard_unsupported, FlushState, Run, Storage};
+use super::{discard_unsupported, FlushState, Run, Stamp, Storage};
 use crate::error::{Error, Result};
 
 pub use super::lock::LockMode;
@@ -50,7 +50,15 @@ impl FileStorage {
     /// `Invalid` for anything else that is not a regular file, `InUse` when the locks of
     /// somebody else forbid it.
     pub fn open_path(path: &Path, options: &FileOptions) -> Result<FileStorage> {
-        let name = path.display().to_string();
+        FileStorage::open_path_as(path, path, options)
+    }
+
+    /// Open a plain path that messages call `shown`.
+    ///
+    /// # Errors
+    /// As [`FileStorage::open_path`].
+    pub fn open_path_as(path: &Path, shown: &Path, options: &FileOptions) -> Result<FileStorage> {
+        let name = shown.display().to_string();
         let context = format!("Could not open '{name}'");
         // O_NONBLOCK: opening a FIFO must not wait for its other end; it means nothing for a
         // regular file. O_NOCTTY: opening a terminal must not make it the controlling one.
@@ -60,6 +68,7 @@ impl FileStorage {
             .write(options.write)
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)
+            .and_then(lock::above_standard)
             .map_err(|e| os_error(&context, e))?;
         let kind = lock::file_kind(file.as_raw_fd()).map_err(|e| os_error(&context, e))?;
         require_regular(kind, &name).map_err(|e| e.context(&context))?;
@@ -238,6 +247,16 @@ impl Storage for FileStorage {
         Some((kind.device, kind.inode))
     }
 
+    fn stamp(&mut self) -> Option<Stamp> {
+        use std::os::unix::fs::MetadataExt;
+        let m = self.file().ok()?.metadata().ok()?;
+        Some(Stamp {
+            length: m.len(),
+            seconds: m.ctime(),
+            nanoseconds: m.ctime_nsec(),
+        })
+    }
+
     fn close(mut self: Box<Self>) -> io::Result<()> {
         let Some(file) = self.file.take() else {
             return Ok(());
@@ -319,7 +338,8 @@ fn reopen(fd: RawFd, kind: FileKind, write: bool) -> io::Result<Option<File>> {
         .read(true)
         .write(write)
         .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path);
+        .open(path)
+        .and_then(lock::above_standard);
     match opened {
         // Whatever is mounted at /proc may not be the kernel's.
         Ok(file) if lock::file_kind(file.as_raw_fd())? == kind => Ok(Some(file)),

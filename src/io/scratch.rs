@@ -25,7 +25,8 @@ impl Scratch {
             .write(true)
             .mode(0o600)
             .custom_flags(libc::O_TMPFILE)
-            .open(folder)?;
+            .open(folder)
+            .and_then(super::lock::above_standard)?;
         Ok(Scratch { file })
     }
 
