@@ -54,7 +54,8 @@ pub fn probe(head: &[u8], name: &[u8]) -> &'static str {
     for (to, from) in bytes.iter_mut().zip(head) {
         *to = *from;
     }
-    let stands = |(at, magic): &(usize, &[u8])| bytes.get(*at..).is_some_and(|b| b.starts_with(magic));
+    let stands =
+        |(at, magic): &(usize, &[u8])| bytes.get(*at..).is_some_and(|b| b.starts_with(magic));
     if stands(&(0, b"QFI\xfb")) && bytes.get(4..8) >= Some([0, 0, 0, 2].as_slice()) {
         return "qcow2";
     }

@@ -60,16 +60,7 @@ impl FileStorage {
     pub fn open_path_as(path: &Path, shown: &Path, options: &FileOptions) -> Result<FileStorage> {
         let name = shown.display().to_string();
         let context = format!("Could not open '{name}'");
-        // O_NONBLOCK: opening a FIFO must not wait for its other end; it means nothing for a
-        // regular file. O_NOCTTY: opening a terminal must not make it the controlling one.
-        // The standard library adds O_CLOEXEC.
-        let file = File::options()
-            .read(true)
-            .write(options.write)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-            .and_then(lock::above_standard)
-            .map_err(|e| os_error(&context, e))?;
+        let file = open(path, options.write).map_err(|e| os_error(&context, e))?;
         let kind = lock::file_kind(file.as_raw_fd()).map_err(|e| os_error(&context, e))?;
         require_regular(kind, &name).map_err(|e| e.context(&context))?;
         FileStorage::start(file, options, &name).map_err(|e| e.context(&context))
@@ -330,16 +321,20 @@ fn check_flags(flags: i32, write: bool) -> Result<()> {
     }
 }
 
+fn open(path: &Path, write: bool) -> io::Result<File> {
+    let mut options = File::options();
+    // O_NONBLOCK: opening a FIFO must not wait for its other end; it means nothing for a
+    // regular file. O_NOCTTY: opening a terminal must not make it the controlling one.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    options.read(true).write(write).custom_flags(flags);
+    lock::open(&options, path)
+}
+
 /// Open the file behind `fd` a second time; `None` when that cannot be done here.
 fn reopen(fd: RawFd, kind: FileKind, write: bool) -> io::Result<Option<File>> {
     // The calling thread's own table: it may differ from the main thread's (CLONE_FILES).
     let path = format!("/proc/thread-self/fd/{fd}");
-    let opened = File::options()
-        .read(true)
-        .write(write)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .and_then(lock::above_standard);
+    let opened = open(Path::new(&path), write);
     match opened {
         // Whatever is mounted at /proc may not be the kernel's.
         Ok(file) if lock::file_kind(file.as_raw_fd())? == kind => Ok(Some(file)),

@@ -18,9 +18,10 @@
 //! This is the only file outside `capi` that may contain `unsafe`; the blocks are system calls.
 #![allow(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use crate::error::{Error, Result};
 
@@ -229,9 +230,12 @@ pub(super) fn file_flags(fd: RawFd) -> io::Result<libc::c_int> {
     retry(|| unsafe { libc::fcntl(fd, libc::F_GETFL) })
 }
 
-/// The file under a descriptor that is no standard one. With descriptor 0, 1 or 2 closed the system
-/// gives that number to the next file, and what the program prints would go into the image.
-pub(super) fn above_standard(file: File) -> io::Result<File> {
+/// Open a file: the one place where that is done. The standard library adds O_CLOEXEC.
+///
+/// The descriptor is no standard one. With descriptor 0, 1 or 2 closed the system gives that number to
+/// the next file, and what the program prints would go into the image.
+pub(super) fn open(options: &OpenOptions, path: &Path) -> io::Result<File> {
+    let file = options.open(path)?;
     if file.as_raw_fd() >= LOWEST {
         return Ok(file);
     }
@@ -403,7 +407,6 @@ mod tests {
 
     use super::*;
     use std::os::fd::AsFd;
-    use std::path::Path;
 
     const MODES: [LockMode; 4] = [
         LockMode::None,
@@ -413,7 +416,7 @@ mod tests {
     ];
 
     fn open(path: &Path) -> File {
-        File::options().read(true).write(true).open(path).unwrap()
+        super::open(File::options().read(true).write(true), path).unwrap()
     }
 
     /// The bytes between 0 and 300 that somebody other than `file` has locked.

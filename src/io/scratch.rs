@@ -20,13 +20,10 @@ impl Scratch {
     pub(crate) fn new() -> Result<Scratch> {
         let folder = std::env::var_os("TMPDIR").filter(|folder| !folder.is_empty());
         let folder = folder.map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .custom_flags(libc::O_TMPFILE)
-            .open(folder)
-            .and_then(super::lock::above_standard)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).mode(0o600);
+        options.custom_flags(libc::O_TMPFILE);
+        let file = super::lock::open(&options, &folder)?;
         Ok(Scratch { file })
     }
 
