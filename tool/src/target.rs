@@ -297,6 +297,17 @@ mod tests {
     }
 
     #[test]
+    fn a_lock_that_is_refused_names_the_way_out() {
+        let target = from_name(OsStr::new("a"), None).unwrap();
+        let error = |errno| Error::Os {
+            context: "Could not open 'a': Failed to lock byte 100".to_owned(),
+            source: std::io::Error::from_raw_os_error(errno),
+        };
+        let text = target.words(&error(libc::EACCES));
+        assert!(text.ends_with("Permission denied\nUse --no-lock if nobody else uses the image"));
+    }
+
+    #[test]
     fn a_colon_behind_a_slash_is_no_protocol() {
         assert_eq!(
             from_name(OsStr::new("./a:b"), None).unwrap().path,
