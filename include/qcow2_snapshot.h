@@ -75,9 +75,9 @@
  * The version of this header. Compare qcow2_version(), the one of the library.
  */
 #define QCOW2_SNAPSHOT_VERSION_MAJOR 0
-#define QCOW2_SNAPSHOT_VERSION_MINOR 1
+#define QCOW2_SNAPSHOT_VERSION_MINOR 2
 #define QCOW2_SNAPSHOT_VERSION_PATCH 0
-#define QCOW2_SNAPSHOT_VERSION "0.1.0"
+#define QCOW2_SNAPSHOT_VERSION "0.2.0"
 
 /**
  * Open for reading and changing (QEMU's BDRV_O_RDWR). Without it: read-only.
@@ -187,6 +187,26 @@
 #define QCOW2_PROGRESS_RECLAIM 3
 
 /**
+ * Qcow2ImageLayout.changed: the size of the disk.
+ */
+#define QCOW2_CHANGED_SIZE 0x1
+
+/**
+ * Qcow2ImageLayout.changed: the active L1 table, its place or its entries (bit 63 too).
+ */
+#define QCOW2_CHANGED_L1 0x2
+
+/**
+ * Qcow2ImageLayout.changed: the refcount table, its place or its entries.
+ */
+#define QCOW2_CHANGED_REFTABLE 0x4
+
+/**
+ * Qcow2ImageLayout.changed: the snapshot table.
+ */
+#define QCOW2_CHANGED_SNAPSHOTS 0x8
+
+/**
  * Why a call failed (QEMU's Error): an opaque object that belongs to the caller.
  * It does not refer to the handle and may outlive it. The errno is the call's return
  * value; the object holds the words.
@@ -263,6 +283,19 @@ typedef struct Qcow2IoOps {
                      const char *format,
                      const struct Qcow2IoOps **ops,
                      void **file_opaque);
+    /**
+     * Since 0.2. Called before each write, barrier and discard of the image, for tests and traces:
+     * `label` says what comes, and lives as long as the call: "header", "header: autoclear features",
+     * "L1 table", "temporary L1 table", "snapshot L1 table", "L2 table", "snapshot table",
+     * "refcount table", "refcount table entry", "refcount block", "free clusters" (bytes put back
+     * where a temporary table was); "barrier"; "discard". Later versions may have more. May be NULL.
+     */
+    void (*event)(void *opaque, const char *label);
+    /**
+     * Since 0.2. The length in bytes of what the image's backing file shows, or -errno: asked when
+     * a revert makes the disk larger, in the place of opening the backing file. May be NULL.
+     */
+    int64_t (*backing_length)(void *opaque);
 } Qcow2IoOps;
 
 /**
@@ -353,6 +386,128 @@ typedef struct Qcow2Extent {
  * @return        0 to go on; anything else cancels the verb, if it can still be cancelled
  */
 typedef int (*Qcow2ProgressFunc)(void *opaque, int stage, uint64_t done, uint64_t total);
+
+/**
+ * One entry of the snapshot table in full, from qcow2_snapshot_layout().
+ */
+typedef struct Qcow2SnapshotLayout {
+    /**
+     * The ID in full length, text ending in NUL. As all pointers here it belongs to the handle
+     * and lives until the list changes: until the next changing verb, qcow2_read_snapshots(),
+     * qcow2_free_snapshots(), qcow2_reload() or qcow2_close().
+     */
+    const char *id;
+    /**
+     * The name in full length, text ending in NUL.
+     */
+    const char *name;
+    /**
+     * Where the snapshot's L1 table is in the image file, in bytes.
+     */
+    uint64_t l1_table_offset;
+    /**
+     * Size of the disk when the snapshot was taken, in bytes.
+     */
+    uint64_t disk_size;
+    /**
+     * Size of the VM state in bytes; 0: none.
+     */
+    uint64_t vm_state_size;
+    /**
+     * Entries of the L1 table, of 8 bytes each.
+     */
+    uint32_t l1_size;
+    /**
+     * Bytes of extra data that the entry has in the image.
+     */
+    uint32_t extra_data_size;
+    /**
+     * Extra data behind the 24 bytes known today, `extra_data_size` - 24 bytes; or NULL.
+     */
+    const void *unknown_extra_data;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[4];
+} Qcow2SnapshotLayout;
+
+/**
+ * Where the tables of an image are, from qcow2_image_layout(). All offsets are bytes in the image
+ * file.
+ */
+typedef struct Qcow2ImageLayout {
+    /**
+     * Version of the format: 2 or 3.
+     */
+    uint32_t version;
+    /**
+     * A cluster has 1 << cluster_bits bytes.
+     */
+    uint32_t cluster_bits;
+    /**
+     * A refcount has 1 << refcount_order bits.
+     */
+    uint32_t refcount_order;
+    /**
+     * QCOW2_CHANGED values joined by "|": what the last changing verb on this handle has changed;
+     * 0 if there was none, or if it left the image unchanged. Refcounts and bit 63 of entries in
+     * L2 tables change with nearly every verb, and are not told here.
+     */
+    uint32_t changed;
+    /**
+     * The header's incompatible feature bits.
+     */
+    uint64_t incompatible_features;
+    /**
+     * The header's compatible feature bits.
+     */
+    uint64_t compatible_features;
+    /**
+     * The header's autoclear feature bits.
+     */
+    uint64_t autoclear_features;
+    /**
+     * Size of the active disk in bytes, as in the header.
+     */
+    uint64_t size;
+    /**
+     * Where the active L1 table is.
+     */
+    uint64_t l1_table_offset;
+    /**
+     * Where the refcount table is.
+     */
+    uint64_t refcount_table_offset;
+    /**
+     * Where the snapshot table is; 0 or anything if there are no snapshots.
+     */
+    uint64_t snapshots_offset;
+    /**
+     * Entries of the active L1 table.
+     */
+    uint32_t l1_size;
+    /**
+     * Clusters of the refcount table.
+     */
+    uint32_t refcount_table_clusters;
+    /**
+     * Entries of the snapshot table in the image.
+     */
+    uint32_t nb_snapshots;
+    /**
+     * Zero.
+     */
+    uint32_t reserved32;
+    /**
+     * The active L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
+     * lives until the next changing verb, qcow2_reload() or qcow2_close().
+     */
+    const uint64_t *l1_table;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[4];
+} Qcow2ImageLayout;
 
 #ifdef __cplusplus
 extern "C" {
@@ -800,6 +955,58 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
 int qcow2_set_progress(struct Qcow2Image *bs,
                        Qcow2ProgressFunc func,
                        void *opaque);
+
+/**
+ * One snapshot in full: what QEMUSnapshotInfo has no room for.
+ *
+ * @param bs      the handle
+ * @param index   which, as in qcow2_snapshot_list(), from 0
+ * @param layout  where to put the answer; cleared if the call fails
+ * @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+ *                failure, then owned by the caller (qcow2_error_free())
+ * @return        0, or -errno:
+ *                -EINVAL   bs or layout is NULL
+ *                -ENOENT   there is no such index
+ *                -ENOTSUP  the image has a feature that rules this out; the words name it
+ *                -EIO      an earlier failure spent the handle
+ *                -ENOMEM, -EBUSY
+ */
+int qcow2_snapshot_layout(const struct Qcow2Image *bs,
+                          size_t index,
+                          struct Qcow2SnapshotLayout *layout,
+                          struct Qcow2Error **errp);
+
+/**
+ * Where the tables of the image are as they are now, and what the last verb has changed: for a
+ * program that keeps a cache of them beside this handle.
+ *
+ * Such a program writes back and empties its caches before it calls a changing verb, and asks here
+ * afterwards. What it has changed itself it tells by qcow2_reload() before the next call.
+ *
+ * @param bs      the handle
+ * @param layout  where to put the answer; cleared if the call fails
+ * @return        0, or -errno with the words in qcow2_last_error():
+ *                -EINVAL   bs or layout is NULL
+ *                -EIO      an earlier failure left the state of the image unknown
+ *                -EBUSY
+ */
+int qcow2_image_layout(const struct Qcow2Image *bs,
+                       struct Qcow2ImageLayout *layout);
+
+/**
+ * Read the image's header, tables and list of snapshots again, as opening it does: its owner has
+ * changed it by other means than this handle. Nothing is written. A snapshot that
+ * qcow2_snapshot_load_tmp() shows is not shown any more.
+ *
+ * @param bs    the handle
+ * @param errp  NULL, or where to put the error: must hold NULL on entry, set only on
+ *              failure, then owned by the caller (qcow2_error_free())
+ * @return      0, or -errno as qcow2_open() for what concerns the image, and then the handle is
+ *              spent: close it and open the image again;
+ *              -EINVAL if bs is NULL, -EIO if an earlier failure spent the handle, -EBUSY
+ */
+int qcow2_reload(struct Qcow2Image *bs,
+                 struct Qcow2Error **errp);
 
 /**
  * The message of an error object: one line of English, UTF-8, without a newline.

@@ -70,5 +70,5 @@ pub mod capi;
 
 pub use error::{Error, Result};
 pub use flags::OpenFlags;
-pub use image::{BlockStatus, Image, Outcome, ProgressHook, Stage};
+pub use image::{BlockStatus, Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
 pub use snapshot::{NewSnapshot, Snapshot};

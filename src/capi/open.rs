@@ -218,6 +218,8 @@ struct CallerFunctions {
     discard: Option<unsafe extern "C" fn(*mut c_void, u64, u64) -> c_int>,
     close: Option<unsafe extern "C" fn(*mut c_void)>,
     open_file: Option<OpenFile>,
+    event: Option<unsafe extern "C" fn(*mut c_void, *const c_char)>,
+    backing_length: Option<unsafe extern "C" fn(*mut c_void) -> i64>,
 }
 
 type OpenFile = unsafe extern "C" fn(
@@ -240,6 +242,8 @@ impl CallerFunctions {
             discard: table.discard,
             close: table.close,
             open_file: table.open_file,
+            event: table.event,
+            backing_length: table.backing_length,
         })
     }
 }
@@ -310,6 +314,22 @@ impl Callbacks for CallerFunctions {
             Ok(functions) => Ok(Box::new(LayerFunctions { functions, close })),
             Err(e) => Err(io::Error::from_raw_os_error(e.errno())),
         })
+    }
+
+    fn event(&mut self, label: &'static str) {
+        // Labels are short; one that does not fit is told as far as it goes.
+        let Some(event) = self.event else { return };
+        let mut text = [0u8; 64];
+        for (to, from) in text.iter_mut().take(63).zip(label.bytes()) {
+            *to = from;
+        }
+        // SAFETY: a text ending in NUL, alive during the call.
+        unsafe { event(self.opaque, text.as_ptr().cast()) }
+    }
+
+    fn backing_length(&mut self) -> Option<i64> {
+        // SAFETY: nothing but the caller's pointer is handed over.
+        self.backing_length.map(|f| unsafe { f(self.opaque) })
     }
 
     fn close(&mut self) {

@@ -143,6 +143,12 @@ impl Image {
 
     /// Length of the disk that the backing file shows; 0 without one.
     pub(crate) fn backing_length(&mut self) -> Result<u64> {
+        if self.backing_file.is_empty() {
+            return Ok(0);
+        }
+        if let Some(told) = self.dev.backing_length()? {
+            return Ok(told);
+        }
         self.open_chain()?;
         Ok(self
             .chain

@@ -26,7 +26,12 @@ impl Device {
         Ok(dev)
     }
 
-    pub(crate) fn length_now(&mut self) -> Result<u64> {
+    /// Somebody else has changed the file.
+    pub(crate) fn refresh(&mut self) -> Result<()> {
+        self.length_now().map(drop)
+    }
+
+    fn length_now(&mut self) -> Result<u64> {
         self.length = self.storage.length().map_err(|source| Error::Io {
             op: "Could not get the length of the image",
             offset: 0,
@@ -159,6 +164,15 @@ impl Device {
         format: &[u8],
     ) -> Option<std::io::Result<Box<dyn Storage>>> {
         self.storage.open_named(name, format)
+    }
+
+    /// The length of what the backing file shows, where the storage's owner says it.
+    pub(crate) fn backing_length(&mut self) -> Result<Option<u64>> {
+        let told = self.storage.backing_length().transpose();
+        told.map_err(|source| Error::Os {
+            context: "Could not get the length of the backing file".into(),
+            source,
+        })
     }
 
     pub(crate) fn close(self) -> Result<()> {

@@ -18,6 +18,7 @@ mod chain;
 mod counts;
 mod damage;
 pub(crate) mod device;
+mod layout;
 mod mapping;
 pub(crate) mod overlap;
 pub(crate) mod progress;
@@ -28,6 +29,7 @@ mod status;
 pub(crate) mod update;
 pub(crate) mod walk;
 
+pub use layout::{Changed, ImageLayout};
 pub use progress::{ProgressHook, Stage};
 pub use status::BlockStatus;
 
@@ -72,15 +74,8 @@ pub(crate) struct SnapshotList {
     pub(crate) size: u64,
     /// False after `free_snapshots`: every verb loads the table again first.
     pub(crate) loaded: bool,
-}
-
-/// What opening reads of an image.
-struct Loaded {
-    header: Header,
-    extensions: Extensions,
-    backing_file: Vec<u8>,
-    l1: Vec<u64>,
-    reftable: Vec<u64>,
+    /// IDs and names for C callers, made when first asked for.
+    pub(crate) texts: std::collections::BTreeMap<usize, [std::ffi::CString; 2]>,
 }
 
 /// One open image.
@@ -111,9 +106,50 @@ pub struct Image {
     preallocated: Option<bool>,
     standing: Standing,
     outcome: Outcome,
+    changed: Changed,
     remark: Option<String>,
     /// Bytes that refcounts may take in memory.
     refcount_memory: u64,
+}
+
+/// What an image says of itself, as it is on the disk.
+struct Tables {
+    header: Header,
+    extensions: Extensions,
+    backing_file: Vec<u8>,
+    l1: Vec<u64>,
+    reftable: Vec<u64>,
+}
+
+impl Tables {
+    fn read(dev: &mut Device, flags: OpenFlags) -> Result<Tables> {
+        let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
+        // The extensions may fill the first cluster, whose size the header says.
+        let bits = first.get(20..24).map_or(0, byteorder::BigEndian::read_u32);
+        if (9..=21).contains(&bits) {
+            first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
+        }
+        let header = Header::parse(&first, flags.has(OpenFlags::RDWR))?;
+        let l1 = dev.read_vec(
+            "Could not read L1 table",
+            header.l1_offset,
+            u64::from(header.l1_size) * TABLE_ENTRY,
+        )?;
+        let l1 = device::words(&l1)?;
+        debug_assert!(l1.len() as u64 * TABLE_ENTRY <= MAX_L1_BYTES);
+        let reftable = dev.read_vec(
+            "Could not read the refcount table",
+            header.reftable_offset,
+            u64::from(header.reftable_clusters) << header.geometry.cluster_bits,
+        )?;
+        Ok(Tables {
+            reftable: device::words(&reftable)?,
+            extensions: header.extensions(&first)?,
+            backing_file: header.backing_file(&first)?.to_vec(),
+            l1,
+            header,
+        })
+    }
 }
 
 impl Image {
@@ -177,17 +213,17 @@ impl Image {
 
     fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
         let seen = dev.stamp().filter(Stamp::is_settled);
-        let loaded = Image::load(&mut dev, flags)?;
+        let tables = Tables::read(&mut dev, flags)?;
         let mut image = Image {
             chain: None,
             data_file: None,
             dev,
             flags,
-            header: loaded.header,
-            extensions: loaded.extensions,
-            backing_file: loaded.backing_file,
-            l1: loaded.l1,
-            reftable: loaded.reftable,
+            header: tables.header,
+            extensions: tables.extensions,
+            backing_file: tables.backing_file,
+            l1: tables.l1,
+            reftable: tables.reftable,
             snapshots: SnapshotList::default(),
             view: None,
             l2_cache: mapping::L2Cache::default(),
@@ -198,52 +234,41 @@ impl Image {
             preallocated: None,
             standing: Standing::Good,
             outcome: Outcome::None,
+            changed: Changed::default(),
             remark: None,
             refcount_memory: counts::MOST,
         };
         image.load_snapshots()?;
-        if flags.has(OpenFlags::RDWR) && image.header.incompatible & features::DIRTY != 0 {
+        image.refuse_dirty()?;
+        Ok(image)
+    }
+
+    /// Read header and tables into memory again, and forget what was read by the old ones.
+    fn load(&mut self) -> Result<()> {
+        // Until all is read nothing is known.
+        self.seen = None;
+        let stamp = self.dev.stamp();
+        let tables = Tables::read(&mut self.dev, self.flags)?;
+        self.header = tables.header;
+        self.extensions = tables.extensions;
+        self.backing_file = tables.backing_file;
+        self.l1 = tables.l1;
+        self.reftable = tables.reftable;
+        self.forget_reads();
+        (self.view, self.chain, self.data_file) = (None, None, None);
+        self.load_snapshots()?;
+        self.seen = stamp.filter(Stamp::is_settled);
+        self.refuse_dirty()
+    }
+
+    fn refuse_dirty(&self) -> Result<()> {
+        if self.flags.has(OpenFlags::RDWR) && self.header.incompatible & features::DIRTY != 0 {
             return Err(Error::Unsupported(
                 "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qemu-img check -r all'"
                     .into(),
             ));
         }
-        Ok(image)
-    }
-
-    /// Read and check header and tables.
-    fn load(dev: &mut Device, flags: OpenFlags) -> Result<Loaded> {
-        let read_write = flags.has(OpenFlags::RDWR);
-        let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
-        // The extensions may fill the first cluster, whose size the header says.
-        let bits = first.get(20..24).map_or(0, byteorder::BigEndian::read_u32);
-        if (9..=21).contains(&bits) {
-            first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
-        }
-        let header = Header::parse(&first, read_write)?;
-        let l1 = dev.read_vec(
-            "Could not read L1 table",
-            header.l1_offset,
-            u64::from(header.l1_size) * TABLE_ENTRY,
-        )?;
-        let l1 = device::words(&l1)?;
-        debug_assert!(l1.len() as u64 * TABLE_ENTRY <= MAX_L1_BYTES);
-        let g = header.geometry;
-        let reftable = dev.read_vec(
-            "Could not read the refcount table",
-            header.reftable_offset,
-            u64::from(header.reftable_clusters) << g.cluster_bits,
-        )?;
-        let reftable = device::words(&reftable)?;
-        let extensions = header.extensions(&first)?;
-        let backing_file = header.backing_file(&first)?.to_vec();
-        Ok(Loaded {
-            header,
-            extensions,
-            backing_file,
-            l1,
-            reftable,
-        })
+        Ok(())
     }
 
     /// Close the image. Nothing is written.
@@ -346,42 +371,29 @@ impl Image {
     }
 
     fn load_again(&mut self) -> Result<()> {
-        // Until all is read: nothing is known.
-        self.seen = None;
-        let stamp = self.dev.stamp();
-        (self.chain, self.data_file) = (None, None);
-        self.forget_reads();
-        self.dev.length_now()?;
-        let loaded = Image::load(&mut self.dev, self.flags)?;
-        self.header = loaded.header;
-        self.extensions = loaded.extensions;
-        self.backing_file = loaded.backing_file;
-        self.l1 = loaded.l1;
-        self.reftable = loaded.reftable;
-        let wanted = self.snapshots.loaded;
-        self.load_snapshots()?;
-        if let Some(mut view) = self.view.take() {
-            // An ID is given again when it is free; a moment is not.
-            let same = |s: &&Snapshot| {
-                s.id == view.of.id
-                    && s.l1_table_offset == view.of.l1_table_offset
-                    && (s.date_sec, s.date_nsec) == (view.of.date_sec, view.of.date_nsec)
-            };
-            view.gone = !self.snapshots.entries.iter().any(|s| same(&s));
-            self.view = Some(view);
-        }
+        let (view, wanted) = (self.view.take(), self.snapshots.loaded);
+        let loaded = self.dev.refresh().and_then(|()| self.load());
+        // An ID is given again when it is free; a moment is not.
+        let same = |s: &Snapshot, of: &Snapshot| {
+            (&s.id, s.l1_table_offset) == (&of.id, of.l1_table_offset)
+                && (s.date_sec, s.date_nsec) == (of.date_sec, of.date_nsec)
+        };
+        self.view = view.map(|mut view| {
+            let entries = &self.snapshots.entries;
+            view.gone = !entries.iter().any(|s| same(s, &view.of));
+            view
+        });
         if !wanted {
             self.free_snapshots();
         }
-        self.seen = stamp.filter(Stamp::is_settled);
-        Ok(())
+        loaded
     }
 
     /// Begin a changing verb: may this handle change the image at all?
     pub(crate) fn begin_change(&mut self) -> Result<()> {
         self.usable()?;
         self.remark = None;
-        self.outcome = Outcome::Unchanged;
+        (self.outcome, self.changed) = (Outcome::Unchanged, Changed::default());
         if !self.flags.has(OpenFlags::RDWR) {
             return Err(Error::Access("The image is opened read-only".into()));
         }
@@ -473,13 +485,18 @@ impl Image {
             };
         }
         if outcome == Outcome::Done {
-            let h = &mut self.header;
+            let (h, table) = (&mut self.header, replay.refs.table());
+            self.changed = Changed {
+                size: h.size != replay.header.size,
+                l1: h.l1_offset != replay.header.l1_offset || self.l1 != replay.l1,
+                reftable: h.reftable_offset != table.offset || self.reftable != table.entries,
+                snapshots: h.snapshots_offset != replay.header.snapshots_offset,
+            };
             h.size = replay.header.size;
             h.l1_size = replay.header.l1_size;
             h.l1_offset = replay.header.l1_offset;
             h.nb_snapshots = replay.header.nb_snapshots;
             h.snapshots_offset = replay.header.snapshots_offset;
-            let table = replay.refs.table();
             h.reftable_offset = table.offset;
             h.reftable_clusters = table.clusters as u32;
             if let Some(bits) = autoclear {
@@ -491,6 +508,7 @@ impl Image {
                 entries: list,
                 size: table_size,
                 loaded: true,
+                texts: Default::default(),
             };
         }
         result

@@ -107,6 +107,12 @@ pub trait Storage {
         None
     }
 
+    /// The length of what the image's backing file shows, asked of the storage's owner. `None` where
+    /// the storage has no means of its own for that: then the file is opened.
+    fn backing_length(&mut self) -> Option<Result<u64>> {
+        None
+    }
+
     /// Release what the storage holds (descriptor, locks). Called once, last. A storage on which
     /// no image could be opened is dropped instead: that releases what the storage opened itself.
     fn close(self: Box<Self>) -> Result<()>;
