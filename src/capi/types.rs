@@ -8,9 +8,13 @@ pub const QCOW2_O_RDWR: c_int = 0x0002;
 /// cost anything, including every snapshot.
 pub const QCOW2_O_NO_FLUSH: c_int = 0x0200;
 /// Read beside a running guest, as "qemu-img -U": read-only opens only, claims nothing
-/// exclusive. What is read while the guest writes may be torn.
+/// exclusive. What is read while the guest writes may be torn. When the image file was changed
+/// a call that reads looks at header, tables and list of snapshots again first (not behind the
+/// caller's own I/O functions: there qcow2_reload() does it); if the snapshot that
+/// qcow2_snapshot_load_tmp() shows is gone then, reading is -ENOENT until another is shown.
 pub const QCOW2_O_FORCE_SHARE: c_int = 0x0100_0000;
-/// Take no image lock at all: keeping others out is then the caller's duty.
+/// Take no image lock at all: keeping others out is then the caller's duty. For file systems that
+/// refuse locks (where they have none at all, none are taken without this flag either).
 pub const QCOW2_O_NO_LOCK: c_int = 0x0200_0000;
 /// Do not punch holes into the image file where clusters are freed: they keep their bytes.
 pub const QCOW2_O_NO_DISCARD: c_int = 0x0400_0000;
@@ -99,7 +103,8 @@ pub struct Qcow2Extent {
     /// The file that has it: 0 the image, 1 its backing file, and so on.
     pub depth: u32,
     /// The file that host_offset refers to: of that depth the image or backing file itself,
-    /// or its external data file. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
+    /// or its external data file. A relative name is relative to the folder that was the current
+    /// one at open. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
     /// not known (the caller's own I/O functions). Belongs to the handle, lives as long as it.
     pub filename: *const c_char,
     /// Zeros. Later versions of the library may tell more here.
@@ -148,8 +153,8 @@ pub struct Qcow2IoOps {
     /// does not depend on it.
     pub discard:
         Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, bytes: u64) -> c_int>,
-    /// The handle is closed: the last call, exactly once. Not called if qcow2_open_io()
-    /// failed. May be NULL.
+    /// The handle is closed: the last call, exactly once, after those of the files that open_file
+    /// opened, the last of a chain first. Not called if qcow2_open_io() failed. May be NULL.
     pub close: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
     /// Open, for reading, another file that this one names: a backing file or an external
     /// data file, when data is first needed from it. May be NULL: then what needs such a

@@ -362,6 +362,7 @@ pub unsafe extern "C" fn qcow2_getlength(bs: *const Qcow2Image) -> i64 {
 ///                          behind the image; the words say which
 ///                -EINVAL   likewise, if the backing chain is a loop
 ///                -ENOENT, -EACCES and the like if a backing file cannot be opened
+///                -ENOENT   the snapshot that is shown was deleted (QCOW2_O_FORCE_SHARE)
 ///                -EBUSY, and what the I/O functions return
 ///
 /// QEMU: bdrv_pread()

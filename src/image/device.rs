@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::image::progress::Progress;
-use crate::io::{Run, Storage, MAX_REQUEST};
+use crate::io::{Run, Stamp, Storage, MAX_REQUEST};
 
 /// A [`Storage`] whose length is known and whose errors carry context.
 pub(crate) struct Device {
@@ -150,6 +150,11 @@ impl Device {
     /// What tells this file from every other, where the storage can tell.
     pub(crate) fn identity(&mut self) -> Option<(u64, u64)> {
         self.storage.identity()
+    }
+
+    /// What tells whether somebody has changed the file, where the storage can tell.
+    pub(crate) fn stamp(&mut self) -> Option<Stamp> {
+        self.storage.stamp()
     }
 
     /// Open another file through this one's storage; `None` if names are paths.

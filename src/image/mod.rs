@@ -6,7 +6,7 @@ use crate::format::features;
 use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Extensions, Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
-use crate::io::Storage;
+use crate::io::{Stamp, Storage};
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
@@ -61,6 +61,9 @@ enum Standing {
 pub(crate) struct View {
     pub(crate) l1: Vec<u64>,
     pub(crate) size: u64,
+    pub(crate) of: Snapshot,
+    /// It was deleted by somebody else.
+    pub(crate) gone: bool,
 }
 
 /// The snapshot table in memory.
@@ -76,7 +79,12 @@ pub(crate) struct SnapshotList {
 }
 
 /// One open image.
+///
+/// The order of the first members is that of dropping them: what was opened through a caller's
+/// functions is closed before these are.
 pub struct Image {
+    chain: Option<chain::Chain>,
+    data_file: Option<Device>,
     pub(crate) dev: Device,
     pub(crate) flags: OpenFlags,
     pub(crate) header: Header,
@@ -89,11 +97,11 @@ pub struct Image {
     l2_cache: mapping::L2Cache,
     unpacked: Option<mapping::Unpacked>,
     /// Where the image is, for names in it that are relative; unknown behind callbacks.
-    path: Option<std::path::PathBuf>,
-    chain: Option<Vec<chain::Layer>>,
-    data_file: Option<Device>,
-    /// Names of the files of the chain for C callers, made when first asked for.
-    host_names: Vec<Option<std::ffi::CString>>,
+    place: Option<chain::Place>,
+    /// Names of the files of the chain that C callers were given.
+    host_names: Vec<std::ffi::CString>,
+    /// What the file's stamp was when header and tables were read, if a later change shows in it.
+    seen: Option<Stamp>,
     /// Were clusters allocated ahead? Found out on first use.
     preallocated: Option<bool>,
     standing: Standing,
@@ -152,9 +160,10 @@ impl Image {
     /// The system's, `InUse` when a guest, qemu-img or another handle has the image open, and those
     /// of [`Image::open_storage`].
     pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> {
+        let place = chain::Place::new(path.to_owned());
         let storage = FileStorage::open_path(path, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
-        image.path = Some(path.to_owned());
+        image.place = Some(place);
         Ok(image)
     }
 
@@ -166,9 +175,10 @@ impl Image {
         let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
         // Names in the image are relative to the folder that the file is in, if it still has one.
-        image.path = std::fs::read_link(format!("/proc/self/fd/{fd}"))
+        image.place = std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
             .ok()
-            .filter(|p| p.is_absolute());
+            .filter(|p| p.is_absolute())
+            .map(chain::Place::new);
         Ok(image)
     }
 
@@ -202,8 +212,11 @@ impl Image {
     }
 
     fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
+        let seen = dev.stamp().filter(Stamp::is_settled);
         let tables = Tables::read(&mut dev, flags)?;
         let mut image = Image {
+            chain: None,
+            data_file: None,
             dev,
             flags,
             header: tables.header,
@@ -215,10 +228,9 @@ impl Image {
             view: None,
             l2_cache: mapping::L2Cache::default(),
             unpacked: None,
-            path: None,
-            chain: None,
-            data_file: None,
+            place: None,
             host_names: Vec::new(),
+            seen,
             preallocated: None,
             standing: Standing::Good,
             outcome: Outcome::None,
@@ -233,6 +245,9 @@ impl Image {
 
     /// Read header and tables into memory again, and forget what was read by the old ones.
     fn load(&mut self) -> Result<()> {
+        // Until all is read nothing is known.
+        self.seen = None;
+        let stamp = self.dev.stamp();
         let tables = Tables::read(&mut self.dev, self.flags)?;
         self.header = tables.header;
         self.extensions = tables.extensions;
@@ -242,6 +257,7 @@ impl Image {
         self.forget_reads();
         (self.view, self.chain, self.data_file) = (None, None, None);
         self.load_snapshots()?;
+        self.seen = stamp.filter(Stamp::is_settled);
         self.refuse_dirty()
     }
 
@@ -259,7 +275,9 @@ impl Image {
     ///
     /// # Errors
     /// Those of closing or unlocking the file only; the handle is gone in any case.
-    pub fn close(self) -> Result<()> {
+    pub fn close(mut self) -> Result<()> {
+        self.chain = None;
+        self.data_file = None;
         self.dev.close()
     }
 
@@ -314,6 +332,61 @@ impl Image {
             ));
         }
         Ok(())
+    }
+
+    /// Begin a call that reads what is seen of the disk.
+    pub(crate) fn begin_read(&mut self) -> Result<()> {
+        self.begin_look()?;
+        if self.view.as_ref().is_some_and(|v| v.gone) {
+            return Err(Error::NotFound(
+                "The snapshot that is read from was deleted by somebody else".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Begin a call that looks at the image. Where others may change it meanwhile (`FORCE_SHARE`), and have,
+    /// everything is read again: by the tables of before, bytes of another place would be found.
+    pub(crate) fn begin_look(&mut self) -> Result<()> {
+        self.usable()?;
+        if !self.flags.has(OpenFlags::FORCE_SHARE) {
+            return Ok(());
+        }
+        let mut changed = self.has_changed();
+        for layer in self.chain.iter_mut().flat_map(|c| c.iter_mut()) {
+            if let chain::Layer::Qcow2(image) = layer {
+                changed |= image.has_changed();
+            }
+        }
+        if changed {
+            self.load_again()?;
+        }
+        Ok(())
+    }
+
+    /// May somebody have changed the file since its tables were read?
+    fn has_changed(&mut self) -> bool {
+        let stamp = self.dev.stamp();
+        stamp.is_some() && stamp != self.seen
+    }
+
+    fn load_again(&mut self) -> Result<()> {
+        let (view, wanted) = (self.view.take(), self.snapshots.loaded);
+        let loaded = self.dev.refresh().and_then(|()| self.load());
+        // An ID is given again when it is free; a moment is not.
+        let same = |s: &Snapshot, of: &Snapshot| {
+            (&s.id, s.l1_table_offset) == (&of.id, of.l1_table_offset)
+                && (s.date_sec, s.date_nsec) == (of.date_sec, of.date_nsec)
+        };
+        self.view = view.map(|mut view| {
+            let entries = &self.snapshots.entries;
+            view.gone = !entries.iter().any(|s| same(s, &view.of));
+            view
+        });
+        if !wanted {
+            self.free_snapshots();
+        }
+        loaded
     }
 
     /// Begin a changing verb: may this handle change the image at all?
