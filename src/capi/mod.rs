@@ -23,6 +23,7 @@
 
 mod error;
 mod guard;
+mod layout;
 mod open;
 mod progress;
 mod types;
@@ -30,6 +31,7 @@ mod verbs;
 
 pub use error::*;
 pub use guard::Qcow2Image;
+pub use layout::*;
 pub use open::*;
 pub use progress::*;
 pub use types::*;

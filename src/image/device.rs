@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::image::progress::Progress;
-use crate::io::{Run, Storage, MAX_REQUEST};
+use crate::io::{Run, Stamp, Storage, MAX_REQUEST};
 
 /// A [`Storage`] whose length is known and whose errors carry context. What changes it stands in
 /// `plan::execute`.
@@ -25,6 +25,11 @@ impl Device {
         };
         dev.length_now()?;
         Ok(dev)
+    }
+
+    /// Somebody else has changed the file.
+    pub(crate) fn refresh(&mut self) -> Result<()> {
+        self.length_now().map(drop)
     }
 
     fn length_now(&mut self) -> Result<u64> {
@@ -99,6 +104,11 @@ impl Device {
         self.storage.identity()
     }
 
+    /// What tells whether somebody has changed the file, where the storage can tell.
+    pub(crate) fn stamp(&mut self) -> Option<Stamp> {
+        self.storage.stamp()
+    }
+
     /// Open another file through this one's storage; `None` if names are paths.
     pub(crate) fn open_named(
         &mut self,
@@ -106,6 +116,15 @@ impl Device {
         format: &[u8],
     ) -> Option<std::io::Result<Box<dyn Storage>>> {
         self.storage.open_named(name, format)
+    }
+
+    /// The length of what the backing file shows, where the storage's owner says it.
+    pub(crate) fn backing_length(&mut self) -> Result<Option<u64>> {
+        let told = self.storage.backing_length().transpose();
+        told.map_err(|source| Error::Os {
+            context: "Could not get the length of the backing file".into(),
+            source,
+        })
     }
 
     pub(crate) fn close(self) -> Result<()> {

@@ -93,7 +93,7 @@ impl Image {
     /// `EIO` past the end of the disk and for damaged tables or compressed clusters; `ENOTSUP` for
     /// encrypted guest data and for backing files that cannot or must not be opened.
     pub fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.usable()?;
+        self.begin_read()?;
         let end = offset.checked_add(buf.len() as u64);
         if end.is_none_or(|e| e > self.length()) {
             return Err(Error::Io {
@@ -111,7 +111,7 @@ impl Image {
     /// # Errors
     /// `EIO` for a position beyond what an L1 table can reach; else as [`Image::read`].
     pub fn load_vmstate(&mut self, pos: u64, buf: &mut [u8]) -> Result<()> {
-        self.usable()?;
+        self.begin_read()?;
         let g = self.header.geometry;
         let start = g.guest_of_l1(g.l1_entries_for(self.length()));
         let offset = start.and_then(|s| s.checked_add(pos));

@@ -62,7 +62,7 @@ impl Image {
     /// # Errors
     /// `EIO` past the end of the disk and for damaged tables; those of opening a backing file.
     pub fn block_status(&mut self, offset: u64, max: u64) -> Result<BlockStatus> {
-        self.usable()?;
+        self.begin_read()?;
         let Some(left) = self.length().checked_sub(offset) else {
             return Err(Error::Corrupt(format!(
                 "The offset {offset} is not within the disk"
@@ -104,16 +104,13 @@ impl Image {
 
     /// [`Image::host_path`] as C text that lives as long as the image.
     pub(crate) fn host_name(&mut self, depth: u32) -> Option<&CStr> {
-        let at = depth as usize;
-        if self.host_names.len() <= at {
-            self.host_names.resize(at + 1, None);
+        let name = CString::new(self.host_path(depth)?.as_os_str().as_bytes()).ok()?;
+        let known = self.host_names.iter().position(|n| *n == name);
+        let at = known.unwrap_or(self.host_names.len());
+        if known.is_none() {
+            self.host_names.push(name);
         }
-        let name = self.host_path(depth);
-        let slot = self.host_names.get_mut(at)?;
-        if slot.is_none() {
-            *slot = name.and_then(|n| CString::new(n.as_os_str().as_bytes()).ok());
-        }
-        slot.as_deref()
+        self.host_names.get(at).map(CString::as_c_str)
     }
 
     /// The first layer that says something of what is at `at` (qemu-img's `get_block_status`).

@@ -13,6 +13,7 @@ use crate::image::replay::Replay;
 use crate::image::resize::shared_but_copied;
 use crate::image::walk::{set_copied, Flags};
 use crate::image::Image;
+use crate::words::printable;
 use std::rc::Rc;
 
 impl Image {
@@ -103,7 +104,7 @@ impl Image {
         } else if entries.iter().any(|s| s.id == new.id) {
             return Err(Error::Exists(format!(
                 "A snapshot with the ID '{}' exists already",
-                String::from_utf8_lossy(&new.id)
+                printable(&new.id)
             )));
         } else {
             new.id.clone()

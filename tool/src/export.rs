@@ -30,6 +30,10 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
         true => OpenFlags::FORCE_SHARE,
         false => OpenFlags::read_only(),
     };
+    let flags = match m.get_flag("no-lock") {
+        true => flags | OpenFlags::NO_LOCK,
+        false => flags,
+    };
     let mut image = Image::open(name.as_ref(), flags)
         .map_err(|e| Stop::failed(format!("Could not open '{}': {e}", name.to_string_lossy())))?;
     show(&mut image, snapshot.as_bytes()).map_err(|e| {
