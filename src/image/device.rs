@@ -26,7 +26,8 @@ impl Device {
         Ok(dev)
     }
 
-    fn length_now(&mut self) -> Result<u64> {
+    /// [`Device::length`], asked again.
+    pub(crate) fn length_now(&mut self) -> Result<u64> {
         self.length = self.storage.length().map_err(|source| Error::Io {
             op: "Could not get the length of the image",
             offset: 0,
@@ -44,6 +45,27 @@ impl Device {
     pub(crate) fn ends_before(&mut self, offset: u64) -> Result<bool> {
         // Somebody else may have made the file longer, where no lock keeps them out.
         Ok(offset >= self.length && offset >= self.length_now()?)
+    }
+
+    /// Is all of this table in the file? Zeros read from behind its end would pass for contents, and
+    /// would be holes like others as soon as something else makes the file longer.
+    ///
+    /// # Errors
+    /// `Corrupt`, if not; `what` names the table.
+    pub(crate) fn check_inside(
+        &mut self,
+        what: std::fmt::Arguments<'_>,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<()> {
+        let end = offset.saturating_add(bytes);
+        if bytes == 0 || !self.ends_before(end - 1)? {
+            return Ok(());
+        }
+        Err(Error::Corrupt(format!(
+            "{what} (bytes {offset:#x} to {end:#x}) is cut off: the file ends at {:#x}. Copy the image again from where it is whole; 'qemu-img convert' saves what is left of the active disk",
+            self.length
+        )))
     }
 
     /// Fill `buf` from `offset`, zeros past the end.

@@ -526,7 +526,7 @@ impl Image {
         Ok((word.get(..8).map_or(0, BigEndian::read_u64), bitmap))
     }
 
-    /// The L1 table of a snapshot, checked as QEMU checks it (`qcow2_validate_table`).
+    /// The L1 table of a snapshot, checked as QEMU checks it (`qcow2_validate_table`), and whole.
     pub(crate) fn snapshot_l1(&mut self, offset: u64, entries: u32) -> Result<Vec<u64>> {
         let g = self.header.geometry;
         validate_table(
@@ -537,11 +537,12 @@ impl Image {
             MAX_L1_BYTES,
             "Snapshot L1 table",
         )?;
-        let bytes = self.dev.read_vec(
-            "Failed to read l1 table for snapshot",
-            offset,
-            u64::from(entries) * TABLE_ENTRY,
-        )?;
-        device::words(&bytes)
+        let bytes = u64::from(entries) * TABLE_ENTRY;
+        self.dev
+            .check_inside(format_args!("The snapshot's L1 table"), offset, bytes)?;
+        let table = self
+            .dev
+            .read_vec("Failed to read l1 table for snapshot", offset, bytes)?;
+        device::words(&table)
     }
 }

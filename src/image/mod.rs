@@ -305,7 +305,8 @@ impl Image {
     }
 
     /// The state that a verb replays on.
-    pub(crate) fn replay(&self) -> Result<Replay> {
+    pub(crate) fn replay(&mut self) -> Result<Replay> {
+        self.check_snapshots_inside()?;
         let h = &self.header;
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable);
         overlap.check_refblocks()?;

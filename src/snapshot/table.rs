@@ -2,7 +2,7 @@
 
 use super::Snapshot;
 use crate::error::{Error, Result};
-use crate::format::geometry::MAX_SNAPSHOT_TABLE_BYTES;
+use crate::format::geometry::{MAX_SNAPSHOT_TABLE_BYTES, TABLE_ENTRY};
 use crate::format::header::AT_SNAPSHOTS;
 use crate::format::record;
 use crate::image::progress::Stage;
@@ -19,6 +19,8 @@ const LONGEST_ENTRY: u64 = 256 << 10;
 impl Image {
     /// Load the snapshot table from the image (`qcow2_read_snapshots`).
     pub(crate) fn load_snapshots(&mut self) -> Result<()> {
+        // Where no lock keeps others out, the file may have been cut.
+        self.dev.length_now()?;
         let start = self.header.snapshots_offset;
         let mut list = SnapshotList {
             loaded: true,
@@ -50,6 +52,15 @@ impl Image {
                     .read_vec("Could not read the snapshot table", at, want)?;
                 window_at = at;
             };
+            self.dev.check_inside(
+                format_args!(
+                    "Entry {} of {} of the snapshot table",
+                    index + 1,
+                    self.header.nb_snapshots
+                ),
+                at,
+                len,
+            )?;
             at = at.saturating_add(len);
             if at.saturating_sub(start) > MAX_SNAPSHOT_TABLE_BYTES {
                 return Err(Error::TooBig("Snapshot table is too big".into()));
@@ -74,6 +85,22 @@ impl Image {
             .entries
             .iter()
             .position(|s| id.is_none_or(|id| s.id == id) && name.is_none_or(|name| s.name == name))
+    }
+
+    /// Are the L1 tables of all snapshots in the file? A verb may make it longer, and one that is cut
+    /// off would then look like a table of zeros.
+    pub(crate) fn check_snapshots_inside(&mut self) -> Result<()> {
+        for s in &self.snapshots.entries {
+            self.dev.check_inside(
+                format_args!(
+                    "The L1 table of snapshot '{}'",
+                    String::from_utf8_lossy(&s.id)
+                ),
+                s.l1_table_offset,
+                u64::from(s.l1_size).saturating_mul(TABLE_ENTRY),
+            )?;
+        }
+        Ok(())
     }
 
     /// Does the L1 table of a snapshot lie in the active L1 table? Only in a damaged image.
