@@ -369,7 +369,9 @@ impl Image {
         let l1 = self.view.as_ref().map_or(&self.l1, |v| &v.l1);
         let slot = l1.get(g.l1_index(guest) as usize).copied().unwrap_or(0);
         let table = slot & OFFSET_MASK;
-        if table == 0 {
+        // A table behind the end of the file is all zeros, and an L1 may name millions of them.
+        let absent = table == 0 || g.in_cluster(table) == 0 && self.dev.ends_before(table)?;
+        if absent {
             // A snapshot's disk may be said to be exabytes long: nothing is behind its L1 table.
             let (mut index, mut end) = (g.l1_index(guest), guest);
             while end - guest < max {

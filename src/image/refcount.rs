@@ -552,6 +552,7 @@ impl Refcounts {
         let mut scratch = Vec::new();
         let (mut at, mut run) = (self.next, 0);
         while run < n {
+            dev.progress.pass(TABLE_ENTRY)?;
             let index = g.reftable_index(HostCluster(at));
             if index >= self.table().entries.len() as u64 {
                 at += n - run;
@@ -869,6 +870,7 @@ impl Refcounts {
             let counts = if self.block(index).is_some_and(|b| b.born.is_some()) {
                 Vec::new()
             } else if offset & REFTABLE_OFFSET_MASK != 0 {
+                dev.progress.pass(g.cluster_size())?;
                 dev.read_vec(
                     "Could not read a refcount block",
                     offset & REFTABLE_OFFSET_MASK,
@@ -893,12 +895,17 @@ impl Refcounts {
             .map_or(Ok(0), |b| b.counts.get(self.g, at))
     }
 
+    /// Which of the dropped blocks was at `index`? They are in order.
+    fn dropped_at(&self, index: u64) -> Option<usize> {
+        self.dropped.binary_search_by_key(&index, |d| d.index).ok()
+    }
+
     /// Has the verb changed counts in the block at `index`?
     pub(crate) fn may_lose(&self, index: u64) -> bool {
         match self.block(index) {
             Some(b) => b.dirty,
             // Not looked at, so not changed; or dropped, because everything in it is free.
-            None => self.dropped.iter().any(|d| d.index == index),
+            None => self.dropped_at(index).is_some(),
         }
     }
 
@@ -936,7 +943,8 @@ impl Refcounts {
         let g = self.g;
         let at = g.refblock_index(cluster);
         let index = g.reftable_index(cluster);
-        if let Some(d) = self.dropped.iter_mut().find(|d| d.index == index) {
+        let dropped = self.dropped_at(index);
+        if let Some(d) = dropped.and_then(|i| self.dropped.get_mut(i)) {
             if let Some(peak) = &mut d.peak {
                 refblock::set(g, peak, at, 1);
             }
@@ -973,6 +981,9 @@ impl Refcounts {
             .0;
         while c < end {
             let index = g.reftable_index(HostCluster(c));
+            if in_scratch != Some(index) {
+                dev.progress.pass(TABLE_ENTRY)?;
+            }
             if self.entry(index) == 0 || self.block(index).is_some_and(|b| b.born.is_some()) {
                 run = 0;
                 c = g.first_cluster_of_block(index + 1).0;
@@ -1014,9 +1025,13 @@ impl Refcounts {
     /// new state is published the table names it, and afterwards its counts go with it.
     fn find_untouched_in_dropped(&mut self, dev: &mut Device, n: u64) -> Result<Option<u64>> {
         let g = self.g;
+        if n > g.refblock_entries() {
+            return Ok(None);
+        }
         let mut dropped = std::mem::take(&mut self.dropped);
         let mut found = None;
         for d in &mut dropped {
+            dev.progress.pass(g.cluster_size())?;
             let before = dev.read_vec(
                 "Could not read a refcount block",
                 d.offset,
@@ -1071,14 +1086,21 @@ impl Refcounts {
         let mut scratch = Vec::new();
         let mut unused = Vec::new();
         for index in 0..self.table().entries.len() as u64 {
+            dev.progress.pass(TABLE_ENTRY)?;
             let offset = self.entry(index);
             if offset == 0 {
                 continue;
             }
             self.check_aligned(index, offset)?;
+            // Zeros, and a table may name a million of these: terabytes to look at.
+            if offset >= dev.length() && self.block(index).is_none() {
+                unused.push((index, offset));
+                continue;
+            }
             let mut copy = match self.block(index) {
                 Some(b) => b.counts(g)?.into_owned(),
                 None => {
+                    dev.progress.pass(g.cluster_size())?;
                     scratch.resize(g.cluster_len(), 0);
                     dev.read("Could not read a refcount block", offset, &mut scratch)?;
                     std::mem::take(&mut scratch)
@@ -1099,6 +1121,7 @@ impl Refcounts {
             .saturating_add(self.table().entries.len() as u64 * TABLE_ENTRY);
         self.reach = self.reach.max(end);
         for (index, offset) in unused {
+            dev.progress.pass(TABLE_ENTRY)?;
             // `qcow2_discard_refcount_block`
             let cluster = g.cluster_of(offset);
             if self.get(dev, cluster)? != 1 {
@@ -1141,8 +1164,11 @@ impl Refcounts {
         while end > 0 {
             let index = g.reftable_index(HostCluster(end - 1));
             let first = g.first_cluster_of_block(index).0;
-            if let Some(counts) = self.counts(dev, index, &mut scratch)? {
-                let n = (end - first) as usize;
+            dev.progress.pass(TABLE_ENTRY)?;
+            let counts = self.counts(dev, index, &mut scratch)?.unwrap_or_default();
+            // A file may have terabytes of holes: only what is not zero is taken apart.
+            if let Some(byte) = counts.iter().rposition(|b| *b != 0) {
+                let n = ((end - first) as usize).min(g.block_entries_in(byte + 8));
                 if let Some(last) = (0..n).rev().find(|i| refblock::get(g, counts, *i) != 0) {
                     return Ok(first + last as u64);
                 }

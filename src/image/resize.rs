@@ -45,6 +45,7 @@ impl Replay {
         }
         let mut remaining = Vec::new();
         for index in (keep..self.l1.len()).rev() {
+            dev.progress.pass(TABLE_ENTRY)?;
             let offset = self.l1[index] & OFFSET_MASK;
             if offset != 0 {
                 self.refs

@@ -252,6 +252,10 @@ impl Image {
             if g.in_cluster(offset) != 0 {
                 return Ok(false);
             }
+            // Behind the end of the file no count is anything but zero.
+            if offset >= self.dev.length() {
+                continue;
+            }
             let block =
                 self.dev
                     .read_vec("Could not read a refcount block", offset, g.cluster_size())?;

@@ -200,6 +200,7 @@ impl Image {
     /// that it emptied may have survived in a snapshot.
     fn check_after_resize(&mut self, replay: &mut Replay) -> Result<()> {
         for (offset, is_table) in std::mem::take(&mut replay.temporary) {
+            self.dev.progress.pass(TABLE_ENTRY)?;
             let cluster = replay.g.cluster_of(offset);
             if replay.refs.get(&mut self.dev, cluster)? == 0 {
                 replay.refs.punched.insert(cluster.0);

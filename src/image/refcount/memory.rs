@@ -113,6 +113,7 @@ impl Refcounts {
             }
         }
         self.ask_ahead(dev, index);
+        dev.progress.pass(self.g.cluster_size())?;
         let counts = dev.read_vec(
             "Could not read a refcount block",
             offset,
@@ -259,7 +260,7 @@ impl Refcounts {
     }
 
     /// The counts of the block at `index` for one look, read into `scratch` if the block is not
-    /// loaded.
+    /// loaded; none where it lies behind the end of the file, since those are zeros.
     pub(super) fn counts<'a>(
         &'a self,
         dev: &mut Device,
@@ -280,6 +281,11 @@ impl Refcounts {
             return Ok(None);
         }
         self.check_aligned(index, offset)?;
+        if offset >= dev.length() {
+            scratch.clear();
+            return Ok(Some(scratch));
+        }
+        dev.progress.pass(self.g.cluster_size())?;
         scratch.resize(self.g.cluster_len(), 0);
         dev.read("Could not read a refcount block", offset, scratch)?;
         Ok(Some(scratch))
