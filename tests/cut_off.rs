@@ -91,7 +91,8 @@ fn a_snapshots_l1_table_behind_the_end_is_an_error_for_every_verb_and_reader() {
             let what = format!("{case}, {left} of {bytes} bytes");
             cut_off(on(cut, OpenFlags::read_only(), show).0, &what);
             // Whichever snapshot they are about: all of them may make the file longer.
-            let verbs: [(&str, &dyn Fn(&mut Image) -> Result<(), Error>); 6] = [
+            type Verb<'a> = &'a dyn Fn(&mut Image) -> Result<(), Error>;
+            let verbs: [(&str, Verb<'_>); 6] = [
                 ("goto two", &|i| i.snapshot_goto(b"cut two")),
                 ("goto one", &|i| i.snapshot_goto(b"cut one")),
                 ("delete two", &|i| i.snapshot_delete(None, Some(b"cut two"))),

@@ -7,6 +7,7 @@
 
 use super::overlap::Kind;
 use super::replay::Replay;
+use super::room;
 use super::update::{self, Plan};
 use super::Image;
 use crate::error::{Error, Result};
@@ -52,7 +53,7 @@ impl Image {
             }
         }
         for offset in plan.clear.iter().chain(&plan.set).map(|t| &t.offset) {
-            if replay.refs.taken.contains(&g.cluster_of(*offset).0) {
+            if replay.refs.taken.contains(g.cluster_of(*offset).0) {
                 return Err(Error::Corrupt(format!(
                     "L2 table {offset:#x} is in use but counted as free"
                 )));
@@ -88,14 +89,15 @@ impl Image {
             ),
         ];
         let old = self.snapshots.entries.len();
-        needed.extend(list.iter().enumerate().map(|(i, s)| {
+        room::reserve(&mut needed, list.len() + table.entries.len())?;
+        for (i, s) in list.iter().enumerate() {
             let bytes = u64::from(s.l1_size) * TABLE_ENTRY;
-            (s.l1_table_offset, bytes, i >= old)
-        }));
-        needed.extend((0..table.entries.len() as u64).map(|i| {
+            room::push(&mut needed, (s.l1_table_offset, bytes, i >= old))?;
+        }
+        for i in 0..table.entries.len() as u64 {
             let born = replay.refs.block(i).is_some_and(|b| b.born.is_some());
-            (replay.refs.entry(i), 1, born)
-        }));
+            room::push(&mut needed, (replay.refs.entry(i), 1, born))?;
+        }
         self.check_kept(replay, needed)
     }
 

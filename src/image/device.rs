@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::image::progress::Progress;
+use crate::image::room;
 use crate::io::{Run, Storage, MAX_REQUEST};
 
 /// A [`Storage`] whose length is known and whose errors carry context.
@@ -189,20 +190,12 @@ impl Device {
 /// A zeroed buffer whose allocation may fail.
 pub(crate) fn zeroed(bytes: u64) -> Result<Vec<u8>> {
     let len = usize::try_from(bytes).map_err(|_| Error::NoMemory(bytes))?;
-    let mut buf = Vec::new();
-    buf.try_reserve_exact(len)
-        .map_err(|_| Error::NoMemory(bytes))?;
-    buf.resize(len, 0);
-    Ok(buf)
+    room::collected(std::iter::repeat_n(0, len))
 }
 
 /// Big-endian words of a table.
 pub(crate) fn words(bytes: &[u8]) -> Result<Vec<u64>> {
-    let mut out = Vec::new();
-    out.try_reserve_exact(bytes.len() / 8)
-        .map_err(|_| Error::NoMemory(bytes.len() as u64))?;
-    out.extend(bytes.chunks_exact(8).map(byteorder::BigEndian::read_u64));
-    Ok(out)
+    room::collected(bytes.chunks_exact(8).map(byteorder::BigEndian::read_u64))
 }
 
 /// Bytes of a table of words.

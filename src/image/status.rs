@@ -98,7 +98,7 @@ impl Image {
         };
         match self.chain.as_ref()?.get(behind as usize)? {
             Layer::Qcow2(image) => image.data_path(),
-            Layer::Raw(_, path) => path.clone(),
+            Layer::Raw(_, path) => path.as_deref().map(Into::into),
         }
     }
 
@@ -106,6 +106,8 @@ impl Image {
     pub(crate) fn host_name(&mut self, depth: u32) -> Option<&CStr> {
         let at = depth as usize;
         if self.host_names.len() <= at {
+            // A chain has 201 files at most.
+            #[allow(clippy::disallowed_methods)]
             self.host_names.resize(at + 1, None);
         }
         let name = self.host_path(depth);

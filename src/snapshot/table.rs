@@ -1,6 +1,6 @@
 //! The snapshot table as a whole: reading, finding, writing a new one.
 
-use super::Snapshot;
+use super::{copies, Snapshot};
 use crate::error::{Error, Result};
 use crate::format::geometry::{MAX_SNAPSHOT_TABLE_BYTES, TABLE_ENTRY};
 use crate::format::header::AT_SNAPSHOTS;
@@ -9,7 +9,7 @@ use crate::image::progress::Stage;
 use crate::image::refcount::Freed;
 use crate::image::replay::Replay;
 use crate::image::update::Plan;
-use crate::image::{device, Image, SnapshotList};
+use crate::image::{device, room, Image, SnapshotList};
 
 /// The table is read in requests of this size.
 const READ_AHEAD: u64 = 1 << 20;
@@ -65,10 +65,7 @@ impl Image {
             if at.saturating_sub(start) > MAX_SNAPSHOT_TABLE_BYTES {
                 return Err(Error::TooBig("Snapshot table is too big".into()));
             }
-            list.entries
-                .try_reserve(1)
-                .map_err(|_| Error::NoMemory(at - start))?;
-            list.entries.push(snapshot);
+            room::push(&mut list.entries, snapshot)?;
         }
         list.size = at - start;
         self.snapshots = list;
@@ -172,7 +169,8 @@ impl Image {
             .map_err(|_| Error::NoMemory(size))?;
         for s in list {
             let gap = record::align(out.len() as u64) as usize;
-            out.extend_from_slice(old.get(out.len()..gap).unwrap_or_default());
+            let stays = old.get(out.len()..gap).unwrap_or_default();
+            room::append(&mut out, stays)?;
             record::encode(s, self.compat_2_1(), &mut out);
         }
         Ok(out)
@@ -222,7 +220,7 @@ impl Image {
 
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
         self.dev.progress.begin(Stage::Check, || 0);
-        let list = self.snapshots.entries.clone();
+        let list = copies(&self.snapshots.entries)?;
         let size = self.replay_table(&mut replay, &mut plan, &list)?;
 
         let list = self.as_written(list);
