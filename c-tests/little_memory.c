@@ -8,7 +8,9 @@
 
 enum { CREATE, GOTO, DELETE, VERBS };
 static const char *const verbs[VERBS] = { "create", "goto", "delete" };
+#ifndef STEP
 #define STEP 1572864                                        /* 1.5 MB */
+#endif
 
 static uint64_t memory_now(void)
 {
