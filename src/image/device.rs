@@ -190,7 +190,7 @@ impl Device {
 /// A zeroed buffer whose allocation may fail.
 pub(crate) fn zeroed(bytes: u64) -> Result<Vec<u8>> {
     let len = usize::try_from(bytes).map_err(|_| Error::NoMemory(bytes))?;
-    room::collected(std::iter::repeat_n(0, len))
+    room::filled(len, 0)
 }
 
 /// Big-endian words of a table.

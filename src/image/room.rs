@@ -32,14 +32,28 @@ pub(crate) fn resize<T: Clone>(list: &mut Vec<T>, len: usize, item: T) -> Result
 }
 
 pub(crate) fn copy_of<T: Copy>(items: &[T]) -> Result<Vec<T>> {
-    collected(items.iter().copied())
+    let mut list = exactly(items.len())?;
+    list.extend_from_slice(items);
+    Ok(list)
 }
 
-pub(crate) fn collected<T>(items: impl Iterator<Item = T>) -> Result<Vec<T>> {
+pub(crate) fn filled<T: Clone>(len: usize, item: T) -> Result<Vec<T>> {
+    let mut list = exactly(len)?;
+    list.resize(len, item);
+    Ok(list)
+}
+
+fn exactly<T>(len: usize) -> Result<Vec<T>> {
     let mut list = Vec::new();
+    list.try_reserve_exact(len)
+        .map_err(|_| Error::NoMemory((len as u64).saturating_mul(size_of::<T>() as u64)))?;
+    Ok(list)
+}
+
+pub(crate) fn collected<T>(mut items: impl Iterator<Item = T>) -> Result<Vec<T>> {
     let least = items.size_hint().0;
-    list.try_reserve_exact(least)
-        .map_err(|_| Error::NoMemory((least as u64).saturating_mul(size_of::<T>() as u64)))?;
+    let mut list = exactly(least)?;
+    list.extend(items.by_ref().take(least));
     for item in items {
         push(&mut list, item)?;
     }
@@ -55,9 +69,7 @@ pub(crate) fn owned(bytes: Cow<'_, [u8]>) -> Result<Vec<u8>> {
 
 /// A `Box` (of one) for what there may be a million of.
 pub(crate) fn boxed<T>(item: T) -> Result<Box<[T; 1]>> {
-    let mut one = Vec::new();
-    one.try_reserve_exact(1)
-        .map_err(|_| Error::NoMemory(size_of::<T>() as u64))?;
+    let mut one = exactly(1)?;
     one.push(item);
     one.try_into()
         .map_err(|_| Error::NoMemory(size_of::<T>() as u64))

@@ -119,7 +119,7 @@ impl Replay {
         out: &mut Walked,
     ) -> Result<()> {
         let n = l1.len() - first;
-        let mut all = room::collected(std::iter::repeat_n(Counted::default(), n))?;
+        let mut all = room::filled(n, Counted::default())?;
         for window in self.refs.windows()? {
             self.refs.enter_window(window)?;
             let mut tables = TableReader::new(self.g, l1)?;
