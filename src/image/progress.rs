@@ -47,6 +47,8 @@ pub(crate) struct Progress {
     stride: u64,
     /// Where the hook is called next: never, without one or outside of a stage.
     next: u64,
+    /// Bytes gone through that `total` does not have, since the hook was last asked about these.
+    passed: u64,
 }
 
 impl Progress {
@@ -58,6 +60,7 @@ impl Progress {
             total: 1,
             stride: STRIDE,
             next: u64::MAX,
+            passed: 0,
         }
     }
 
@@ -66,7 +69,7 @@ impl Progress {
         if self.hook.is_some() {
             (self.stage, self.done, self.total) = (stage, 0, total().max(1));
             self.stride = (self.total / CALLS).clamp(1, STRIDE);
-            self.next = self.stride;
+            (self.next, self.passed) = (self.stride, 0);
         }
     }
 
@@ -82,6 +85,21 @@ impl Progress {
         }
         self.next = self.done.saturating_add(self.stride);
         // A resize does more than could be seen before: the end is where the stage ends.
+        self.ask(self.done.min(self.total - 1))
+    }
+
+    /// So many bytes are gone through that nobody foresaw: the hook can cancel there too. For loops
+    /// over what an image can make as long as it likes.
+    ///
+    /// # Errors
+    /// `Cancelled`.
+    #[inline]
+    pub(crate) fn pass(&mut self, bytes: u64) -> Result<()> {
+        self.passed = self.passed.saturating_add(bytes);
+        if self.passed < STRIDE || self.next == u64::MAX {
+            return Ok(());
+        }
+        self.passed = 0;
         self.ask(self.done.min(self.total - 1))
     }
 
@@ -143,6 +161,28 @@ mod tests {
         wanted.extend([(Stage::Check, total - 1, total); 3]);
         wanted.extend([(Stage::Check, total, total), (Stage::Reclaim, 1, 1)]);
         assert_eq!(*calls.borrow(), wanted);
+    }
+
+    #[test]
+    fn what_nobody_foresaw_is_not_done_but_can_be_cancelled() {
+        let calls = Rc::new(RefCell::new(Vec::new()));
+        let seen = Rc::clone(&calls);
+        let mut progress = Progress::new(Some(Box::new(move |_, done, total| {
+            seen.borrow_mut().push((done, total));
+            ControlFlow::Continue(())
+        })));
+        // Between stages nobody is asked.
+        progress.pass(5 * STRIDE).unwrap();
+        progress.begin(Stage::Check, || 8 * STRIDE);
+        progress.step(STRIDE / 4).unwrap();
+        for _ in 0..8 {
+            progress.pass(STRIDE / 4).unwrap();
+        }
+        assert_eq!(*calls.borrow(), [(STRIDE / 4, 8 * STRIDE); 2]);
+        let mut progress = Progress::new(Some(Box::new(|_, _, _| ControlFlow::Break(()))));
+        progress.begin(Stage::Check, || 1);
+        let errno = progress.pass(STRIDE).unwrap_err().errno();
+        assert_eq!(errno, libc::ECANCELED);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `qcow2_snapshot_goto`.
 
 use super::delete::merged;
-use super::Snapshot;
+use super::{copies, Snapshot};
 use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
@@ -13,6 +13,7 @@ use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Refcounts;
 use crate::image::replay::Replay;
 use crate::image::resize::shared_but_copied;
+use crate::image::room;
 use crate::image::update::{L1Change, Plan};
 use crate::image::walk::{Counts, Walked};
 use crate::image::Image;
@@ -61,11 +62,11 @@ impl Image {
                 .l1_table_offset
                 .saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
             replay.reach = replay.reach.max(end);
-            plan.copied
-                .push((snapshot.l1_table_offset, stored_l1.clone(), up.l1.clone()));
+            let (before, after) = (room::copy_of(&stored_l1)?, room::copy_of(&up.l1)?);
+            room::push(&mut plan.copied, (snapshot.l1_table_offset, before, after))?;
         }
         let mut new_l1 = up.l1;
-        new_l1.resize(replay.l1.len(), 0);
+        room::resize(&mut new_l1, replay.l1.len(), 0)?;
         let change = self.choose_publish(&mut replay, &new_l1)?;
         let old_l1 = std::mem::take(&mut replay.l1);
         let mut down = replay.walk(&mut self.dev, &old_l1, Step::Down)?;
@@ -83,14 +84,14 @@ impl Image {
             }
         };
         replay.l1 = last.l1;
-        (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables));
+        (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables)?);
         if !up.ones && !down.ones {
             plan.counts = Counts::NoneIsOne;
         }
         plan.decisive = replay.refs.epoch;
         self.place_l1(&mut replay, &mut plan, change)?;
 
-        let (list, table_size) = (self.sized_again(snapshot.disk_size), self.snapshots.size);
+        let (list, table_size) = (self.sized_again(snapshot.disk_size)?, self.snapshots.size);
         let torn = matches!(plan.l1.0, L1Change::InPlace);
         self.commit(replay, &plan, list, table_size)?;
         if torn {
@@ -102,12 +103,12 @@ impl Image {
     }
 
     /// The list as it is read back at the new disk size: entries that store none follow the disk.
-    fn sized_again(&self, size: u64) -> Vec<Snapshot> {
-        let mut list = self.snapshots.entries.clone();
+    fn sized_again(&self, size: u64) -> Result<Vec<Snapshot>> {
+        let mut list = copies(&self.snapshots.entries)?;
         for s in list.iter_mut().filter(|s| s.extra_data_size < EXTRA_2014) {
             s.disk_size = size;
         }
-        list
+        Ok(list)
     }
 
     /// Bring the disk to the snapshot's size, in memory.
@@ -201,16 +202,16 @@ impl Image {
     /// Tables that the resize made are free again, with a hole where they were; none of the tables
     /// that it emptied may have survived in a snapshot.
     fn check_after_resize(&mut self, replay: &mut Replay) -> Result<()> {
-        for (offset, is_table) in std::mem::take(&mut replay.temporary) {
-            let cluster = replay.g.cluster_of(offset);
+        let temporary = std::mem::take(&mut replay.temporary);
+        for cluster in temporary.sorted()?.into_iter().map(HostCluster) {
+            self.dev.progress.pass(TABLE_ENTRY)?;
             if replay.refs.get(&mut self.dev, cluster)? == 0 {
-                replay.refs.punched.insert(cluster.0);
-            } else if is_table {
-                return Err(shared_but_copied(offset));
+                replay.refs.punched.insert(cluster.0)?;
+            } else if replay.zero_tables.contains(cluster.0) {
+                return Err(shared_but_copied(replay.g.offset_of(cluster)));
             }
         }
-        let changed: Vec<u64> = replay.tables.keys().copied().collect();
-        for offset in changed {
+        for offset in replay.tables.sorted()? {
             let cluster = replay.g.cluster_of(offset);
             if replay.refs.get(&mut self.dev, cluster)? != 0 {
                 return Err(shared_but_copied(offset));
@@ -223,7 +224,7 @@ impl Image {
     fn place_l1(&mut self, replay: &mut Replay, plan: &mut Plan, change: L1Change) -> Result<()> {
         let before = match &change {
             L1Change::Moved => Vec::new(),
-            _ => self.l1.clone(),
+            _ => room::copy_of(&self.l1)?,
         };
         match &change {
             L1Change::Through(offset) => {
@@ -237,7 +238,7 @@ impl Image {
             }
             L1Change::Moved => {
                 // The table that the growth allocated takes the snapshot's contents at once.
-                let bare: Vec<u64> = replay.l1.iter().map(|e| e & !COPIED).collect();
+                let bare = room::collected(replay.l1.iter().map(|e| e & !COPIED))?;
                 let (offset, epoch) = (replay.header.l1_offset, replay.refs.epoch);
                 let grown = replay
                     .new_data
@@ -258,10 +259,10 @@ impl Image {
             let bytes = after.len() as u64 * TABLE_ENTRY;
             let (first, n) = (replay.g.cluster_of(offset).0, replay.g.clusters_for(bytes));
             if !replay.refs.any_taken(first, n) {
-                plan.left = Some((offset, self.l1.clone(), after));
+                plan.left = Some((offset, room::copy_of(&self.l1)?, after));
             }
         }
-        plan.l1 = (change, before, replay.l1.clone());
+        plan.l1 = (change, before, room::copy_of(&replay.l1)?);
         Ok(())
     }
 }
