@@ -17,6 +17,8 @@
 //!
 //! A verb whose new data must go to clusters that the verb itself frees (QEMU reuses them at once)
 //! is cut into *epochs*, each with a publish of its own that makes the disk forget these clusters.
+//! One of them is *decisive*. Those before it move tables and publish nothing that a reader sees:
+//! the disk size and the snapshot table stay, and a table that moves keeps its contents.
 //! Counts are raised once, before the first publish, to the highest value that any epoch needs, and
 //! lowered once, after the last.
 
@@ -134,11 +136,19 @@ impl Update<'_> {
             if decisive {
                 self.dev.progress.end()?;
             }
-            let fields = replay
+            let mut fields = replay
                 .epoch_headers
                 .get(epoch)
                 .copied()
                 .unwrap_or(replay.header);
+            if epoch < plan.decisive {
+                // An epoch before the decisive one moves tables. What a reader sees stays.
+                fields = Switched {
+                    l1_size: fields.l1_size,
+                    l1_offset: fields.l1_offset,
+                    ..replay.before
+                };
+            }
             self.publish_epoch(replay, plan, fields, epoch, &mut on_disk)?;
             if decisive {
                 self.outcome = Outcome::Done;

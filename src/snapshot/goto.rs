@@ -158,9 +158,10 @@ impl Image {
         let offset = replay.header.l1_offset;
         replay.overlap.check(offset, bytes, Some(Kind::ActiveL1))?;
         replay.reach = replay.reach.max(offset.saturating_add(bytes));
-        if offset != self.header.l1_offset {
+        if replay.grown_l1().is_some() {
             return Ok(L1Change::Moved);
         }
+        // Where the L1 grew in an epoch before the last it is on the disk with the old contents.
         // Entries beyond the old end are zero on disk or were never looked at: QEMU writes them too.
         let old = self.l1.iter().copied().chain(std::iter::repeat(0));
         let differs = |(new, old): (&u64, u64)| new & !COPIED != old & !COPIED;
@@ -236,17 +237,13 @@ impl Image {
             L1Change::Moved => {
                 // The table that the growth allocated takes the snapshot's contents at once.
                 let bare: Vec<u64> = replay.l1.iter().map(|e| e & !COPIED).collect();
-                let (offset, epoch) = (replay.header.l1_offset, replay.refs.epoch);
-                let grown = replay
-                    .new_data
-                    .iter_mut()
-                    .find(|w| w.offset == offset && w.epoch == epoch);
-                let Some(grown) = grown else {
-                    return Err(Error::Corrupt(
-                        "The grown L1 table is not in the last epoch".into(),
+                let bare = bytes_of(&bare)?;
+                let Some(grown) = replay.grown_l1() else {
+                    return Err(Error::Unsupported(
+                        "The L1 table would have to be published before its contents are known"
+                            .into(),
                     ));
                 };
-                let bare = bytes_of(&bare)?;
                 grown.data.splice(..bare.len().min(grown.data.len()), bare);
             }
             _ => {}
