@@ -217,6 +217,11 @@ fn memory(image: &[u8], flags: OpenFlags) -> Result<Image, String> {
         .map_err(|e| format!("open: {e}"))
 }
 
+/// An image on the recorder. Its backing file, if it names one, is longer than its disk.
+fn recorder(image: &[u8]) -> TraceStorage {
+    TraceStorage::new(image.to_vec()).with_named(16 << 20)
+}
+
 /// The library's list says what the judge read.
 fn same_list(image: &mut Image, state: &State) -> Result<(), String> {
     let size = image.length();
@@ -277,7 +282,7 @@ struct Clean {
 
 /// Run a verb on a disk that works. `None` when it refuses, without a byte written.
 fn clean_run(run: &Run, chain: &str, before: &[u8], old: &Verdict, verb: &Verb) -> Option<Clean> {
-    let storage = TraceStorage::new(before.to_vec());
+    let storage = recorder(before);
     let trace = storage.trace();
     let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
     if !trace.events().is_empty() {

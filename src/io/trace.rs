@@ -21,7 +21,7 @@ use std::fmt;
 use std::io::{Error, Result};
 use std::rc::Rc;
 
-use super::memory::{read_bytes, resize_bytes, write_bytes, zero_bytes};
+use super::memory::{read_bytes, resize_bytes, write_bytes, zero_bytes, MemoryStorage};
 use super::Storage;
 
 mod crash;
@@ -292,6 +292,8 @@ impl State {
 #[derive(Debug)]
 pub struct TraceStorage {
     state: Rc<RefCell<State>>,
+    /// Length of the files that names open.
+    named: Option<u64>,
 }
 
 /// The test's end of a [`TraceStorage`]; good after the storage has been closed.
@@ -310,6 +312,16 @@ impl TraceStorage {
         };
         TraceStorage {
             state: Rc::new(RefCell::new(state)),
+            named: None,
+        }
+    }
+
+    /// Names in the image open files of zeros, of this length.
+    #[must_use]
+    pub fn with_named(self, length: u64) -> TraceStorage {
+        TraceStorage {
+            named: Some(length),
+            ..self
         }
     }
 
@@ -326,6 +338,7 @@ impl Trace {
     pub fn storage(&self) -> TraceStorage {
         TraceStorage {
             state: Rc::clone(&self.state),
+            named: None,
         }
     }
 
@@ -423,6 +436,11 @@ impl Storage for TraceStorage {
         state.admit(RequestKind::Barrier, 0)?;
         state.events.push(Event::Barrier);
         Ok(())
+    }
+
+    fn open_named(&mut self, _name: &[u8], _format: &[u8]) -> Option<Result<Box<dyn Storage>>> {
+        let length = usize::try_from(self.named?).ok()?;
+        Some(Ok(Box::new(MemoryStorage::new(vec![0; length]))))
     }
 
     fn close(self: Box<Self>) -> Result<()> {

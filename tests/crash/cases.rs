@@ -423,7 +423,27 @@ pub fn rare(seeds: u64) -> Vec<Chain> {
             ));
         }
     }
-    let mut out = vec![];
+    // In this one a resize enters its own tables in an L1 that another takes the place of before the
+    // publish: the epoch before it must show the old disk.
+    let mut out = vec![Chain {
+        name: "goto to a larger disk over a longer backing file, L1 in the old one's place".into(),
+        image: craft::image(
+            Shape {
+                disk: 64 * 70,
+                snapshots: [Some(64 * 71), Some(64 * 72), None],
+                extra_l1: 20,
+                vm: 3,
+                gaps: 16,
+                short_l1: true,
+                refcount_order: 6,
+                backing: true,
+                writes: 60,
+                ..base
+            },
+            239,
+        ),
+        verbs: vec![snap0(), snap1()],
+    }];
     for (name, shape, verbs) in shapes {
         for seed in 1..=seeds {
             out.push(Chain {
@@ -483,6 +503,7 @@ pub fn random(seed: u64) -> Chain {
         .filter(|_| small && pick(&[0, 1]) == 1),
         unknown_autoclear: v3 && pick(&[0, 0, 0, 1]) == 1,
         short_l1: pick(&[0, 1, 1]) == 1,
+        backing: v3 && pick(&[0, 0, 1]) == 1,
     };
     let mut verbs = vec![];
     for i in 0..pick(&[1, 2, 4]) {
