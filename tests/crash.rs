@@ -173,6 +173,7 @@ impl Run {
 }
 
 /// The two states between which a verb switches.
+#[derive(Clone)]
 struct Sides {
     old: State,
     new: State,
@@ -547,4 +548,5 @@ fn power_cuts_lose_nothing_in_random_images() {
 
 include!("crash/faults.rs");
 include!("crash/cancel.rs");
+include!("crash/full.rs");
 include!("crash/teeth.rs");

@@ -368,6 +368,9 @@ impl Image {
                 (_, true) => Standing::NoChanges,
                 _ => self.standing,
             };
+        } else {
+            // A verb that had to begin anew is done after all.
+            self.standing = Standing::Good;
         }
         if outcome == Outcome::Done {
             let h = &mut self.header;

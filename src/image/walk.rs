@@ -16,7 +16,7 @@ use crate::io::MAX_REQUEST;
 use byteorder::{BigEndian, ByteOrder};
 
 /// Changed tables are written in pieces of this many bytes, so that a flag does not cost a cluster.
-const PIECE: usize = 4096;
+pub(crate) const PIECE: usize = 4096;
 
 /// Our limit for the entries of L2 tables that an L1 table names again: about a second.
 const MAX_REPEATED_ENTRIES: u64 = 1 << 28;

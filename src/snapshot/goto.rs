@@ -13,9 +13,17 @@ use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Refcounts;
 use crate::image::replay::Replay;
 use crate::image::resize::shared_but_copied;
-use crate::image::update::{L1Change, Plan};
+use crate::image::update::{no_room, L1Change, Plan};
 use crate::image::walk::{Counts, Walked};
 use crate::image::Image;
+
+/// Where a temporary L1 table may go. Disks are full at times.
+#[derive(Clone, Copy, PartialEq)]
+enum Room {
+    Anywhere,
+    InFile,
+    Nowhere,
+}
 
 impl Image {
     /// Make the active disk what the snapshot with this ID, else with this name, holds.
@@ -45,28 +53,39 @@ impl Image {
         let stored_l1 = self.snapshot_l1(snapshot.l1_table_offset, snapshot.l1_size)?;
         self.check_apart_from_active(&snapshot)?;
 
+        for room in [Room::Anywhere, Room::InFile] {
+            match self.replace_disk(&snapshot, &stored_l1, room) {
+                Err(e) if no_room(&e) => self.dev.progress.again(),
+                result => return result,
+            }
+        }
+        self.replace_disk(&snapshot, &stored_l1, Room::Nowhere)
+    }
+
+    /// The verb, when all is known that it needs.
+    fn replace_disk(&mut self, snapshot: &Snapshot, stored_l1: &[u64], room: Room) -> Result<()> {
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
         let tables = || {
             let entries = |size| replay.g.l1_entries_for(size);
             let cut = entries(self.header.size).saturating_sub(entries(snapshot.disk_size));
-            table_bytes(replay.g, &[&stored_l1, &self.l1, &stored_l1])
+            table_bytes(replay.g, &[stored_l1, &self.l1, stored_l1])
                 .saturating_add(cut << replay.g.cluster_bits)
         };
         self.dev.progress.begin(Stage::Check, tables);
-        self.replay_resize(&mut replay, &snapshot)?;
+        self.replay_resize(&mut replay, snapshot)?;
         replay.grow_l1(&mut self.dev, stored_l1.len() as u64)?;
-        let up = replay.walk(&mut self.dev, &stored_l1, Step::Up)?;
+        let up = replay.walk(&mut self.dev, stored_l1, Step::Up)?;
         if up.l1_changed {
             let end = snapshot
                 .l1_table_offset
                 .saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
             replay.reach = replay.reach.max(end);
             plan.copied
-                .push((snapshot.l1_table_offset, stored_l1.clone(), up.l1.clone()));
+                .push((snapshot.l1_table_offset, stored_l1.to_vec(), up.l1.clone()));
         }
         let mut new_l1 = up.l1;
         new_l1.resize(replay.l1.len(), 0);
-        let change = self.choose_publish(&mut replay, &new_l1)?;
+        let change = self.choose_publish(&mut replay, &new_l1, room)?;
         let old_l1 = std::mem::take(&mut replay.l1);
         let mut down = replay.walk(&mut self.dev, &old_l1, Step::Down)?;
         // A table may have 32 MiB.
@@ -153,7 +172,12 @@ impl Image {
 
     /// How the new L1 table can be published. Called when all allocations have been replayed and
     /// before counts go down: a table written in place needs both disks counted.
-    fn choose_publish(&mut self, replay: &mut Replay, new_l1: &[u64]) -> Result<L1Change> {
+    fn choose_publish(
+        &mut self,
+        replay: &mut Replay,
+        new_l1: &[u64],
+        room: Room,
+    ) -> Result<L1Change> {
         let bytes = new_l1.len() as u64 * TABLE_ENTRY;
         let offset = replay.header.l1_offset;
         replay.overlap.check(offset, bytes, Some(Kind::ActiveL1))?;
@@ -184,10 +208,16 @@ impl Image {
         let end = replay
             .g
             .clusters_for(self.dev.length().max(replay.length()));
-        let place = match replay.refs.find_untouched(&mut self.dev, end, clusters)? {
-            Some(c) => Some(c),
-            None => replay.refs.find_untouched(&mut self.dev, 1, clusters)?,
-        };
+        let mut place = None;
+        if room == Room::Anywhere {
+            place = replay.refs.find_untouched(&mut self.dev, end, clusters)?;
+        }
+        if place.is_none() && room != Room::Nowhere {
+            place = replay.refs.find_untouched(&mut self.dev, 1, clusters)?;
+        }
+        let length = self.dev.length();
+        let ends = |c| replay.g.offset_of(HostCluster(c)).saturating_add(bytes);
+        let place = place.filter(|c| room == Room::Anywhere || ends(*c) <= length);
         match place {
             Some(c) => Ok(L1Change::Through(replay.g.offset_of(HostCluster(c)))),
             None => {

@@ -248,8 +248,12 @@ fn one_fault(
         .count();
     match &result {
         Ok(()) => {
-            // Only discards and the last truncate may fail unnoticed.
+            // Only discards and the last truncate may fail unnoticed, and a temporary L1 table that
+            // has no room: there are other ways.
+            let failed = clean.events.get(common).map(Event::label);
+            let room = plan.errno == libc::ENOSPC && failed == Some("temporary L1 table");
             let kind_ok = plan.kind.is_none()
+                || room
                 || matches!(
                     plan.kind,
                     Some(RequestKind::Discard | RequestKind::Truncate)
