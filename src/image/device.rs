@@ -160,6 +160,25 @@ impl Device {
         self.storage.run(offset).unwrap_or(Run::Data(u64::MAX))
     }
 
+    /// Where a hole is in this range, write what it reads as: a later write here needs no space.
+    pub(crate) fn fill_holes(&mut self, offset: u64, bytes: u64) -> Result<()> {
+        let end = offset.saturating_add(bytes);
+        let mut at = offset;
+        while at < end {
+            let (hole, n) = match self.run(at) {
+                Run::Data(n) => (false, n),
+                Run::Hole(n) => (true, n.unwrap_or(u64::MAX)),
+            };
+            let n = n.clamp(1, end - at);
+            if hole {
+                let there = self.read_vec("Could not read a hole", at, n)?;
+                self.write("hole", at, &there)?;
+            }
+            at += n;
+        }
+        Ok(())
+    }
+
     /// Bytes that the file takes, holes left out, where the storage can tell.
     pub(crate) fn allocated(&mut self) -> Option<u64> {
         self.storage.allocated()

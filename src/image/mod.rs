@@ -489,6 +489,9 @@ impl Image {
                 (_, true) => Standing::NoChanges,
                 _ => self.standing,
             };
+        } else {
+            // A verb that had to begin anew is done after all.
+            self.standing = Standing::Good;
         }
         if outcome == Outcome::Done {
             let (h, table) = (&mut self.header, replay.refs.table());

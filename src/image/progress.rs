@@ -49,6 +49,8 @@ pub(crate) struct Progress {
     next: u64,
     /// Bytes gone through that `total` does not have, since the hook was last asked about these.
     passed: u64,
+    /// The verb looks again, in the middle of its second stage.
+    again: bool,
 }
 
 impl Progress {
@@ -61,12 +63,21 @@ impl Progress {
             stride: STRIDE,
             next: u64::MAX,
             passed: 0,
+            again: false,
         }
+    }
+
+    /// The verb begins anew where it was about to write: what it looks at until then is told as a
+    /// part of what it has to do in the second stage.
+    pub(crate) fn again(&mut self) {
+        self.again = true;
     }
 
     /// A stage begins. What it has to do is only worked out if somebody wants to know.
     pub(crate) fn begin(&mut self, stage: Stage, total: impl FnOnce() -> u64) {
-        if self.hook.is_some() {
+        if self.again {
+            self.again = stage == Stage::Check;
+        } else if self.hook.is_some() {
             (self.stage, self.done, self.total) = (stage, 0, total().max(1));
             self.stride = (self.total / CALLS).clamp(1, STRIDE);
             (self.next, self.passed) = (self.stride, 0);
@@ -108,6 +119,9 @@ impl Progress {
     /// # Errors
     /// `Cancelled`.
     pub(crate) fn end(&mut self) -> Result<()> {
+        if self.again {
+            return Ok(());
+        }
         (self.done, self.next) = (0, u64::MAX);
         self.ask(self.total)
     }

@@ -35,6 +35,8 @@ pub(crate) struct Replay {
     pub(crate) g: Geometry,
     pub(crate) refs: Refcounts,
     pub(crate) overlap: Overlap,
+    /// The header before the verb.
+    pub(crate) before: Switched,
     /// The header as it is at this point of the replay.
     pub(crate) header: Switched,
     /// The header at the end of each finished epoch.
@@ -88,6 +90,13 @@ impl Replay {
         memory: u64,
     ) -> Replay {
         let g = header.geometry;
+        let before = Switched {
+            size: header.size,
+            l1_size: header.l1_size,
+            l1_offset: header.l1_offset,
+            nb_snapshots: header.nb_snapshots,
+            snapshots_offset: header.snapshots_offset,
+        };
         overlap.seal();
         Replay {
             g,
@@ -99,13 +108,8 @@ impl Replay {
                 memory,
             ),
             overlap,
-            header: Switched {
-                size: header.size,
-                l1_size: header.l1_size,
-                l1_offset: header.l1_offset,
-                nb_snapshots: header.nb_snapshots,
-                snapshots_offset: header.snapshots_offset,
-            },
+            before,
+            header: before,
             epoch_headers: Vec::new(),
             l1,
             tables: Known::default(),
@@ -219,9 +223,12 @@ impl Replay {
         self.write_new(dev, "L1 table", offset, device::bytes_of(&l1)?)?;
 
         let (old_offset, old_bytes) = (self.header.l1_offset, self.l1.len() as u64 * TABLE_ENTRY);
-        // What a resize has entered in the table since stays in it when it is left.
+        // What a resize has entered in the table since stays in it when it is left. A table that an
+        // epoch before this one publishes is the old disk's until then.
         let left = device::bytes_of(&self.l1)?;
-        match self.new_data.iter_mut().find(|w| w.offset == old_offset) {
+        let epoch = self.refs.epoch;
+        let unpublished = |w: &&mut NewData| w.offset == old_offset && w.epoch == epoch;
+        match self.new_data.iter_mut().find(unpublished) {
             Some(made) => made
                 .data
                 .splice(..left.len().min(made.data.len()), left)
@@ -229,7 +236,6 @@ impl Replay {
             None => self.left_l1 = Some((old_offset, room::copy_of(&self.l1)?)),
         }
         self.switch(|h| (h.l1_offset, h.l1_size) = (offset, entries as u32));
-        let epoch = self.refs.epoch;
         self.refs
             .free(dev, old_offset, old_bytes, Freed::Kept, epoch)?;
         self.overlap.release(Kind::ActiveL1, old_offset);
@@ -248,6 +254,13 @@ impl Replay {
             self.zero_tables.remove(cluster);
         }
         self.temporary.insert(cluster)
+    }
+
+    /// The active L1 table, if it is made in the last epoch: the header names it when all is done.
+    pub(crate) fn grown_l1(&mut self) -> Option<&mut NewData> {
+        let (offset, epoch) = (self.header.l1_offset, self.refs.epoch);
+        let mut made = self.new_data.iter_mut();
+        made.find(|w| w.offset == offset && w.epoch == epoch)
     }
 
     /// The contents of an L2 table at this point of the replay; none for zeros.

@@ -1,8 +1,8 @@
 //! What the disk now seen is made of: the extents that `qemu-img map` shows.
 
-use super::room;
 use super::chain::Layer;
 use super::mapping::Extent;
+use super::room;
 use super::Image;
 use crate::error::{Error, Result};
 use crate::format::entry::REFTABLE_OFFSET_MASK;

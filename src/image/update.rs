@@ -17,6 +17,8 @@
 //!
 //! A verb whose new data must go to clusters that the verb itself frees (QEMU reuses them at once)
 //! is cut into *epochs*, each with a publish of its own that makes the disk forget these clusters.
+//! One of them is *decisive*. Those before it move tables and publish nothing that a reader sees:
+//! the disk size and the snapshot table stay, and a table that moves keeps its contents.
 //! Counts are raised once, before the first publish, to the highest value that any epoch needs, and
 //! lowered once, after the last.
 
@@ -26,7 +28,7 @@ use super::progress::Stage;
 use super::refcount::{Block, Refcounts};
 use super::replay::{Replay, Switched};
 use super::room;
-use super::walk::{self, Counts, Flags, Marked, Pieces};
+use super::walk::{self, Counts, Flags, Marked, Pieces, PIECE};
 use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::entry::{COPIED, REFTABLE_OFFSET_MASK};
@@ -121,6 +123,9 @@ impl Update<'_> {
             )?;
             self.dev.barrier()?;
         }
+        if let Some(temporary) = &temporary {
+            temporary.write(self.dev)?;
+        }
         let crypt = self
             .dev
             .read_vec("Could not read the header", AT_SIZE, SWITCHED as u64)?;
@@ -128,7 +133,7 @@ impl Update<'_> {
 
         replay.close_epochs();
         for epoch in 0..=replay.refs.epoch {
-            self.prepare(replay, plan, epoch, temporary.as_ref())?;
+            self.prepare(replay, plan, epoch)?;
             self.dev.barrier()?;
             self.hook_up_blocks(g, &replay.refs, epoch)?;
 
@@ -136,11 +141,19 @@ impl Update<'_> {
             if decisive {
                 self.dev.progress.end()?;
             }
-            let fields = replay
+            let mut fields = replay
                 .epoch_headers
                 .get(epoch)
                 .copied()
                 .unwrap_or(replay.header);
+            if epoch < plan.decisive {
+                // An epoch before the decisive one moves tables. What a reader sees stays.
+                fields = Switched {
+                    l1_size: fields.l1_size,
+                    l1_offset: fields.l1_offset,
+                    ..replay.before
+                };
+            }
             self.publish_epoch(replay, plan, fields, epoch, &mut on_disk)?;
             if decisive {
                 self.outcome = Outcome::Done;
@@ -151,22 +164,12 @@ impl Update<'_> {
 
     /// New data, counts up, COPIED cleared. What extends the file comes first, so that a full disk
     /// is found before anything else is touched.
-    fn prepare(
-        &mut self,
-        replay: &mut Replay,
-        plan: &Plan,
-        epoch: usize,
-        temp: Option<&Temporary>,
-    ) -> Result<()> {
+    fn prepare(&mut self, replay: &mut Replay, plan: &Plan, epoch: usize) -> Result<()> {
         let g = replay.g;
         let length = self.dev.length();
         let mut writes = new_structures(&replay.refs, g, epoch)?;
         for w in replay.new_data.iter().filter(|w| w.epoch == epoch) {
             room::push(&mut writes, (w.label, w.offset, w.data.as_slice().into()))?;
-        }
-        if let (0, Some(temp)) = (epoch, temp) {
-            let contents = temp.contents.as_slice().into();
-            room::push(&mut writes, ("temporary L1 table", temp.offset, contents))?;
         }
         let extends =
             |w: &(&str, u64, std::borrow::Cow<[u8]>)| w.1.saturating_add(w.2.len() as u64) > length;
@@ -177,6 +180,7 @@ impl Update<'_> {
             self.dev.write(label, *offset, data)?;
         }
         if epoch == 0 {
+            self.fill_holes(replay, plan)?;
             self.raise_counts(&replay.refs, g)?;
             walk::rewrite_tables(
                 &mut replay.refs,
@@ -189,6 +193,42 @@ impl Update<'_> {
             for (offset, before, after) in &plan.copied {
                 self.write_l1(*offset, before, &without_new_flags(before, after)?)?;
             }
+        }
+        Ok(())
+    }
+
+    /// What is written in place from the first publish on must not need space: a full disk is to
+    /// be found now. Everything but these tables is written over something that is not zeros.
+    fn fill_holes(&mut self, replay: &Replay, plan: &Plan) -> Result<()> {
+        let (change, before, after) = &plan.l1;
+        if !matches!(change, L1Change::None | L1Change::Moved) {
+            self.fill_l1_holes(replay.header.l1_offset, before, after)?;
+        }
+        if let Some((offset, before, after)) = &plan.left {
+            self.fill_l1_holes(*offset, before, after)?;
+        }
+        for table in replay.refs.tables.iter().filter(|t| t.born.is_none()) {
+            for (index, _) in replay.refs.loaded().filter(|(_, b)| b.born.is_some()) {
+                if index < table.entries.len() as u64 {
+                    let at = table.offset.saturating_add(index * TABLE_ENTRY);
+                    self.dev.fill_holes(at, TABLE_ENTRY)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Update::write_l1`] will need no space.
+    fn fill_l1_holes(&mut self, offset: u64, before: &[u64], after: &[u64]) -> Result<()> {
+        let mut before = before.iter().copied().chain(std::iter::repeat(0));
+        let mut at = offset;
+        for piece in after.chunks(PIECE / TABLE_ENTRY as usize) {
+            let bytes = size_of_val(piece) as u64;
+            let same = piece.iter().zip(before.by_ref()).filter(|(a, b)| **a == *b);
+            if same.count() < piece.len() {
+                self.dev.fill_holes(at, bytes)?;
+            }
+            at = at.saturating_add(bytes);
         }
         Ok(())
     }
@@ -623,6 +663,14 @@ fn check_blocks(replay: &Replay) -> Result<()> {
     Ok(())
 }
 
+const TEMPORARY_L1: &str = "temporary L1 table";
+
+/// Has a verb failed because there was no room for its temporary L1 table?
+pub(crate) fn no_room(e: &Error) -> bool {
+    let full = [libc::ENOSPC, libc::EDQUOT, libc::EFBIG];
+    matches!(e, Error::Io { op, .. } if *op == TEMPORARY_L1) && full.contains(&e.errno())
+}
+
 /// A copy of the new L1 contents that lives from one header switch to the next.
 pub(crate) struct Temporary {
     offset: u64,
@@ -656,15 +704,30 @@ impl Temporary {
         (self.first..self.first + self.clusters).contains(&cluster)
     }
 
+    /// The first write of the verb: where the disk is full it is undone, and there are other ways.
+    fn write(&self, dev: &mut Device) -> Result<()> {
+        let length = dev.length();
+        let result = dev.write(TEMPORARY_L1, self.offset, &self.contents);
+        if result.as_ref().is_err_and(no_room) {
+            if self.offset.saturating_add(self.contents.len() as u64) > length {
+                dev.truncate(length)?;
+            }
+            self.restore(dev)?;
+        }
+        result
+    }
+
     /// Put back what was there; what lies past the end of the file goes with the last truncate.
     fn restore(&self, dev: &mut Device) -> Result<()> {
         if self.old.iter().all(|b| *b == 0) {
-            dev.discard(self.offset, self.old.len() as u64);
+            let bytes = self.old.len() as u64;
+            dev.discard(self.offset, bytes);
+            // Not every storage punches holes, and not every hole reads as zeros.
+            if dev.read_vec("Could not read free clusters", self.offset, bytes)? == self.old {
+                return Ok(());
+            }
         }
-        if !self.old.is_empty() {
-            dev.write("free clusters", self.offset, &self.old)?;
-        }
-        Ok(())
+        dev.write("free clusters", self.offset, &self.old)
     }
 }
 
