@@ -1,5 +1,7 @@
 //! An open image: its state in memory, and what every verb shares.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::format::features;
@@ -25,6 +27,7 @@ pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
 pub(crate) mod resize;
+pub(crate) mod room;
 mod status;
 mod tables;
 pub(crate) mod walk;
@@ -148,7 +151,7 @@ impl Tables {
         Ok(Tables {
             reftable: device::words(&reftable)?,
             extensions: header.extensions(&first)?,
-            backing_file: header.backing_file(&first)?.to_vec(),
+            backing_file: room::copy_of(header.backing_file(&first)?)?,
             l1,
             header,
         })
@@ -162,6 +165,7 @@ impl Image {
     /// # Errors
     /// The system's, `InUse` when a guest, qemu-img or another handle has the image open, and those
     /// of [`Image::open_storage`].
+    #[allow(clippy::disallowed_methods)] // one box
     pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> {
         let place = chain::Place::new(path.to_owned());
         let storage = FileStorage::open_path(path, &Image::file_options(flags))?;
@@ -174,6 +178,7 @@ impl Image {
     ///
     /// # Errors
     /// Those of [`FileStorage::open_fd`] and [`Image::open_storage`].
+    #[allow(clippy::disallowed_methods)] // one box
     pub fn open_fd(fd: std::os::fd::RawFd, flags: OpenFlags) -> Result<Image> {
         let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
@@ -304,7 +309,7 @@ impl Image {
     }
 
     pub(crate) fn set_remark(&mut self, text: &str) {
-        self.remark = Some(text.to_owned());
+        self.remark = Some(text.into());
     }
 
     /// Tell `hook` how far a changing verb is, and let it cancel the verb; `None` takes it away.
@@ -377,7 +382,7 @@ impl Image {
 
     fn load_again(&mut self) -> Result<()> {
         let (view, wanted) = (self.view.take(), self.snapshots.loaded);
-        let loaded = self.dev.refresh().and_then(|()| self.load());
+        let loaded = self.dev.length_now().and_then(|_| self.load());
         // An ID is given again when it is free; a moment is not.
         let same = |s: &Snapshot, of: &Snapshot| {
             (&s.id, s.l1_table_offset) == (&of.id, of.l1_table_offset)
@@ -425,35 +430,36 @@ impl Image {
     }
 
     /// The state that a verb replays on.
-    pub(crate) fn replay(&self) -> Result<Replay> {
+    pub(crate) fn replay(&mut self) -> Result<Replay> {
+        self.check_snapshots_inside()?;
         let h = &self.header;
-        let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable);
+        let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
         overlap.protect(
             Kind::ActiveL1,
             h.l1_offset,
             u64::from(h.l1_size) * TABLE_ENTRY,
-        );
+        )?;
         overlap.protect(
             Kind::Reftable,
             h.reftable_offset,
             u64::from(h.reftable_clusters) << h.geometry.cluster_bits,
-        );
-        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size);
+        )?;
+        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size)?;
         for s in &self.snapshots.entries {
             overlap.protect(
                 Kind::InactiveL1,
                 s.l1_table_offset,
                 u64::from(s.l1_size) * TABLE_ENTRY,
-            );
+            )?;
         }
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
-            overlap.protect(Kind::BitmapDirectory, offset, bytes);
+            overlap.protect(Kind::BitmapDirectory, offset, bytes)?;
         }
         Ok(Replay::new(
             h,
-            self.l1.clone(),
-            self.reftable.clone(),
+            room::copy_of(&self.l1)?,
+            room::copy_of(&self.reftable)?,
             overlap,
             !self.backing_file.is_empty(),
             self.dev.length(),
@@ -483,17 +489,20 @@ impl Image {
                 (_, true) => Standing::NoChanges,
                 _ => self.standing,
             };
+        } else {
+            // A verb that had to begin anew is done after all.
+            self.standing = Standing::Good;
         }
         if outcome == Outcome::Done {
-            let (was, table) = (self.header.clone(), replay.refs.take_table());
-            self.header.switch(replay.places(), replay.meaning);
-            let h = &self.header;
+            let (was, places, meaning) = (&self.header, replay.places(), replay.meaning);
+            let table = replay.refs.take_table();
             self.changed = Changed {
-                size: h.size != was.size,
-                l1: h.l1_offset != was.l1_offset || self.l1 != replay.l1,
-                reftable: h.reftable_offset != was.reftable_offset || self.reftable != table,
-                snapshots: h.snapshots_offset != was.snapshots_offset,
+                size: meaning.size != was.size,
+                l1: places.l1_offset != was.l1_offset || self.l1 != replay.l1,
+                reftable: places.reftable_offset != was.reftable_offset || self.reftable != table,
+                snapshots: meaning.snapshots_offset != was.snapshots_offset,
             };
+            self.header.switch(places, meaning);
             if let Some(bits) = autoclear {
                 self.header.autoclear = bits;
             }

@@ -3,13 +3,13 @@
 use super::device::{self, Device};
 use super::overlap::{Kind, Overlap};
 use super::refcount::{Forgotten, Freed, Refcounts};
+use super::room::{self, Clusters, Known};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::features;
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Header, Meaning, Places};
 use byteorder::{BigEndian, ByteOrder};
-use std::collections::BTreeMap;
 
 /// One place where the active L1 table has been during the verb.
 #[derive(Clone, Copy, Debug)]
@@ -42,10 +42,12 @@ pub(crate) struct Replay {
     /// The active L1 in memory.
     pub(crate) l1: Vec<u64>,
     /// L2 tables whose contents the replay has changed, by offset. An empty one is all zeros.
-    pub(crate) tables: BTreeMap<u64, Vec<u8>>,
-    /// Clusters that a resize takes and the goto that follows frees again, by offset. `true`: an L2
-    /// table of zeros. A resize may make millions of those, so they are not in `tables`.
-    pub(crate) temporary: BTreeMap<u64, bool>,
+    pub(crate) tables: Known<Vec<u8>>,
+    /// Clusters that a resize takes and the goto that follows frees again.
+    pub(crate) temporary: Clusters,
+    /// Those of them that are L2 tables of zeros. A resize may make millions, so they are not in
+    /// `tables`.
+    pub(crate) zero_tables: Clusters,
     /// The first L1 table's place and last contents, once it has moved. QEMU leaves them there.
     pub(crate) left_l1: Option<(u64, Vec<u64>)>,
     /// Contents for new clusters.
@@ -61,14 +63,15 @@ pub(crate) struct Replay {
 }
 
 /// The contents of an L2 table where they differ from the disk's, none for zeros, in a replay's
-/// `tables` and `temporary`.
+/// `tables` and `zero_tables`.
 pub(super) fn changed_table<'a>(
-    tables: &'a BTreeMap<u64, Vec<u8>>,
-    temporary: &BTreeMap<u64, bool>,
+    g: Geometry,
+    tables: &'a Known<Vec<u8>>,
+    zero_tables: &Clusters,
     offset: u64,
 ) -> Option<&'a [u8]> {
-    let zeros = || temporary.get(&offset).is_some_and(|zeros| *zeros);
-    match tables.get(&offset) {
+    let zeros = || zero_tables.contains(g.cluster_of(offset).0);
+    match tables.get(offset) {
         Some(table) => Some(table),
         None => zeros().then_some(&[]),
     }
@@ -103,8 +106,9 @@ impl Replay {
                 born: None,
             }],
             l1,
-            tables: BTreeMap::new(),
-            temporary: BTreeMap::new(),
+            tables: Known::default(),
+            temporary: Clusters::default(),
+            zero_tables: Clusters::default(),
             left_l1: None,
             new_data: Vec::new(),
             reach: length,
@@ -129,20 +133,21 @@ impl Replay {
     }
 
     /// QEMU protects the refcount table where it is now.
-    fn follow_table(&mut self) {
+    fn follow_table(&mut self) -> Result<()> {
         let table = self.refs.table();
         if table.offset != self.protected_table {
             let (offset, bytes) = (table.offset, table.entries.len() as u64 * TABLE_ENTRY);
             self.overlap.release(Kind::Reftable, self.protected_table);
-            self.overlap.protect(Kind::Reftable, offset, bytes);
+            self.overlap.protect(Kind::Reftable, offset, bytes)?;
             self.overlap.seal();
             self.protected_table = offset;
         }
+        Ok(())
     }
 
     /// May `bytes` at `offset` get new contents?
     pub(crate) fn check_new(&mut self, offset: u64, bytes: u64) -> Result<()> {
-        self.follow_table();
+        self.follow_table()?;
         self.overlap.check(offset, bytes, None)
     }
 
@@ -165,19 +170,20 @@ impl Replay {
         let last = g.cluster_of(end - 1).0;
         if self.refs.fates.is_punched(last) {
             let zeros_end = g.round_up(end).min(self.reach.max(end));
-            data.resize((zeros_end - offset) as usize, 0);
+            room::resize(&mut data, (zeros_end - offset) as usize, 0)?;
         }
         for c in g.cluster_of(offset).0..=last {
-            self.refs.fates.rewrite(c);
+            self.refs.fates.rewrite(c)?;
         }
         self.reach = self.reach.max(end);
-        self.new_data.push(NewData {
+        let epoch = self.refs.epoch();
+        let new = NewData {
             label,
             offset,
             data,
-            epoch: self.refs.epoch(),
-        });
-        Ok(())
+            epoch,
+        };
+        room::push(&mut self.new_data, new)
     }
 
     /// Has QEMU punched the cluster at `offset` in this verb?
@@ -193,11 +199,9 @@ impl Replay {
         if entries > MAX_L1_BYTES / TABLE_ENTRY {
             return Err(Error::TooBig("L1 table would become too large".into()));
         }
-        let mut l1: Vec<u64> = Vec::new();
-        l1.try_reserve_exact(entries as usize)
-            .map_err(|_| Error::NoMemory(entries * TABLE_ENTRY))?;
-        l1.extend_from_slice(&self.l1);
-        l1.resize(entries as usize, 0);
+        let zeros = std::iter::repeat(0);
+        let all = self.l1.iter().copied().chain(zeros);
+        let l1 = room::collected(all.take(entries as usize))?;
 
         let bytes = entries * TABLE_ENTRY;
         let offset = self.refs.alloc(dev, bytes)?;
@@ -213,14 +217,15 @@ impl Replay {
                 .data
                 .splice(..left.len().min(made.data.len()), left)
                 .for_each(drop),
-            None => self.left_l1 = Some((old_offset, self.l1.clone())),
+            None => self.left_l1 = Some((old_offset, room::copy_of(&self.l1)?)),
         }
         let epoch = self.refs.epoch();
-        self.l1_places.push(L1Place {
+        let place = L1Place {
             offset,
             entries: entries as u32,
             born: Some(epoch),
-        });
+        };
+        room::push(&mut self.l1_places, place)?;
         self.refs.free(
             dev,
             old_offset,
@@ -229,16 +234,27 @@ impl Replay {
             Forgotten::With(epoch),
         )?;
         self.overlap.release(Kind::ActiveL1, old_offset);
-        self.overlap.protect(Kind::ActiveL1, offset, bytes);
+        self.overlap.protect(Kind::ActiveL1, offset, bytes)?;
         self.overlap.seal();
         self.l1 = l1;
         Ok(())
     }
 
+    /// The cluster at `offset` is taken for a while only; `zeros`: as an L2 table of zeros.
+    pub(crate) fn take_for_a_while(&mut self, offset: u64, zeros: bool) -> Result<()> {
+        let cluster = self.g.cluster_of(offset).0;
+        if zeros {
+            self.zero_tables.insert(cluster)?;
+        } else {
+            self.zero_tables.remove(cluster);
+        }
+        self.temporary.insert(cluster)
+    }
+
     /// The contents of an L2 table at this point of the replay; none for zeros.
     fn read_table(&self, dev: &mut Device, offset: u64) -> Result<Vec<u8>> {
-        match changed_table(&self.tables, &self.temporary, offset) {
-            Some(table) => Ok(table.to_vec()),
+        match changed_table(self.g, &self.tables, &self.zero_tables, offset) {
+            Some(table) => room::copy_of(table),
             None if dev.ends_before(offset)? => Ok(Vec::new()),
             None => dev.read_vec("Could not read an L2 table", offset, self.g.cluster_size()),
         }

@@ -8,6 +8,7 @@ use super::device::Device;
 use super::overlap::Kind;
 use super::refcount::Refcounts;
 use super::replay::{changed_table, Replay};
+use super::room;
 use super::tables::{self, Reader};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
@@ -95,11 +96,10 @@ impl Replay {
     /// Walk `l1`, in QEMU's order: the clusters of an L2 table, then the table itself.
     pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], tally: Tally) -> Result<Walked> {
         let g = self.g;
-        let mut out = Walked::default();
-        out.l1
-            .try_reserve_exact(l1.len())
-            .map_err(|_| Error::NoMemory(l1.len() as u64 * 8))?;
-        out.l1.extend_from_slice(l1);
+        let mut out = Walked {
+            l1: room::copy_of(l1)?,
+            ..Walked::default()
+        };
 
         check_repeats(g, l1)?;
         self.refs.begin_walk();
@@ -126,11 +126,8 @@ impl Replay {
         out: &mut Walked,
     ) -> Result<()> {
         let n = l1.len() - first;
-        let mut all: Vec<Counted> = Vec::new();
-        all.try_reserve_exact(n)
-            .map_err(|_| Error::NoMemory(size_of::<Counted>() as u64 * n as u64))?;
-        all.resize(n, Counted::default());
-        for window in self.refs.windows() {
+        let mut all = room::filled(n, Counted::default())?;
+        for window in self.refs.windows()? {
             self.refs.enter_window(window)?;
             let mut tables = Reader::new(self.g, tables::Kind::L2Tables, l1);
             for (index, counted) in (first..).zip(&mut all) {
@@ -161,7 +158,7 @@ impl Replay {
         let offset = entry & OFFSET_MASK;
         check_l2_offset(g, offset, index)?;
         // What is rewritten is the table on disk.
-        let changed = changed_table(&self.tables, &self.temporary, offset);
+        let changed = changed_table(g, &self.tables, &self.zero_tables, offset);
         let table = match changed {
             Some(changed) => changed,
             // All zeros, however many the L1 names.
@@ -220,7 +217,7 @@ impl Replay {
                     (true, false) => Flags::AllAreOne,
                     (false, _) => Flags::NoneIsOne,
                 };
-                out.tables.push(Marked { offset, flags });
+                room::push(&mut out.tables, Marked { offset, flags })?;
             }
         }
         let new = offset | if own == Own::One { COPIED } else { 0 };
@@ -238,11 +235,8 @@ pub(super) fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
     if (l1.len() as u64).saturating_mul(g.l2_entries()) <= MAX_REPEATED_ENTRIES {
         return Ok(());
     }
-    let mut tables: Vec<u64> = Vec::new();
-    tables
-        .try_reserve_exact(l1.len())
-        .map_err(|_| Error::NoMemory(l1.len() as u64 * 8))?;
-    tables.extend(l1.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0));
+    let named = l1.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0);
+    let mut tables = room::collected(named)?;
     tables.sort_unstable();
     let repeats = tables.windows(2).filter(|w| w[0] == w[1]).count() as u64;
     if repeats.saturating_mul(g.l2_entries()) > MAX_REPEATED_ENTRIES {

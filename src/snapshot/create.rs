@@ -1,6 +1,6 @@
 //! `qcow2_snapshot_create`.
 
-use super::{NewSnapshot, Snapshot};
+use super::{copies, NewSnapshot, Snapshot};
 use crate::error::{Error, Result};
 use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
@@ -11,6 +11,7 @@ use crate::image::plan::{ActiveL1, Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::replay::Replay;
 use crate::image::resize::shared_but_copied;
+use crate::image::room;
 use crate::image::walk::{set_copied, Flags};
 use crate::image::Image;
 use crate::words::printable;
@@ -52,26 +53,26 @@ impl Image {
             replay.reach = replay
                 .reach
                 .max(self.header.l1_offset.saturating_add(l1_bytes));
-            plan.copied.push(Rc::new(Edit {
+            let edit = Edit {
                 offset: self.header.l1_offset,
-                before: self.l1.clone(),
-                after: walked.l1.clone(),
-            }));
+                before: room::copy_of(&self.l1)?,
+                after: room::copy_of(&walked.l1)?,
+            };
+            room::push(&mut plan.copied, Rc::new(edit))?;
         }
         replay.l1 = walked.l1;
         plan.clear = walked.tables;
-        if walked.ones {
-            plan.clear
-                .iter_mut()
-                .for_each(|t| t.flags = Flags::Published);
-            plan.set = plan.clear.clone();
+        let flags = if walked.ones {
+            Flags::Published
         } else {
-            plan.clear
-                .iter_mut()
-                .for_each(|t| t.flags = Flags::NoneIsOne);
+            Flags::NoneIsOne
+        };
+        plan.clear.iter_mut().for_each(|t| t.flags = flags);
+        if walked.ones {
+            plan.set = room::copy_of(&plan.clear)?;
         }
-        let mut list = self.snapshots.entries.clone();
-        list.push(self.new_entry(new, &id, l1_copy));
+        let mut list = copies(&self.snapshots.entries)?;
+        room::push(&mut list, self.new_entry(new, &id, l1_copy)?)?;
         let table_size = self.replay_table(&mut replay, &mut plan, &list)?;
         self.replay_release_of_vm_state(&mut replay, &mut plan, new.vm_state_size)?;
 
@@ -107,7 +108,7 @@ impl Image {
                 printable(&new.id)
             )));
         } else {
-            new.id.clone()
+            room::copy_of(&new.id)?
         };
         let g = self.header.geometry;
         let first = g.l1_entries_for(self.header.size);
@@ -123,12 +124,12 @@ impl Image {
         Ok(id)
     }
 
-    fn new_entry(&self, new: &NewSnapshot, id: &[u8], l1_table_offset: u64) -> Snapshot {
-        Snapshot {
+    fn new_entry(&self, new: &NewSnapshot, id: &[u8], l1_table_offset: u64) -> Result<Snapshot> {
+        Ok(Snapshot {
             l1_table_offset,
             l1_size: self.header.l1_size,
-            id: id.to_vec(),
-            name: new.name.clone(),
+            id: room::copy_of(id)?,
+            name: room::copy_of(&new.name)?,
             date_sec: new.date_sec,
             date_nsec: new.date_nsec,
             vm_clock_nsec: new.vm_clock_nsec,
@@ -141,7 +142,7 @@ impl Image {
                 KNOWN_EXTRA
             },
             unknown_extra_data: Vec::new(),
-        }
+        })
     }
 
     /// QEMU's `qcow2_cluster_discard(NEVER)` over the VM state: in an epoch of its own, since the
@@ -157,7 +158,7 @@ impl Image {
         }
         let g = self.header.geometry;
         replay.refs.next_epoch()?;
-        let before = replay.l1.clone();
+        let before = room::copy_of(&replay.l1)?;
         let mut index = g.l1_entries_for(self.header.size);
         let mut left = g.clusters_for(bytes);
         while left > 0 {
@@ -195,7 +196,7 @@ impl Image {
         plan.l1 = ActiveL1::EachEntry(Rc::new(Edit {
             offset: replay.l1_place().offset,
             before,
-            after: replay.l1.clone(),
+            after: room::copy_of(&replay.l1)?,
         }));
         Ok(())
     }

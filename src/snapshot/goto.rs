@@ -7,7 +7,7 @@
 //! out while both disks are counted, and nothing is counted down before.
 
 use super::delete::merged;
-use super::Snapshot;
+use super::{copies, Snapshot};
 use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
@@ -16,14 +16,23 @@ use crate::format::record::EXTRA_2014;
 use crate::format::run::Tally;
 use crate::image::device::{bytes_of, Device};
 use crate::image::overlap::Kind;
-use crate::image::plan::{ActiveL1, Edit, Plan, Temporary};
+use crate::image::plan::{no_room, ActiveL1, Edit, Plan, Temporary};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Refcounts;
 use crate::image::replay::Replay;
 use crate::image::resize::shared_but_copied;
+use crate::image::room;
 use crate::image::walk::{Flags, Marked, Walked};
 use crate::image::Image;
 use std::rc::Rc;
+
+/// Where a temporary L1 table may go. Disks are full at times.
+#[derive(Clone, Copy, PartialEq)]
+enum Room {
+    Anywhere,
+    InFile,
+    Nowhere,
+}
 
 impl Image {
     /// Make the active disk what the snapshot with this ID, else with this name, holds.
@@ -53,15 +62,26 @@ impl Image {
         let stored_l1 = self.snapshot_l1(snapshot.l1_table_offset, snapshot.l1_size)?;
         self.check_apart_from_active(&snapshot)?;
 
+        for room in [Room::Anywhere, Room::InFile] {
+            match self.replace_disk(&snapshot, &stored_l1, room) {
+                Err(e) if no_room(&e) => self.dev.progress.again(),
+                result => return result,
+            }
+        }
+        self.replace_disk(&snapshot, &stored_l1, Room::Nowhere)
+    }
+
+    /// The verb, when all is known that it needs.
+    fn replace_disk(&mut self, snapshot: &Snapshot, stored_l1: &[u64], room: Room) -> Result<()> {
         let mut replay = self.replay()?;
         let tables = || {
             let entries = |size| replay.g.l1_entries_for(size);
             let cut = entries(self.header.size).saturating_sub(entries(snapshot.disk_size));
-            table_bytes(replay.g, &[&stored_l1, &self.l1, &stored_l1])
+            table_bytes(replay.g, &[stored_l1, &self.l1, stored_l1])
                 .saturating_add(cut << replay.g.cluster_bits)
         };
         self.dev.progress.begin(Stage::Check, tables);
-        self.replay_resize(&mut replay, &snapshot)?;
+        self.replay_resize(&mut replay, snapshot)?;
         replay.grow_l1(&mut self.dev, stored_l1.len() as u64)?;
         let sized = Sized {
             replay: &mut replay,
@@ -73,10 +93,10 @@ impl Image {
         };
         let plan = sized
             .count_up(snapshot.l1_table_offset, stored_l1)?
-            .choose_publish()?
+            .choose_publish(room)?
             .count_down()?;
 
-        let (list, table_size) = (self.sized_again(snapshot.disk_size), self.snapshots.size);
+        let (list, table_size) = (self.sized_again(snapshot.disk_size)?, self.snapshots.size);
         let torn = matches!(plan.l1, ActiveL1::InPlace(_));
         self.commit(replay, plan, list, table_size)?;
         if torn {
@@ -88,12 +108,12 @@ impl Image {
     }
 
     /// The list as it is read back at the new disk size: entries that store none follow the disk.
-    fn sized_again(&self, size: u64) -> Vec<Snapshot> {
-        let mut list = self.snapshots.entries.clone();
+    fn sized_again(&self, size: u64) -> Result<Vec<Snapshot>> {
+        let mut list = copies(&self.snapshots.entries)?;
         for s in list.iter_mut().filter(|s| s.extra_data_size < EXTRA_2014) {
             s.disk_size = size;
         }
-        list
+        Ok(list)
     }
 
     /// Bring the disk to the snapshot's size, in memory.
@@ -180,16 +200,16 @@ enum Publish {
 }
 
 impl<'a> Sized<'a> {
-    fn count_up(self, offset: u64, stored_l1: Vec<u64>) -> Result<BothCounted<'a>> {
-        let up = self.replay.walk(self.dev, &stored_l1, Tally::Up)?;
+    fn count_up(self, offset: u64, stored_l1: &[u64]) -> Result<BothCounted<'a>> {
+        let up = self.replay.walk(self.dev, stored_l1, Tally::Up)?;
         let mut snapshot_l1 = None;
         if up.l1_changed {
             let end = offset.saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
             self.replay.reach = self.replay.reach.max(end);
             snapshot_l1 = Some(Rc::new(Edit {
                 offset,
-                before: stored_l1,
-                after: up.l1.clone(),
+                before: room::copy_of(stored_l1)?,
+                after: room::copy_of(&up.l1)?,
             }));
         }
         Ok(BothCounted {
@@ -202,9 +222,9 @@ impl<'a> Sized<'a> {
 
 impl<'a> BothCounted<'a> {
     /// All allocations have been replayed. A table written in place needs both disks counted.
-    fn choose_publish(mut self) -> Result<Chosen<'a>> {
+    fn choose_publish(mut self, room: Room) -> Result<Chosen<'a>> {
         let Sized { replay, dev, was } = &mut self.at;
-        self.up.l1.resize(replay.l1.len(), 0);
+        room::resize(&mut self.up.l1, replay.l1.len(), 0)?;
         let new_l1 = &self.up.l1;
         let bytes = new_l1.len() as u64 * TABLE_ENTRY;
         let offset = replay.l1_place().offset;
@@ -217,10 +237,16 @@ impl<'a> BothCounted<'a> {
         } else {
             let clusters = replay.g.clusters_for(bytes);
             let end = replay.g.clusters_for(dev.length().max(replay.length()));
-            let place = match replay.refs.find_untouched(dev, end, clusters)? {
-                Some(c) => Some(c),
-                None => replay.refs.find_untouched(dev, 1, clusters)?,
-            };
+            let mut place = None;
+            if room == Room::Anywhere {
+                place = replay.refs.find_untouched(dev, end, clusters)?;
+            }
+            if place.is_none() && room != Room::Nowhere {
+                place = replay.refs.find_untouched(dev, 1, clusters)?;
+            }
+            let (g, length) = (replay.g, dev.length());
+            let ends = |c| g.offset_of(HostCluster(c)).saturating_add(bytes);
+            let place = place.filter(|c| room == Room::Anywhere || ends(*c) <= length);
             match place {
                 Some(c) => Publish::Through(HostCluster(c)),
                 None => {
@@ -281,12 +307,14 @@ impl Chosen<'_> {
 
         let mut plan = Plan::new();
         plan.decisive = replay.refs.epoch();
-        (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables));
+        (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables)?);
         if !ones {
             let marked = plan.clear.iter_mut().chain(&mut plan.set);
             marked.for_each(|t: &mut Marked| t.flags = Flags::NoneIsOne);
         }
-        plan.copied.extend(snapshot_l1);
+        if let Some(edit) = snapshot_l1 {
+            room::push(&mut plan.copied, edit)?;
+        }
         plan.l1 = place_l1(replay, dev, was, publish)?;
         if let Some((offset, after)) = replay.left_l1.take() {
             // Not where something else has taken its clusters.
@@ -295,7 +323,7 @@ impl Chosen<'_> {
             if !replay.refs.fates.any_taken(first, n) {
                 plan.left = Some(Rc::new(Edit {
                     offset,
-                    before: was.l1.to_vec(),
+                    before: room::copy_of(was.l1)?,
                     after,
                 }));
             }
@@ -307,16 +335,16 @@ impl Chosen<'_> {
 /// Tables that the resize made are free again, with a hole where they were; none of the tables
 /// that it emptied may have survived in a snapshot.
 fn check_after_resize(replay: &mut Replay, dev: &mut Device) -> Result<()> {
-    for (offset, is_table) in std::mem::take(&mut replay.temporary) {
-        let cluster = replay.g.cluster_of(offset);
+    let temporary = std::mem::take(&mut replay.temporary);
+    for cluster in temporary.sorted()?.into_iter().map(HostCluster) {
+        dev.progress.pass(TABLE_ENTRY)?;
         if replay.refs.get(dev, cluster)? == 0 {
-            replay.refs.fates.punch(cluster.0);
-        } else if is_table {
-            return Err(shared_but_copied(offset));
+            replay.refs.fates.punch(cluster.0)?;
+        } else if replay.zero_tables.contains(cluster.0) {
+            return Err(shared_but_copied(replay.g.offset_of(cluster)));
         }
     }
-    let changed: Vec<u64> = replay.tables.keys().copied().collect();
-    for offset in changed {
+    for offset in replay.tables.sorted()? {
         let cluster = replay.g.cluster_of(offset);
         if replay.refs.get(dev, cluster)? != 0 {
             return Err(shared_but_copied(offset));
@@ -327,28 +355,27 @@ fn check_after_resize(replay: &mut Replay, dev: &mut Device) -> Result<()> {
 
 /// Say where the new contents of the active L1 go.
 fn place_l1(replay: &mut Replay, dev: &mut Device, was: Was, publish: Publish) -> Result<ActiveL1> {
-    let edit = |before: &[u64]| {
-        Rc::new(Edit {
+    let edit = |before: &[u64]| -> Result<Rc<Edit>> {
+        Ok(Rc::new(Edit {
             offset: replay.l1_place().offset,
-            before: before.to_vec(),
-            after: replay.l1.clone(),
-        })
+            before: room::copy_of(before)?,
+            after: room::copy_of(&replay.l1)?,
+        }))
     };
     Ok(match publish {
-        Publish::OneSector => ActiveL1::OneSector(edit(was.l1)),
-        Publish::InPlace => ActiveL1::InPlace(edit(was.l1)),
+        Publish::OneSector => ActiveL1::OneSector(edit(was.l1)?),
+        Publish::InPlace => ActiveL1::InPlace(edit(was.l1)?),
         Publish::Through(first) => {
-            let edit = edit(was.l1);
+            let edit = edit(was.l1)?;
             let n = replay.g.clusters_for(edit.bytes());
             count_temporary(&mut replay.refs, dev, first, n)?;
-            let offset = replay.g.offset_of(first);
-            let temporary = Temporary::new(dev, offset, edit.bytes())?;
-            ActiveL1::Through(edit, temporary)
+            let temporary = Temporary::new(dev, replay.g.offset_of(first), edit.bytes())?;
+            ActiveL1::Through(edit, Rc::new(temporary))
         }
         Publish::Moved => {
             // The table that the growth allocated takes the snapshot's contents at once.
-            let edit = edit(&[]);
-            let bare: Vec<u64> = replay.l1.iter().map(|e| e & !COPIED).collect();
+            let edit = edit(&[])?;
+            let bare = room::collected(replay.l1.iter().map(|e| e & !COPIED))?;
             let bare = bytes_of(&bare)?;
             if let Some(grown) = replay.unpublished_l1() {
                 grown.data.splice(..bare.len().min(grown.data.len()), bare);

@@ -1,7 +1,7 @@
 //! A change of the words of an L1 table.
 
-use super::super::device;
 use super::super::tables::{changed_runs, PIECE};
+use super::super::{device, room};
 use crate::error::Result;
 use crate::format::entry::COPIED;
 use crate::format::geometry::TABLE_ENTRY;
@@ -46,7 +46,7 @@ impl Edit {
     }
 
     /// Words as bytes, for these bytes of the table.
-    pub(crate) fn encoded(&self, when: At, bytes: Range<usize>) -> Result<Vec<u8>> {
+    pub(crate) fn encoded(&self, when: At, bytes: &Range<usize>) -> Result<Vec<u8>> {
         let mut out = device::zeroed(bytes.len() as u64)?;
         let first = bytes.start / 8;
         for (index, word) in (first..).zip(out.chunks_exact_mut(8)) {
@@ -62,10 +62,7 @@ impl Edit {
         let words = other.after.len();
         let piece = |i: usize| i * PIECE / 8..((i + 1) * PIECE / 8).min(words);
         let changed = |i: usize| piece(i).any(|w| self.word(w, from) != other.word(w, to));
-        changed_runs(words * 8, PIECE, changed, |run| {
-            runs.push(run);
-            Ok(())
-        })?;
+        changed_runs(words * 8, PIECE, changed, |run| room::push(&mut runs, run))?;
         Ok(runs)
     }
 
@@ -91,7 +88,7 @@ mod tests {
             before: vec![512 | COPIED, 1024 | COPIED, 1536],
             after: vec![512 | COPIED, 1024, 2048 | COPIED, 4096 | COPIED],
         };
-        let published = edit.encoded(At::Published, 0..32).unwrap();
+        let published = edit.encoded(At::Published, &(0..32)).unwrap();
         let words: Vec<u64> = published
             .chunks(8)
             .map(|w| u64::from_be_bytes(w.try_into().unwrap()))

@@ -1,6 +1,7 @@
 //! What a verb publishes, in order.
 
 use super::super::replay::{NewData, Replay};
+use super::super::room;
 use crate::error::{Error, Result};
 use crate::format::header::{Meaning, Places};
 
@@ -43,7 +44,7 @@ impl Epochs {
             };
             let blocks = refs.loaded().filter(|(_, b)| made(b.made_in()));
             let tables = refs.tables().iter().enumerate();
-            all.push(Epoch {
+            let epoch = Epoch {
                 places: Places {
                     l1_offset: l1.offset,
                     l1_size: l1.entries,
@@ -51,16 +52,14 @@ impl Epochs {
                     reftable_clusters: table.clusters as u32,
                 },
                 new: Vec::new(),
-                blocks: blocks.map(|(index, _)| index).collect(),
-                tables: tables
-                    .filter(|(_, t)| made(t.born))
-                    .map(|(i, _)| i)
-                    .collect(),
-            });
+                blocks: room::collected(blocks.map(|(index, _)| index))?,
+                tables: room::collected(tables.filter(|(_, t)| made(t.born)).map(|(i, _)| i))?,
+            };
+            room::push(&mut all, epoch)?;
         }
         for data in std::mem::take(&mut replay.new_data) {
             if let Some(epoch) = all.get_mut(data.epoch) {
-                epoch.new.push(data);
+                room::push(&mut epoch.new, data)?;
             }
         }
         Ok(Epochs {

@@ -2,12 +2,13 @@
 
 use super::passes::Holes;
 use super::steps::{Step, What, Write};
+use super::{no_room, Temporary};
 use crate::error::{Error, Result};
 use crate::format::geometry::HostCluster;
 use crate::image::device::{self, Device};
 use crate::image::refcount::Refcounts;
 use crate::image::Outcome;
-use crate::io::MAX_REQUEST;
+use crate::io::{Run, MAX_REQUEST};
 
 /// Carry the steps out. Returns what is true of the image then, which is also what is true should
 /// a step have failed.
@@ -19,44 +20,67 @@ pub(super) fn execute(
     // What is true now, and what was before a publish whose barrier is still to come.
     let (mut outcome, mut settled) = (Outcome::Unchanged, Outcome::Unchanged);
     let mut holes = Holes::default();
-    let g = refs.geometry();
     for step in steps {
-        let result = match step {
-            Step::Begin(stage, clusters) => {
-                dev.progress.begin(*stage, || clusters << g.cluster_bits);
-                Ok(())
-            }
-            Step::End => dev.progress.end(),
-            Step::Write(write) => emit(dev, refs, write),
-            Step::Publish(writes) => {
-                if settled != Outcome::Done {
-                    outcome = Outcome::Unknown;
-                }
-                writes.iter().try_for_each(|write| emit(dev, refs, write))
-            }
-            Step::Barrier => dev.barrier().map(|()| outcome = settled),
-            Step::Done => {
-                (outcome, settled) = (Outcome::Done, Outcome::Done);
-                Ok(())
-            }
-            Step::Stream(pass) => pass.run(dev, refs, &mut holes),
-            Step::Punch(ranges, share) => holes.punch(dev, g, ranges, share << g.cluster_bits),
-            Step::Discard(at, bytes) => {
-                dev.discard(*at, *bytes);
-                Ok(())
-            }
-            Step::Grow(length) if dev.length() < *length => dev.truncate(*length),
-            Step::Cut(length) if dev.length() > *length => {
-                let _ = dev.truncate(*length);
-                Ok(())
-            }
-            Step::Grow(_) | Step::Cut(_) => Ok(()),
-        };
-        if result.is_err() {
-            return (outcome, result);
+        match step {
+            Step::Publish(_) if settled != Outcome::Done => outcome = Outcome::Unknown,
+            Step::Done => (outcome, settled) = (Outcome::Done, Outcome::Done),
+            _ => {}
+        }
+        if let Err(e) = carry_out(dev, refs, &mut holes, step) {
+            return (outcome, Err(e));
+        }
+        if matches!(step, Step::Barrier) {
+            outcome = settled;
         }
     }
     (outcome, Ok(()))
+}
+
+fn carry_out(dev: &mut Device, refs: &mut Refcounts, holes: &mut Holes, step: &Step) -> Result<()> {
+    let g = refs.geometry();
+    match step {
+        Step::Begin(stage, clusters) => dev.progress.begin(*stage, || clusters << g.cluster_bits),
+        Step::End => dev.progress.end()?,
+        Step::Write(write) => emit(dev, refs, write)?,
+        Step::Try(write, undo) => {
+            let result = emit(dev, refs, write);
+            if result.as_ref().is_err_and(no_room) {
+                for step in undo {
+                    carry_out(dev, refs, holes, step)?;
+                }
+            }
+            result?;
+        }
+        Step::Fill(at, bytes) => dev.fill_holes(*at, *bytes)?,
+        Step::Publish(writes) => writes.iter().try_for_each(|write| emit(dev, refs, write))?,
+        Step::Barrier => dev.barrier()?,
+        Step::Done => {}
+        Step::Stream(pass) => pass.run(dev, refs, holes)?,
+        Step::Punch(ranges, share) => holes.punch(dev, g, ranges, share << g.cluster_bits)?,
+        Step::Discard(at, bytes) => dev.discard(*at, *bytes),
+        Step::GiveBack(temporary) => give_back(dev, temporary)?,
+        Step::Truncate(length) => dev.truncate(*length)?,
+        Step::Grow(length) if dev.length() < *length => dev.truncate(*length)?,
+        // What is cut off is unused: a failure costs space only.
+        Step::Cut(length) if dev.length() > *length => drop(dev.truncate(*length)),
+        Step::Grow(_) | Step::Cut(_) => {}
+    }
+    Ok(())
+}
+
+/// Put back what was where a temporary L1 table is; what lies past the end of the file goes with the
+/// last cut.
+fn give_back(dev: &mut Device, temporary: &Temporary) -> Result<()> {
+    let (at, old) = (temporary.offset, &temporary.old);
+    if old.iter().all(|b| *b == 0) {
+        let bytes = old.len() as u64;
+        dev.discard(at, bytes);
+        // Not every storage punches holes, and not every hole reads as zeros.
+        if dev.read_vec("Could not read free clusters", at, bytes)? == *old {
+            return Ok(());
+        }
+    }
+    dev.write("free clusters", at, old)
 }
 
 /// One request.
@@ -64,7 +88,7 @@ fn emit(dev: &mut Device, refs: &Refcounts, write: &Write) -> Result<()> {
     match &write.what {
         What::Bytes(bytes) => dev.write(write.label, write.at, bytes),
         What::Words(edit, when, bytes) => {
-            let words = edit.encoded(*when, bytes.clone())?;
+            let words = edit.encoded(*when, bytes)?;
             dev.write(write.label, write.at, &words)
         }
         What::Block(index) => dev.write(write.label, write.at, &new_block(refs, *index)?),
@@ -117,7 +141,7 @@ impl Holes {
         explicit: &[(u64, u64)],
         share: u64,
     ) -> Result<()> {
-        let ranges = self.merged(explicit);
+        let ranges = self.merged(explicit)?;
         for (first, n) in &ranges {
             dev.progress.step(share / ranges.len() as u64)?;
             dev.discard(g.offset_of(HostCluster(*first)), n << g.cluster_bits);
@@ -142,6 +166,25 @@ impl Device {
                 })?;
             at = at.saturating_add(part.len() as u64);
             self.length = self.length.max(at);
+        }
+        Ok(())
+    }
+
+    /// Where a hole is in this range, write what it reads as: a later write here needs no space.
+    fn fill_holes(&mut self, offset: u64, bytes: u64) -> Result<()> {
+        let end = offset.saturating_add(bytes);
+        let mut at = offset;
+        while at < end {
+            let (hole, n) = match self.run(at) {
+                Run::Data(n) => (false, n),
+                Run::Hole(n) => (true, n.unwrap_or(u64::MAX)),
+            };
+            let n = n.clamp(1, end - at);
+            if hole {
+                let there = self.read_vec("Could not read a hole", at, n)?;
+                self.write("hole", at, &there)?;
+            }
+            at += n;
         }
         Ok(())
     }

@@ -28,8 +28,9 @@ const CASES: &[(&str, &str)] = &[
 fn image(case: &str) -> Vec<u8> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join(format!("c-tests/images/{case}/before.qcow2.gz"));
+    let packed = std::fs::read(path).unwrap();
     let mut bytes = Vec::new();
-    flate2::read::GzDecoder::new(std::fs::File::open(path).unwrap())
+    flate2::read::GzDecoder::new(&packed[..])
         .read_to_end(&mut bytes)
         .unwrap();
     bytes

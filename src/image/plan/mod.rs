@@ -35,12 +35,12 @@ mod passes;
 mod rules;
 mod steps;
 
-use super::device::{zeroed, Device};
+use super::device::Device;
 use super::overlap::Kind;
 use super::replay::Replay;
 use super::walk::Marked;
 use super::Outcome;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::header::Header;
 use std::rc::Rc;
 
@@ -58,7 +58,7 @@ pub(crate) enum ActiveL1 {
     Moved(Rc<Edit>),
     /// A temporary copy of the new contents stands elsewhere. The header is switched to it, the
     /// table is written in place, the header is switched back.
-    Through(Rc<Edit>, Temporary),
+    Through(Rc<Edit>, Rc<Temporary>),
     /// No place for a temporary copy: written in place, a power cut may leave a mixture.
     InPlace(Rc<Edit>),
     /// Entries are published one by one, each valid with any other (VM state after create).
@@ -127,7 +127,16 @@ fn check_blocks(replay: &Replay) -> Result<()> {
     Ok(())
 }
 
+const TEMPORARY_L1: &str = "temporary L1 table";
+
+/// Has a verb failed because there was no room for its temporary L1 table?
+pub(crate) fn no_room(e: &Error) -> bool {
+    let full = [libc::ENOSPC, libc::EDQUOT, libc::EFBIG];
+    matches!(e, Error::Io { op, .. } if *op == TEMPORARY_L1) && full.contains(&e.errno())
+}
+
 /// Where a copy of the new L1 contents lives from one header switch to the next.
+#[derive(Debug)]
 pub(crate) struct Temporary {
     /// Free clusters that the replay never touches.
     pub(crate) offset: u64,
@@ -139,10 +148,7 @@ impl Temporary {
     /// For a copy of `bytes` bytes at `offset`.
     pub(crate) fn new(dev: &mut Device, offset: u64, bytes: u64) -> Result<Temporary> {
         let inside = dev.length().saturating_sub(offset).min(bytes);
-        let old = match inside {
-            0 => zeroed(0)?,
-            _ => dev.read_vec("Could not read free clusters", offset, inside)?,
-        };
+        let old = dev.read_vec("Could not read free clusters", offset, inside)?;
         Ok(Temporary { offset, old })
     }
 }

@@ -7,6 +7,7 @@ use crate::format::geometry::Geometry;
 use crate::format::refblock;
 use crate::image::device::{self, Device};
 use crate::image::refcount::Refcounts;
+use crate::image::room;
 use crate::image::tables::{changed_runs, Kind, Reader, PIECE};
 use crate::image::walk::{set_copied, Marked};
 use std::ops::Range;
@@ -25,7 +26,7 @@ impl Pass {
                 raise_dropped(dev, refs)
             }
             Pass::Lower(blocks, spare) => {
-                holes.spare = spare.clone();
+                (holes.spare.start, holes.spare.end) = (spare.start, spare.end);
                 lower(dev, refs, blocks, holes)?;
                 lower_dropped(dev, refs, holes)
             }
@@ -60,7 +61,7 @@ fn rewrite_blocks(
 ) -> Result<()> {
     let g = refs.geometry();
     let offset = |index: &u64| refs.block(*index).map_or(0, |b| b.offset);
-    let offsets: Vec<u64> = blocks.iter().map(offset).collect();
+    let offsets = room::collected(blocks.iter().map(offset))?;
     let mut reader = Reader::new(g, Kind::Refblocks, &offsets);
     let mut new: Vec<u8> = Vec::new();
     let mut done = 0;
@@ -117,7 +118,7 @@ fn lower(dev: &mut Device, refs: &Refcounts, blocks: &[u64], holes: &mut Holes) 
         };
         block.final_counts(g, new)?;
         if block.frees() {
-            holes.add_freed(refs, index, old, new);
+            holes.add_freed(refs, index, old, new)?;
         }
         Ok(())
     })
@@ -135,7 +136,7 @@ fn lower_dropped(dev: &mut Device, refs: &Refcounts, holes: &mut Holes) -> Resul
             if g.reftable_index(itself) == dropped.index {
                 refblock::set(g, &mut old, g.refblock_index(itself), 0);
             }
-            holes.add_freed(refs, dropped.index, &old, &counts.bytes(g)?);
+            holes.add_freed(refs, dropped.index, &old, &counts.bytes(g)?)?;
         }
     }
     Ok(())
@@ -144,13 +145,16 @@ fn lower_dropped(dev: &mut Device, refs: &Refcounts, holes: &mut Holes) -> Resul
 /// Write bit 63 of the entries of `tables` as they say, which looks at counts only where no walk has
 /// said enough. Where a walk went in windows, so does this.
 fn set_flags(dev: &mut Device, refs: &mut Refcounts, tables: &[Marked], set: bool) -> Result<()> {
-    let (counted, sure): (Vec<Marked>, Vec<Marked>) =
-        tables.iter().partition(|t| t.flags.need_counts());
+    let these = |counted| {
+        let tables = tables.iter().copied();
+        room::collected(tables.filter(move |t| t.flags.need_counts() == counted))
+    };
+    let counted = these(true)?;
     if counted.is_empty() || !refs.jumped() {
         return set_flags_in_window(dev, refs, tables, set);
     }
-    set_flags_in_window(dev, refs, &sure, set)?;
-    for window in refs.windows() {
+    set_flags_in_window(dev, refs, &these(false)?, set)?;
+    for window in refs.windows()? {
         refs.enter_window(window)?;
         set_flags_in_window(dev, refs, &counted, set)?;
     }
@@ -166,7 +170,7 @@ fn set_flags_in_window(
     set: bool,
 ) -> Result<()> {
     let g = refs.geometry();
-    let offsets: Vec<u64> = tables.iter().map(|t| t.offset).collect();
+    let offsets = room::collected(tables.iter().map(|t| t.offset))?;
     let mut reader = Reader::new(g, Kind::L2Tables, &offsets);
     let mut changed: Vec<bool> = Vec::new();
     let mut done = 0;
@@ -179,7 +183,8 @@ fn set_flags_in_window(
         for (table, Marked { flags, .. }) in each {
             dev.progress.step(g.cluster_size())?;
             for piece in table.chunks_mut(piece(g)) {
-                changed.push(set_copied(refs, dev, g, piece, *flags, set)?);
+                let differs = set_copied(refs, dev, g, piece, *flags, set)?;
+                room::push(&mut changed, differs)?;
             }
         }
         let is_changed = |i: usize| changed.get(i) == Some(&true);
@@ -202,32 +207,34 @@ pub(super) struct Holes {
 }
 
 impl Holes {
-    fn add(&mut self, cluster: u64) {
+    fn add(&mut self, cluster: u64) -> Result<()> {
         match self.ranges.last_mut() {
             Some((first, n)) if *first + *n == cluster => *n += 1,
-            _ => self.ranges.push((cluster, 1)),
+            _ => room::push(&mut self.ranges, (cluster, 1))?,
         }
+        Ok(())
     }
 
     /// Clusters whose count goes from something to nothing, but for those whose bytes QEMU keeps.
-    fn add_freed(&mut self, refs: &Refcounts, index: u64, old: &[u8], new: &[u8]) {
+    fn add_freed(&mut self, refs: &Refcounts, index: u64, old: &[u8], new: &[u8]) -> Result<()> {
         let g = refs.geometry();
         let base = g.first_cluster_of_block(index).0;
         for i in 0..g.refblock_entries() as usize {
             if refblock::get(g, old, i) != 0 && refblock::get(g, new, i) == 0 {
                 let c = base + i as u64;
                 if !refs.fates.is_kept(c) && !self.spare.contains(&c) {
-                    self.add(c);
+                    self.add(c)?;
                 }
             }
         }
+        Ok(())
     }
 
     /// All of them and `more`, in order, neighbours together: what an explicit free has punched
     /// became free in a block as well.
-    pub(super) fn merged(&mut self, more: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    pub(super) fn merged(&mut self, more: &[(u64, u64)]) -> Result<Vec<(u64, u64)>> {
         let mut ranges = std::mem::take(&mut self.ranges);
-        ranges.extend_from_slice(more);
+        room::append(&mut ranges, more)?;
         ranges.sort_unstable();
         ranges.dedup_by(|next, last| {
             let (end, next_end) = (last.0 + last.1, next.0 + next.1);
@@ -237,6 +244,6 @@ impl Holes {
             }
             touches
         });
-        ranges
+        Ok(ranges)
     }
 }

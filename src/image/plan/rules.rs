@@ -38,7 +38,7 @@ pub(crate) fn broken_rule(steps: &[Step]) -> Option<&'static str> {
                 broken("what the image means changes once", !again)
             }
             Step::Done => broken("a verb takes effect once", !done),
-            Step::Write(_) if meant && !done => {
+            Step::Write(_) | Step::Try(..) | Step::Fill(..) if meant && !done => {
                 Some("the decisive publish is all that is between two states")
             }
             _ => None,
@@ -77,6 +77,10 @@ pub(crate) fn text(steps: &[Step]) -> String {
             Step::Begin(stage, work) => writeln!(out, "{stage:?}, {work} clusters"),
             Step::End => writeln!(out, "end"),
             Step::Write(w) => writeln!(out, "  write {w}"),
+            Step::Try(w, _) => writeln!(out, "  try {w}"),
+            Step::Fill(at, bytes) => writeln!(out, "  fill holes {at:#x}+{bytes:#x}"),
+            Step::GiveBack(t) => writeln!(out, "  give back {:#x}", t.offset),
+            Step::Truncate(length) => writeln!(out, "  file {length:#x}"),
             Step::Barrier => writeln!(out, "  B"),
             Step::Publish(writes) => writes
                 .iter()

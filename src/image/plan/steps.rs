@@ -1,7 +1,7 @@
 //! From epochs to the steps that bring the disk there. Nothing here reads or writes.
 
 use super::epoch::{Epoch, Epochs};
-use super::{ActiveL1, At, Edit, Plan, Temporary};
+use super::{ActiveL1, At, Edit, Plan, Temporary, TEMPORARY_L1};
 use crate::error::{Error, Result};
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
 use crate::format::header::{encode_switched, Header, Meaning, Places, SWITCHED};
@@ -9,6 +9,7 @@ use crate::format::header::{AT_AUTOCLEAR, AT_SIZE};
 use crate::image::progress::Stage;
 use crate::image::refcount::{Block, Refcounts};
 use crate::image::replay::Replay;
+use crate::image::room;
 use crate::image::walk::Marked;
 use std::ops::Range;
 use std::rc::Rc;
@@ -21,6 +22,10 @@ pub(crate) enum Step {
     /// It ends. The ends of the first two are the last moments at which the verb can be cancelled.
     End,
     Write(Write),
+    /// A write without which there are other ways: where the disk is full it is undone.
+    Try(Write, Vec<Step>),
+    /// Where a hole is in these bytes, write what it reads as: a later write there needs no space.
+    Fill(u64, u64),
     /// Everything before is stable before anything behind it is written.
     Barrier,
     /// Until the barrier behind it, whether the image means what it meant is not known.
@@ -33,7 +38,11 @@ pub(crate) enum Step {
     Punch(Vec<(u64, u64)>, u64),
     /// Punch these bytes.
     Discard(u64, u64),
-    /// Make the file as long as this, if it is shorter, or if it is longer.
+    /// Put back what was where a temporary L1 table is.
+    GiveBack(Rc<Temporary>),
+    /// Make the file as long as this.
+    Truncate(u64),
+    /// Make it so, if it is shorter, or if it is longer.
     Grow(u64),
     Cut(u64),
 }
@@ -82,7 +91,7 @@ pub(crate) fn steps(
     file: u64,
     replay: &Replay,
     epochs: Epochs,
-    plan: Plan,
+    mut plan: Plan,
 ) -> Result<Vec<Step>> {
     let refs = &replay.refs;
     let mut out = Steps {
@@ -92,13 +101,16 @@ pub(crate) fn steps(
         crypt_method: was.crypt_method,
         header: encode_switched(was.places(), was.meaning(), was.crypt_method),
     };
-    let raised = blocks(refs, Block::is_raised);
+    let mut raised = blocks(refs, Block::is_raised)?;
     let work = raised.len() as u64 + plan.clear.len() as u64;
-    out.push(Step::Begin(Stage::Prepare, work));
+    out.push(Step::Begin(Stage::Prepare, work))?;
     if let Some(bits) = autoclear {
-        let bits = What::Bytes(bits.to_be_bytes().to_vec());
-        out.write("header: autoclear features", AT_AUTOCLEAR, bits);
-        out.push(Step::Barrier);
+        let bits = What::bytes(&bits.to_be_bytes())?;
+        out.write("header: autoclear features", AT_AUTOCLEAR, bits)?;
+        out.push(Step::Barrier)?;
+    }
+    if let ActiveL1::Through(edit, temporary) = &plan.l1 {
+        out.try_temporary(edit, temporary)?;
     }
     let last = epochs.all.len().saturating_sub(1);
     for (n, epoch) in epochs.all.into_iter().enumerate() {
@@ -108,33 +120,37 @@ pub(crate) fn steps(
             epochs.meaning
         };
         let (places, hooks) = (epoch.places, hook_ups(replay.g, refs, &epoch, n)?);
-        out.new_contents(refs, epoch, n, &plan.l1)?;
+        out.new_contents(refs, epoch, n)?;
         if n == 0 {
-            out.push(Step::Stream(Pass::Raise(blocks(refs, Block::is_raised))));
-            out.push(Step::Stream(Pass::Clear(plan.clear.clone())));
+            out.fill(refs, &plan)?;
+            if !raised.is_empty() || !refs.dropped().is_empty() {
+                out.push(Step::Stream(Pass::Raise(std::mem::take(&mut raised))))?;
+            }
+            let clear = std::mem::take(&mut plan.clear);
+            out.push(Step::Stream(Pass::Clear(clear)))?;
             for edit in &plan.copied {
                 out.edit(edit, At::Before, At::Published)?;
             }
         }
-        out.push(Step::Barrier);
+        out.push(Step::Barrier)?;
         for round in hooks {
             for (at, block) in round {
-                let entry = What::Bytes(block.to_be_bytes().to_vec());
-                out.write("refcount table entry", at, entry);
+                let entry = What::bytes(&block.to_be_bytes())?;
+                out.write("refcount table entry", at, entry)?;
             }
-            out.push(Step::Barrier);
+            out.push(Step::Barrier)?;
         }
         if n == epochs.decisive {
-            out.push(Step::End);
+            out.push(Step::End)?;
             out.publish_decisive(places, meaning, &plan.l1)?;
         } else {
-            out.publish_header(places, meaning);
+            out.publish_header(places, meaning)?;
         }
         if n == last {
             if let ActiveL1::EachEntry(edit) = &plan.l1 {
                 // The verb is done; these entries only let go of the VM state.
                 out.edit(edit, At::Before, At::After)?;
-                out.push(Step::Barrier);
+                out.push(Step::Barrier)?;
             }
         }
     }
@@ -143,9 +159,9 @@ pub(crate) fn steps(
 }
 
 /// Refcount blocks of a kind, by index.
-fn blocks(refs: &Refcounts, kind: impl Fn(&Block) -> bool) -> Vec<u64> {
+fn blocks(refs: &Refcounts, kind: impl Fn(&Block) -> bool) -> Result<Vec<u64>> {
     let of_kind = refs.loaded().filter(|(_, b)| kind(b));
-    of_kind.map(|(index, _)| index).collect()
+    room::collected(of_kind.map(|(index, _)| index))
 }
 
 /// The steps so far, and what they leave.
@@ -160,62 +176,102 @@ struct Steps {
 }
 
 impl Steps {
-    fn push(&mut self, step: Step) {
+    fn push(&mut self, step: Step) -> Result<()> {
         match &step {
-            Step::Stream(Pass::Raise(list)) if list.is_empty() => return,
-            Step::Stream(Pass::Clear(list) | Pass::Set(list)) if list.is_empty() => return,
-            _ => {}
+            Step::Stream(Pass::Clear(list) | Pass::Set(list)) if list.is_empty() => Ok(()),
+            _ => room::push(&mut self.list, step),
         }
-        self.list.push(step);
     }
 
-    fn write(&mut self, label: &'static str, at: u64, what: What) {
-        self.list.push(Step::Write(Write { label, at, what }));
+    fn write(&mut self, label: &'static str, at: u64, what: What) -> Result<()> {
+        self.push(Step::Write(Write { label, at, what }))
+    }
+
+    fn writes(&mut self, writes: Vec<Write>) -> Result<()> {
+        writes
+            .into_iter()
+            .try_for_each(|w| self.push(Step::Write(w)))
+    }
+
+    /// The copy of the new L1 contents is the first write of the verb: where the disk is full it is
+    /// undone, and there are other ways.
+    fn try_temporary(&mut self, edit: &Rc<Edit>, temporary: &Rc<Temporary>) -> Result<()> {
+        let write = Write {
+            label: TEMPORARY_L1,
+            at: temporary.offset,
+            what: What::Words(another(edit), At::Published, 0..edit.after.len() * 8),
+        };
+        let mut undo = Vec::new();
+        let end = temporary.offset.saturating_add(edit.bytes());
+        if end > self.file {
+            room::push(&mut undo, Step::Truncate(self.file))?;
+        }
+        room::push(&mut undo, Step::GiveBack(another(temporary)))?;
+        self.file = self.file.max(end);
+        self.push(Step::Try(write, undo))
     }
 
     /// New structures and new data of an epoch. What extends the file comes first, so that a full
     /// disk is found before anything else is touched.
-    fn new_contents(
-        &mut self,
-        refs: &Refcounts,
-        epoch: Epoch,
-        n: usize,
-        l1: &ActiveL1,
-    ) -> Result<()> {
-        let mut writes = Vec::new();
+    fn new_contents(&mut self, refs: &Refcounts, epoch: Epoch, n: usize) -> Result<()> {
+        let (mut extend, mut others) = (Vec::new(), Vec::new());
+        let (file, mut end) = (self.file, self.file);
         let mut add = |label, at: u64, bytes: u64, what| {
-            writes.push((at.saturating_add(bytes), Write { label, at, what }));
+            let behind = at.saturating_add(bytes);
+            end = end.max(behind);
+            let list = if behind > file {
+                &mut extend
+            } else {
+                &mut others
+            };
+            room::push(list, Write { label, at, what })
         };
         for index in epoch.blocks {
             let at = refs.block(index).map_or(0, |b| b.offset);
             let what = What::Block(index);
-            add("refcount block", at, self.g.cluster_size(), what);
+            add("refcount block", at, self.g.cluster_size(), what)?;
         }
         for index in epoch.tables {
-            let (at, entries) = refs
-                .tables()
-                .get(index)
-                .map_or((0, 0), |t| (t.offset, t.entries.len()));
+            let table = refs.tables().get(index);
+            let (at, entries) = table.map_or((0, 0), |t| (t.offset, t.entries.len()));
             let what = What::Table {
                 table: index,
                 epoch: n,
             };
-            add("refcount table", at, entries as u64 * TABLE_ENTRY, what);
+            add("refcount table", at, entries as u64 * TABLE_ENTRY, what)?;
         }
         for data in epoch.new {
             let bytes = data.data.len() as u64;
-            add(data.label, data.offset, bytes, What::Bytes(data.data));
+            add(data.label, data.offset, bytes, What::Bytes(data.data))?;
         }
-        if let (0, ActiveL1::Through(edit, temporary)) = (n, l1) {
-            let what = whole(edit);
-            add("temporary L1 table", temporary.offset, edit.bytes(), what);
+        self.file = end;
+        self.writes(extend)?;
+        self.writes(others)
+    }
+
+    /// What is written in place from the first publish on must not need space: a full disk is to
+    /// be found now. Everything but these tables is written over something that is not zeros.
+    fn fill(&mut self, refs: &Refcounts, plan: &Plan) -> Result<()> {
+        let l1 = match &plan.l1 {
+            ActiveL1::Kept | ActiveL1::Moved(_) => None,
+            ActiveL1::OneSector(edit)
+            | ActiveL1::Through(edit, _)
+            | ActiveL1::InPlace(edit)
+            | ActiveL1::EachEntry(edit) => Some(edit),
+        };
+        for edit in l1.into_iter().chain(&plan.left) {
+            for run in edit.changes(At::Before, edit, At::After)? {
+                let at = edit.offset.saturating_add(run.start as u64);
+                self.push(Step::Fill(at, run.len() as u64))?;
+            }
         }
-        let file = self.file;
-        let (extend, others): (Vec<_>, Vec<_>) =
-            writes.into_iter().partition(|(end, _)| *end > file);
-        for (end, write) in extend.into_iter().chain(others) {
-            self.file = self.file.max(end);
-            self.list.push(Step::Write(write));
+        for table in refs.tables().iter().filter(|t| t.born.is_none()) {
+            for (index, _) in refs.loaded().filter(|(_, b)| b.made_in().is_some()) {
+                if index < table.entries.len() as u64 {
+                    let at = table.offset.saturating_add(index * TABLE_ENTRY);
+                    self.push(Step::Fill(at, TABLE_ENTRY))?;
+                }
+            }
         }
         Ok(())
     }
@@ -223,29 +279,29 @@ impl Steps {
     /// Write the pieces of an L1 table in which it differs.
     fn edit(&mut self, edit: &Rc<Edit>, from: At, to: At) -> Result<()> {
         let writes = changes(edit, from, edit, to)?;
-        self.list.extend(writes.into_iter().map(Step::Write));
-        Ok(())
+        self.writes(writes)
     }
 
     /// One write within the header's first sector, and a barrier. Nothing if nothing changes.
-    fn publish_header(&mut self, places: Places, meaning: Meaning) {
+    fn publish_header(&mut self, places: Places, meaning: Meaning) -> Result<()> {
         let target = encode_switched(places, meaning, self.crypt_method);
         let differs = |i: &usize| self.header.get(*i) != target.get(*i);
-        let (first, last) = (
-            (0..SWITCHED).find(differs),
-            (0..SWITCHED).rev().find(differs),
-        );
+        let first = (0..SWITCHED).find(differs);
+        let last = (0..SWITCHED).rev().find(differs);
         let (Some(first), Some(last)) = (first, last) else {
-            return;
+            return Ok(());
         };
-        let bytes = target.get(first..=last).unwrap_or_default();
-        self.push(Step::Publish(vec![Write {
+        let write = Write {
             label: "header",
             at: AT_SIZE + first as u64,
-            what: What::Bytes(bytes.to_vec()),
-        }]));
-        self.push(Step::Barrier);
+            what: What::bytes(target.get(first..=last).unwrap_or_default())?,
+        };
+        let mut writes = Vec::new();
+        room::push(&mut writes, write)?;
+        self.push(Step::Publish(writes))?;
+        self.push(Step::Barrier)?;
         self.header = target;
+        Ok(())
     }
 
     /// What makes the old state the new one.
@@ -256,27 +312,27 @@ impl Steps {
                     l1_offset: temporary.offset,
                     ..places
                 };
-                self.publish_header(via, meaning);
-                self.push(Step::Done);
+                self.publish_header(via, meaning)?;
+                self.push(Step::Done)?;
                 self.edit(edit, At::Before, At::Published)?;
-                self.push(Step::Barrier);
-                self.publish_header(places, meaning);
+                self.push(Step::Barrier)?;
+                self.publish_header(places, meaning)?;
             }
             ActiveL1::OneSector(edit) | ActiveL1::InPlace(edit) => {
                 let torn = matches!(l1, ActiveL1::InPlace(_));
                 debug_assert!(torn || edit.sectors_published().count() <= 1);
-                self.publish_header(places, meaning);
+                self.publish_header(places, meaning)?;
                 let writes = changes(edit, At::Before, edit, At::Published)?;
                 // Else only bit 63 changes, later.
                 if !writes.is_empty() {
-                    self.push(Step::Publish(writes));
-                    self.push(Step::Barrier);
+                    self.push(Step::Publish(writes))?;
+                    self.push(Step::Barrier)?;
                 }
-                self.push(Step::Done);
+                self.push(Step::Done)?;
             }
             ActiveL1::Kept | ActiveL1::Moved(_) | ActiveL1::EachEntry(_) => {
-                self.publish_header(places, meaning);
-                self.push(Step::Done);
+                self.publish_header(places, meaning)?;
+                self.push(Step::Done)?;
             }
         }
         Ok(())
@@ -285,19 +341,19 @@ impl Steps {
     /// Counts down, COPIED set, holes. Nothing that is referred to changes its meaning.
     fn reclaim(&mut self, refs: &Refcounts, plan: Plan, length: u64) -> Result<()> {
         let g = self.g;
-        let lowered = blocks(refs, Block::is_lowered);
+        let lowered = blocks(refs, Block::is_lowered)?;
         let freed = refs.loaded().filter(|(_, b)| b.frees()).count() as u64;
         let work = lowered.len() as u64 + plan.set.len() as u64 + freed;
-        self.push(Step::Begin(Stage::Reclaim, work));
+        self.push(Step::Begin(Stage::Reclaim, work))?;
         // A dropped block's own count, which another block may hold, goes down only when the table
         // has stopped naming it; and so does its hole come later.
         for dropped in refs.dropped() {
             let table = refs.table().offset;
             let at = table.saturating_add(dropped.index * TABLE_ENTRY);
-            self.write("refcount table entry", at, What::Bytes(vec![0; 8]));
+            self.write("refcount table entry", at, What::bytes(&[0; 8])?)?;
         }
         if !refs.dropped().is_empty() {
-            self.push(Step::Barrier);
+            self.push(Step::Barrier)?;
         }
         let temporary = match &plan.l1 {
             ActiveL1::Through(edit, temporary) => Some((edit, temporary)),
@@ -307,8 +363,8 @@ impl Steps {
             let first = g.cluster_of(t.offset).0;
             first..first + g.clusters_for(edit.bytes())
         });
-        self.push(Step::Stream(Pass::Lower(lowered, spare)));
-        self.push(Step::Stream(Pass::Set(plan.set)));
+        self.push(Step::Stream(Pass::Lower(lowered, spare)))?;
+        self.push(Step::Stream(Pass::Set(plan.set)))?;
         for edit in &plan.copied {
             let last = match &plan.l1 {
                 // Entries published one by one are on the disk already, and stay: pieces are
@@ -319,7 +375,7 @@ impl Steps {
                 _ => edit,
             };
             let writes = changes(edit, At::Published, last, At::After)?;
-            self.list.extend(writes.into_iter().map(Step::Write));
+            self.writes(writes)?;
         }
         match &plan.l1 {
             ActiveL1::Kept | ActiveL1::EachEntry(_) => {}
@@ -332,41 +388,33 @@ impl Steps {
             self.edit(edit, At::Before, At::After)?;
         }
         if let Some((_, temporary)) = temporary {
-            self.give_back(temporary);
+            self.push(Step::GiveBack(another(temporary)))?;
         }
-        self.push(Step::Punch(explicit_holes(g, refs)?, freed));
-        self.push(Step::Grow(length));
+        self.push(Step::Punch(explicit_holes(g, refs)?, freed))?;
+        self.push(Step::Grow(length))?;
         // Unless something that lying counts called free is in a dropped block's cluster.
         for dropped in refs.dropped() {
             if refs.count_after(g.cluster_of(dropped.offset))? == 0 {
-                self.push(Step::Discard(dropped.offset, g.cluster_size()));
+                self.push(Step::Discard(dropped.offset, g.cluster_size()))?;
             }
         }
         // What is cut off is unused: a failure costs space only.
-        self.push(Step::Cut(length));
-        self.push(Step::Barrier);
-        self.push(Step::End);
+        self.push(Step::Cut(length))?;
+        self.push(Step::Barrier)?;
+        self.push(Step::End)?;
         Ok(())
-    }
-
-    /// Put back what was where the temporary L1 table is; what lies past the end of the file goes
-    /// with the last cut.
-    fn give_back(&mut self, temporary: &Temporary) {
-        if temporary.old.is_empty() {
-            return;
-        }
-        if temporary.old.iter().all(|b| *b == 0) {
-            let bytes = temporary.old.len() as u64;
-            self.push(Step::Discard(temporary.offset, bytes));
-        }
-        let old = What::Bytes(temporary.old.clone());
-        self.write("free clusters", temporary.offset, old);
     }
 }
 
-/// An L1 table as it is published, all of it.
-fn whole(edit: &Rc<Edit>) -> What {
-    What::Words(Rc::clone(edit), At::Published, 0..edit.after.len() * 8)
+impl What {
+    fn bytes(bytes: &[u8]) -> Result<What> {
+        Ok(What::Bytes(room::copy_of(bytes)?))
+    }
+}
+
+#[allow(clippy::disallowed_methods)] // an Rc
+fn another<T>(shared: &Rc<T>) -> Rc<T> {
+    Rc::clone(shared)
 }
 
 /// Does reclaim have flags to set in this table?
@@ -380,9 +428,9 @@ fn changes(edit: &Edit, from: At, last: &Rc<Edit>, to: At) -> Result<Vec<Write>>
     let writes = runs.map(|run| Write {
         label: "L1 table",
         at: edit.offset.saturating_add(run.start as u64),
-        what: What::Words(Rc::clone(last), to, run),
+        what: What::Words(another(last), to, run),
     });
-    Ok(writes.collect())
+    room::collected(writes)
 }
 
 /// Where an epoch's new blocks are to be entered in tables that are older than they (place, block):
@@ -404,7 +452,7 @@ fn hook_ups(
             let block = refs.block(index).map_or(0, |b| b.offset);
             if table.entry(index) == block {
                 let at = table.offset.saturating_add(index * TABLE_ENTRY);
-                entries.push((index, at, block));
+                room::push(&mut entries, (index, at, block))?;
             }
         }
     }
@@ -416,15 +464,25 @@ fn hook_ups(
                 && !known.contains(&describing)
                 && epoch.blocks.contains(&describing)
         };
-        let (later, now): (Vec<_>, Vec<_>) =
-            entries.into_iter().partition(|(i, _, b)| waits(*i, *b));
+        let (mut later, mut now) = (Vec::new(), Vec::new());
+        for entry in entries {
+            let list = if waits(entry.0, entry.2) {
+                &mut later
+            } else {
+                &mut now
+            };
+            room::push(list, entry)?;
+        }
         if now.is_empty() {
             return Err(Error::Corrupt(
                 "Refcount blocks describe each other in a circle".into(),
             ));
         }
-        known.extend(now.iter().map(|(index, ..)| *index));
-        rounds.push(now.into_iter().map(|(_, at, block)| (at, block)).collect());
+        for (index, ..) in &now {
+            room::push(&mut known, *index)?;
+        }
+        let round = room::collected(now.into_iter().map(|(_, at, block)| (at, block)))?;
+        room::push(&mut rounds, round)?;
         entries = later;
     }
     Ok(rounds)
@@ -435,14 +493,14 @@ fn hook_ups(
 /// something that lying counts called free.
 fn explicit_holes(g: Geometry, refs: &Refcounts) -> Result<Vec<(u64, u64)>> {
     let dropped = refs.dropped().iter().map(|d| g.cluster_of(d.offset).0);
-    let mut dropped: Vec<u64> = dropped.collect();
+    let mut dropped = room::collected(dropped)?;
     dropped.sort_unstable();
     let mut ranges: Vec<(u64, u64)> = Vec::new();
-    for c in refs.fates.punched() {
+    for c in refs.fates.punched()? {
         if dropped.binary_search(&c).is_err() && refs.count_after(HostCluster(c))? == 0 {
             match ranges.last_mut() {
                 Some((first, n)) if *first + *n == c => *n += 1,
-                _ => ranges.push((c, 1)),
+                _ => room::push(&mut ranges, (c, 1))?,
             }
         }
     }

@@ -4,6 +4,7 @@ use super::packed::BlockCounts;
 use crate::error::Result;
 use crate::format::geometry::Geometry;
 use crate::format::refblock;
+use crate::image::room;
 use std::borrow::Cow;
 
 /// One refcount block that the verb has looked at.
@@ -129,8 +130,8 @@ impl Block {
     pub(super) fn mark_published(&mut self, g: Geometry) -> Result<()> {
         let counts = self.now.bytes(g)?;
         let mut peak = match &self.peak {
-            Some(peak) => peak.bytes(g)?.into_owned(),
-            None => counts.to_vec(),
+            Some(peak) => room::owned(peak.bytes(g)?)?,
+            None => room::copy_of(&counts)?,
         };
         refblock::raise_to(g, &mut peak, &counts, g.refblock_entries() as usize);
         let mut peak = BlockCounts::new(g, peak);
@@ -142,8 +143,12 @@ impl Block {
     /// Count a cluster once in the peak only.
     pub(super) fn count_in_peak(&mut self, g: Geometry, at: usize) -> Result<()> {
         let ours = !self.is_written();
-        let peak = self.peak.get_or_insert_with(|| self.now.clone());
+        let mut peak = match self.peak.take() {
+            Some(peak) => peak,
+            None => BlockCounts::new(g, room::owned(self.now.bytes(g)?)?),
+        };
         peak.set(g, at, 1)?;
+        self.peak = Some(peak);
         (self.moved.up, self.moved.down) = (true, true);
         self.moved.ours |= ours;
         Ok(())

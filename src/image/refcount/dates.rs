@@ -103,6 +103,7 @@ impl Refcounts {
             let counts = if self.block(index).is_some_and(|b| b.made_in().is_some()) {
                 Vec::new()
             } else if offset & REFTABLE_OFFSET_MASK != 0 {
+                dev.progress.pass(g.cluster_size())?;
                 dev.read_vec(
                     "Could not read a refcount block",
                     offset & REFTABLE_OFFSET_MASK,

@@ -158,14 +158,14 @@ impl Refcounts {
                 // Undo, and try the same clusters first.
                 for undo in start..c {
                     self.store(HostCluster(undo), 0)?;
-                    self.fates.give_back(undo);
+                    self.fates.give_back(undo)?;
                 }
                 self.next = self.next.min(start);
                 return Ok(Reserved::Again);
             }
             debug_assert_eq!(self.get(dev, HostCluster(c))?, 0);
             self.store(HostCluster(c), 1)?;
-            self.fates.take(c);
+            self.fates.take(c)?;
         }
         debug_assert!(g.refcount_max() >= 1);
         Ok(Reserved::Done)
@@ -211,7 +211,7 @@ impl Refcounts {
             let left = self.bump(dev, HostCluster(c), false)?;
             self.store(HostCluster(c), left)?;
             if left == 0 {
-                self.fates.free(c, bytes_end_up, forgotten);
+                self.fates.free(c, bytes_end_up, forgotten)?;
             }
         }
         Ok(())
@@ -246,7 +246,7 @@ impl Refcounts {
         match self.block(index) {
             Some(b) => b.is_written(),
             // Not looked at, so not changed; or dropped, because everything in it is free.
-            None => self.structure.dropped.iter().any(|d| d.index == index),
+            None => self.dropped_at(index).is_some(),
         }
     }
 
@@ -277,8 +277,8 @@ impl Refcounts {
         let g = self.g;
         let at = g.refblock_index(cluster);
         let index = g.reftable_index(cluster);
-        let dropped = &mut self.structure.dropped;
-        if let Some(d) = dropped.iter_mut().find(|d| d.index == index) {
+        let dropped = self.dropped_at(index);
+        if let Some(d) = dropped.and_then(|i| self.structure.dropped.get_mut(i)) {
             if let Some(peak) = &mut d.peak {
                 refblock::set(g, peak, at, 1);
             }

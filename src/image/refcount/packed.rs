@@ -16,6 +16,7 @@
 use crate::error::{Error, Result};
 use crate::format::geometry::Geometry;
 use crate::format::refblock;
+use crate::image::room;
 use crate::io::scratch::Scratch;
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -31,7 +32,7 @@ pub(crate) const MOST: u64 = if cfg!(qcow2_little_memory) {
 const NARROWEST: u32 = 1;
 
 /// The counts of a block.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) enum BlockCounts {
     /// Fields of `1 << order` bits, laid out as in a refcount block of that width.
     Open { order: u32, bytes: Vec<u8> },
@@ -42,7 +43,7 @@ pub(crate) enum BlockCounts {
 }
 
 /// Fields as in [`BlockCounts::Open`], at this place of a temporary file.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Away {
     order: u32,
     at: u64,
@@ -103,15 +104,15 @@ impl BlockCounts {
                 Cow::Borrowed(bytes)
             }
             BlockCounts::Open { order, bytes } => {
-                Cow::Owned(refblock::converted(of_order(g, *order), bytes, g))
+                Cow::Owned(refblock::converted(of_order(g, *order), bytes, g)?)
             }
-            BlockCounts::Packed(runs) => Cow::Owned(unpacked(runs)),
+            BlockCounts::Packed(runs) => Cow::Owned(unpacked(runs)?),
             BlockCounts::Away(away) => {
                 let bytes = away.fetch(g)?;
                 Cow::Owned(if away.order == g.refcount_order {
                     bytes
                 } else {
-                    refblock::converted(of_order(g, away.order), &bytes, g)
+                    refblock::converted(of_order(g, away.order), &bytes, g)?
                 })
             }
         })
@@ -205,7 +206,7 @@ impl BlockCounts {
         if let BlockCounts::Open { order, bytes } = self {
             if count > of_order(g, *order).refcount_max() {
                 let wider = order_for(g, count);
-                *bytes = refblock::converted(of_order(g, *order), bytes, of_order(g, wider));
+                *bytes = refblock::converted(of_order(g, *order), bytes, of_order(g, wider))?;
                 *order = wider;
             }
             refblock::set(of_order(g, *order), bytes, index, count);
@@ -217,7 +218,7 @@ impl BlockCounts {
     pub(crate) fn open(&mut self, g: Geometry) -> Result<()> {
         match self {
             BlockCounts::Open { .. } => {}
-            BlockCounts::Packed(runs) => *self = BlockCounts::new(g, unpacked(runs)),
+            BlockCounts::Packed(runs) => *self = BlockCounts::new(g, unpacked(runs)?),
             BlockCounts::Away(away) => {
                 let (order, bytes) = (away.order, away.fetch(g)?);
                 *self = BlockCounts::Open { order, bytes };
@@ -242,6 +243,7 @@ impl BlockCounts {
                 order: *order,
                 at,
                 sum: sum(bytes),
+                #[allow(clippy::disallowed_methods)] // an Arc
                 scratch: Arc::clone(scratch),
             });
         }
@@ -254,8 +256,10 @@ impl BlockCounts {
             if *order == g.refcount_order {
                 let fit = order_for(g, refblock::highest(g, bytes).saturating_add(1));
                 if fit < *order {
-                    *bytes = refblock::converted(g, bytes, of_order(g, fit));
-                    *order = fit;
+                    // Without memory for that they stay as they are.
+                    if let Ok(narrow) = refblock::converted(g, bytes, of_order(g, fit)) {
+                        (*bytes, *order) = (narrow, fit);
+                    }
                 }
             }
         }
@@ -278,7 +282,8 @@ impl BlockCounts {
         let runs = if *order == g.refcount_order {
             packed(bytes)
         } else {
-            packed(&refblock::converted(of_order(g, *order), bytes, g))
+            let wide = refblock::converted(of_order(g, *order), bytes, g);
+            wide.ok().and_then(|wide| packed(&wide))
         };
         match runs {
             Some(runs) => *self = BlockCounts::Packed(runs),
@@ -295,7 +300,7 @@ fn order_for(g: Geometry, count: u64) -> u32 {
         .unwrap_or(g.refcount_order)
 }
 
-/// The runs of equal words, unless they are too many.
+/// The runs of equal words, unless they are too many, or there is no memory for them.
 fn packed(bytes: &[u8]) -> Option<Vec<(u32, [u8; 8])>> {
     let most = bytes.len() / 64;
     let mut runs: Vec<(u32, [u8; 8])> = Vec::new();
@@ -306,21 +311,23 @@ fn packed(bytes: &[u8]) -> Option<Vec<(u32, [u8; 8])>> {
         match runs.last_mut() {
             Some((n, last)) if *last == value => *n += 1,
             _ if full => return None,
-            _ => runs.push((1, value)),
+            _ => room::push(&mut runs, (1, value)).ok()?,
         }
     }
     runs.shrink_to_fit();
     Some(runs)
 }
 
-fn unpacked(runs: &[(u32, [u8; 8])]) -> Vec<u8> {
+fn unpacked(runs: &[(u32, [u8; 8])]) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
+    let words: usize = runs.iter().map(|(n, _)| *n as usize).sum();
+    room::reserve(&mut bytes, words * 8)?;
     for (n, value) in runs {
         for _ in 0..*n {
-            bytes.extend_from_slice(value);
+            room::append(&mut bytes, value)?;
         }
     }
-    bytes
+    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::format::entry::OFFSET_MASK;
 use crate::format::run;
 use crate::image::device::Device;
+use crate::image::room;
 use crate::io::scratch::Scratch;
 use byteorder::{BigEndian, ByteOrder};
 use std::borrow::Cow;
@@ -44,7 +45,7 @@ const ENTRY: u64 = 16;
 /// See the module's text.
 pub(super) struct Residency {
     /// Loaded blocks by refcount table index.
-    pub(super) blocks: Vec<Option<Box<Block>>>,
+    pub(super) blocks: Vec<Option<Box<[Block; 1]>>>,
     /// Which of them are open.
     pub(super) open: Residents,
     overflow: Overflow,
@@ -136,19 +137,22 @@ impl Refcounts {
     /// Blocks that are loaded, by refcount table index.
     pub(crate) fn loaded(&self) -> impl Iterator<Item = (u64, &Block)> {
         let blocks = self.residency.blocks.iter().enumerate();
-        blocks.filter_map(|(i, b)| Some((i as u64, b.as_deref()?)))
+        blocks.filter_map(|(i, b)| Some((i as u64, &b.as_deref()?[0])))
     }
 
     /// The block at `index`, if it is loaded.
     pub(crate) fn block(&self, index: u64) -> Option<&Block> {
-        self.residency.blocks.get(index as usize)?.as_deref()
+        let [block] = self.residency.blocks.get(index as usize)?.as_deref()?;
+        Some(block)
     }
 
     pub(super) fn block_mut(&mut self, index: u64) -> Option<&mut Block> {
-        self.residency
+        let [block] = self
+            .residency
             .blocks
             .get_mut(index as usize)?
-            .as_deref_mut()
+            .as_deref_mut()?;
+        Some(block)
     }
 
     /// Load the block at `index`; false where the table has none.
@@ -174,6 +178,7 @@ impl Refcounts {
             }
         }
         self.ask_ahead(dev, index);
+        dev.progress.pass(self.g.cluster_size())?;
         let counts = dev.read_vec(
             "Could not read a refcount block",
             offset,
@@ -204,7 +209,7 @@ impl Refcounts {
         if narrow && !self.residency.narrow {
             // All of them: between blocks of one width the walk does not stop.
             self.residency.narrow = true;
-            for block in self.residency.blocks.iter_mut().flatten() {
+            for [block] in self.residency.blocks.iter_mut().flatten().map(|b| &mut **b) {
                 block.now.narrow(g);
             }
         }
@@ -218,7 +223,7 @@ impl Refcounts {
         block.open = true;
         let bytes = block.now.size();
         self.account(index);
-        let back = self.residency.open.enter(index, bytes);
+        let back = self.residency.open.enter(index, bytes)?;
         self.residency.walk.back += u64::from(back);
         while let Some(oldest) = self.residency.open.leave() {
             if oldest != index {
@@ -236,11 +241,12 @@ impl Refcounts {
         };
         match slot {
             // What was only looked at is read again if need be.
-            Some(block) if !block.is_written() => {
-                self.residency.open.kept -= block.held;
+            Some(block) if !block[0].is_written() => {
+                self.residency.open.kept -= block[0].held;
                 *slot = None;
             }
             Some(block) => {
+                let [block] = &mut **block;
                 block.now.pack(g);
                 block.open = false;
                 self.account(index);
@@ -254,6 +260,7 @@ impl Refcounts {
         let Some(Some(block)) = self.residency.blocks.get_mut(index as usize) else {
             return;
         };
+        let [block] = &mut **block;
         let counts = if block.open { 0 } else { block.now.size() };
         let takes = counts + block.peak.as_ref().map_or(0, BlockCounts::size);
         let before = std::mem::replace(&mut block.held, takes);
@@ -297,6 +304,7 @@ impl Refcounts {
         if self.residency.overflow.scratch.is_none() && !self.residency.overflow.refused {
             self.residency.overflow.scratch = Scratch::new().ok().map(Arc::new);
         }
+        #[allow(clippy::disallowed_methods)] // an Arc
         let Some(scratch) = self.residency.overflow.scratch.clone() else {
             self.residency.overflow.refused = true;
             return Ok(());
@@ -320,7 +328,7 @@ impl Refcounts {
     }
 
     /// The counts of the block at `index` for one look, read into `scratch` if the block is not
-    /// loaded.
+    /// loaded; none where it lies behind the end of the file, since those are zeros.
     pub(super) fn counts<'a>(
         &'a self,
         dev: &mut Device,
@@ -341,7 +349,12 @@ impl Refcounts {
             return Ok(None);
         }
         self.check_aligned(index, offset)?;
-        scratch.resize(self.g.cluster_len(), 0);
+        if offset >= dev.length() {
+            scratch.clear();
+            return Ok(Some(scratch));
+        }
+        dev.progress.pass(self.g.cluster_size())?;
+        room::resize(scratch, self.g.cluster_len(), 0)?;
         dev.read("Could not read a refcount block", offset, scratch)?;
         Ok(Some(scratch))
     }
@@ -350,24 +363,19 @@ impl Refcounts {
         let slot = index as usize;
         if slot >= self.residency.blocks.len() {
             let more = slot + 1 - self.residency.blocks.len();
-            self.residency
-                .blocks
-                .try_reserve(more)
-                .map_err(|_| Error::NoMemory(more as u64 * 8))?;
+            room::reserve(&mut self.residency.blocks, more)?;
+            #[allow(clippy::disallowed_methods)] // there is room
             self.residency.blocks.resize_with(slot + 1, || None);
         }
-        self.residency.blocks[slot] = Some(Box::new(block));
+        self.residency.blocks[slot] = Some(room::boxed(block)?);
         self.account(index);
         Ok(())
     }
 
     /// Take the block at `index` out of memory.
-    pub(super) fn take_block(&mut self, index: u64) -> Option<Box<Block>> {
-        let block = self
-            .residency
-            .blocks
-            .get_mut(index as usize)
-            .and_then(Option::take)?;
+    pub(super) fn take_block(&mut self, index: u64) -> Option<Block> {
+        let slot = self.residency.blocks.get_mut(index as usize);
+        let [block] = *slot.and_then(Option::take)?;
         self.residency.open.kept -= block.held;
         Some(block)
     }
@@ -403,6 +411,7 @@ impl Refcounts {
             .map(BigEndian::read_u64);
         let counted =
             |w: u64| w != 0 && !run::block_of(g, w).is_some_and(|index| self.outside(index));
+        #[allow(clippy::disallowed_methods)] // an iterator
         match words.clone().position(counted) {
             Some(n) => {
                 let word = words.nth(n).unwrap_or(0);
@@ -456,23 +465,18 @@ impl Refcounts {
     }
 
     /// Ranges of blocks that fit in memory together; the last one goes on to where no blocks are.
-    pub(crate) fn windows(&mut self) -> Vec<Range<u64>> {
+    pub(crate) fn windows(&mut self) -> Result<Vec<Range<u64>>> {
         self.residency.window.used = true;
         let (blocks, _) = self.window_size();
         let entries = self.table().entries.iter().zip(0u64..);
         let used = entries.filter(|(e, _)| **e != 0).map(|(_, i)| i);
-        let mut starts: Vec<u64> = used.step_by(blocks as usize).collect();
+        let mut starts = room::collected(used.step_by(blocks as usize))?;
         match starts.first_mut() {
             Some(first) => *first = 0,
-            None => starts.push(0),
+            None => room::push(&mut starts, 0)?,
         }
         let ends = starts.iter().skip(1).copied().chain([u64::MAX]);
-        starts
-            .iter()
-            .copied()
-            .zip(ends)
-            .map(|(a, b)| a..b)
-            .collect()
+        room::collected(starts.iter().copied().zip(ends).map(|(a, b)| a..b))
     }
 
     /// From here on count only in these blocks: the others are left.

@@ -1,5 +1,7 @@
 //! How many blocks stay open, and what all of them may take.
 
+use crate::error::{Error, Result};
+use crate::image::room;
 use std::collections::VecDeque;
 
 /// What open blocks may take at first, in bytes.
@@ -52,7 +54,7 @@ impl Residents {
 
     /// Block `index` has been opened and takes `bytes`. True: it was left a short while ago, and more
     /// than now cannot stay.
-    pub(crate) fn enter(&mut self, index: u64, bytes: u64) -> bool {
+    pub(crate) fn enter(&mut self, index: u64, bytes: u64) -> Result<bool> {
         self.now += 1;
         let left = self.left.get(index as usize).copied().unwrap_or(0);
         let (soon, most) = (self.now - left < 2 * self.open.len() as u64, self.room());
@@ -62,9 +64,18 @@ impl Residents {
             // The walk jumps about, and more blocks must stay.
             self.limit = (self.limit + self.limit / 8 + 1).min(most);
         }
+        // Leaving needs no memory.
+        if self.left.len() <= index as usize {
+            room::resize(&mut self.left, index as usize + 1, 0)?;
+        }
+        let entries = self.open.len() as u64;
+        self.open
+            .try_reserve(1)
+            .map_err(|_| Error::NoMemory(entries * 16))?;
+        #[allow(clippy::disallowed_methods)] // there is room
         self.open.push_back((index, bytes));
         self.held += bytes;
-        back && full
+        Ok(back && full)
     }
 
     /// A block that should be left, as long as the open ones take too much.
@@ -90,9 +101,6 @@ impl Residents {
     pub(crate) fn oldest(&mut self) -> Option<u64> {
         let (oldest, bytes) = self.open.pop_front()?;
         self.held -= bytes;
-        if self.left.len() <= oldest as usize {
-            self.left.resize(oldest as usize + 1, 0);
-        }
         if let Some(slot) = self.left.get_mut(oldest as usize) {
             *slot = self.now;
         }
@@ -102,6 +110,7 @@ impl Residents {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::super::packed::MOST;
     use super::*;
 
@@ -112,7 +121,7 @@ mod tests {
         let mut r = Residents::new(MOST);
         for pass in 0..3 {
             for i in 0..10_000 {
-                r.enter(i, 65536);
+                r.enter(i, 65536).unwrap();
                 while r.leave().is_some() {}
             }
             assert_eq!((r.limit, r.held), (FEW, FEW), "pass {pass}");
@@ -121,7 +130,7 @@ mod tests {
         for i in 0..20_000u64 {
             let index = i.wrapping_mul(7919) % 600;
             if !r.open.iter().any(|(i, _)| *i == index) {
-                r.enter(index, 65536);
+                r.enter(index, 65536).unwrap();
                 while r.leave().is_some() {}
             }
         }

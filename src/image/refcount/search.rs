@@ -2,9 +2,10 @@
 
 use super::Refcounts;
 use crate::error::{Error, Result};
-use crate::format::geometry::HostCluster;
+use crate::format::geometry::{HostCluster, TABLE_ENTRY};
 use crate::format::refblock;
 use crate::image::device::Device;
+use crate::image::room;
 
 impl Refcounts {
     /// QEMU's `alloc_clusters_noref`: the first of `n` free clusters in a row.
@@ -13,6 +14,7 @@ impl Refcounts {
         let mut scratch = Vec::new();
         let (mut at, mut run) = (self.next, 0);
         while run < n {
+            dev.progress.pass(TABLE_ENTRY)?;
             let index = g.reftable_index(HostCluster(at));
             if index >= self.table().entries.len() as u64 {
                 at += n - run;
@@ -66,8 +68,11 @@ impl Refcounts {
         while end > 0 {
             let index = g.reftable_index(HostCluster(end - 1));
             let first = g.first_cluster_of_block(index).0;
-            if let Some(counts) = self.counts(dev, index, &mut scratch)? {
-                let n = (end - first) as usize;
+            dev.progress.pass(TABLE_ENTRY)?;
+            let counts = self.counts(dev, index, &mut scratch)?.unwrap_or_default();
+            // A file may have terabytes of holes: only what is not zero is taken apart.
+            if let Some(byte) = counts.iter().rposition(|b| *b != 0) {
+                let n = ((end - first) as usize).min(g.block_entries_in(byte + 8));
                 if let Some(last) = (0..n).rev().find(|i| refblock::get(g, counts, *i) != 0) {
                     return Ok(first + last as u64);
                 }
@@ -95,6 +100,9 @@ impl Refcounts {
             .0;
         while c < end {
             let index = g.reftable_index(HostCluster(c));
+            if in_scratch != Some(index) {
+                dev.progress.pass(TABLE_ENTRY)?;
+            }
             if self.entry(index) == 0 || self.block(index).is_some_and(|b| b.made_in().is_some()) {
                 run = 0;
                 c = g.first_cluster_of_block(index + 1).0;
@@ -103,7 +111,7 @@ impl Refcounts {
             let at = g.refblock_index(HostCluster(c));
             if in_scratch != Some(index) {
                 if let Some(block) = self.block(index) {
-                    scratch = block.counts(g)?.into_owned();
+                    scratch = room::owned(block.counts(g)?)?;
                     if let Some(peak) = &block.peak {
                         let entries = g.refblock_entries() as usize;
                         refblock::raise_to(g, &mut scratch, &peak.bytes(g)?, entries);
@@ -137,9 +145,13 @@ impl Refcounts {
     /// new state is published the table names it, and afterwards its counts go with it.
     fn find_untouched_in_dropped(&mut self, dev: &mut Device, n: u64) -> Result<Option<u64>> {
         let g = self.g;
+        if n > g.refblock_entries() {
+            return Ok(None);
+        }
         let mut dropped = std::mem::take(&mut self.structure.dropped);
         let mut found = None;
         for d in &mut dropped {
+            dev.progress.pass(g.cluster_size())?;
             let before = dev.read_vec(
                 "Could not read a refcount block",
                 d.offset,

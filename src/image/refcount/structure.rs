@@ -9,12 +9,13 @@ use crate::format::entry::REFTABLE_OFFSET_MASK;
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
 use crate::format::refblock;
 use crate::image::device::{self, Device};
+use crate::image::room;
 
 /// QEMU compares the number of refcount table entries with this (`QCOW_MAX_REFTABLE_SIZE`).
 const MAX_REFTABLE_ENTRIES: u64 = 8 << 20;
 
 /// One place where the refcount table has been during the verb.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Reftable {
     pub(crate) offset: u64,
     pub(crate) clusters: u64,
@@ -101,6 +102,12 @@ impl Refcounts {
         &self.structure.dropped
     }
 
+    /// Which of the dropped blocks was at `index`? They are in order.
+    pub(super) fn dropped_at(&self, index: u64) -> Option<usize> {
+        let dropped = &self.structure.dropped;
+        dropped.binary_search_by_key(&index, |d| d.index).ok()
+    }
+
     /// Length that QEMU's writes of refcount structures give the file at least.
     pub(crate) fn reach(&self) -> u64 {
         self.structure.reach
@@ -167,7 +174,7 @@ impl Refcounts {
         if own {
             self.store(new, 1)?;
         }
-        self.fates.take(new.0);
+        self.fates.take(new.0)?;
         if index < self.table().entries.len() as u64 {
             self.table_mut().entries[index as usize] = g.offset_of(new);
         } else {
@@ -211,13 +218,10 @@ impl Refcounts {
         }
         let clusters = entries / per_cluster;
 
-        let mut table: Vec<u64> = Vec::new();
-        table
-            .try_reserve_exact(entries as usize)
-            .map_err(|_| Error::NoMemory(entries * 8))?;
-        let old = self.table().clone();
-        table.extend(old.entries.iter().take(entries as usize));
-        table.resize(entries as usize, 0);
+        let old = (self.table().offset, self.table().clusters);
+        let all = self.table().entries.iter().copied();
+        let all = all.chain(std::iter::repeat(0));
+        let mut table = room::collected(all.take(entries as usize))?;
         table[new_index as usize] = new_block;
 
         // Which blocks are new, and where they and the table lie.
@@ -238,12 +242,13 @@ impl Refcounts {
         }
         let offset = g.offset_of(HostCluster(table_cluster));
         self.forget_before_writing(dev, offset, clusters * g.cluster_size())?;
-        self.structure.tables.push(Reftable {
+        let table = Reftable {
             offset,
             clusters,
             entries: table,
             born: Some(self.epoch()),
-        });
+        };
+        room::push(&mut self.structure.tables, table)?;
         for index in first..total_blocks {
             self.load(dev, index)?;
         }
@@ -254,14 +259,14 @@ impl Refcounts {
                 ));
             }
             self.store(HostCluster(c), 1)?;
-            self.fates.take(c);
+            self.fates.take(c)?;
         }
         self.reach_to(g.offset_of(HostCluster(end)));
         // The old table is forgotten when the header names the new one.
         self.free(
             dev,
-            old.offset,
-            old.clusters * g.cluster_size(),
+            old.0,
+            old.1 * g.cluster_size(),
             Freed::Kept,
             Forgotten::With(self.epoch()),
         )
@@ -273,15 +278,22 @@ impl Refcounts {
         let mut scratch = Vec::new();
         let mut unused = Vec::new();
         for index in 0..self.table().entries.len() as u64 {
+            dev.progress.pass(TABLE_ENTRY)?;
             let offset = self.entry(index);
             if offset == 0 {
                 continue;
             }
             self.check_aligned(index, offset)?;
+            // Zeros, and a table may name a million of these: terabytes to look at.
+            if offset >= dev.length() && self.block(index).is_none() {
+                room::push(&mut unused, (index, offset))?;
+                continue;
+            }
             let mut copy = match self.block(index) {
-                Some(b) => b.counts(g)?.into_owned(),
+                Some(b) => room::owned(b.counts(g)?)?,
                 None => {
-                    scratch.resize(g.cluster_len(), 0);
+                    dev.progress.pass(g.cluster_size())?;
+                    room::resize(&mut scratch, g.cluster_len(), 0)?;
                     dev.read("Could not read a refcount block", offset, &mut scratch)?;
                     std::mem::take(&mut scratch)
                 }
@@ -291,7 +303,7 @@ impl Refcounts {
                 refblock::set(g, &mut copy, g.refblock_index(itself), 0);
             }
             if copy.iter().all(|b| *b == 0) {
-                unused.push((index, offset));
+                room::push(&mut unused, (index, offset))?;
             }
             scratch = copy;
         }
@@ -301,6 +313,7 @@ impl Refcounts {
             .saturating_add(self.table().entries.len() as u64 * TABLE_ENTRY);
         self.reach_to(end);
         for (index, offset) in unused {
+            dev.progress.pass(TABLE_ENTRY)?;
             // `qcow2_discard_refcount_block`
             let cluster = g.cluster_of(offset);
             if self.get(dev, cluster)? != 1 {
@@ -310,7 +323,8 @@ impl Refcounts {
             }
             self.store(cluster, 0)?;
             self.next = self.next.min(cluster.0);
-            self.fates.free(cluster.0, Freed::Punched, Forgotten::Never);
+            self.fates
+                .free(cluster.0, Freed::Punched, Forgotten::Never)?;
             self.table_mut().entries[index as usize] = 0;
             let block = self.take_block(index);
             if block.as_ref().is_none_or(|b| b.made_in().is_none()) {
@@ -322,12 +336,13 @@ impl Refcounts {
                     Ok(b.now)
                 });
                 let counts = counts.transpose()?;
-                self.structure.dropped.push(Dropped {
+                let dropped = Dropped {
                     index,
                     offset,
                     counts,
                     peak: None,
-                });
+                };
+                room::push(&mut self.structure.dropped, dropped)?;
             }
         }
         Ok(())

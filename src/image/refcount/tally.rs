@@ -106,6 +106,7 @@ impl Refcounts {
             let Some(Some(block)) = self.residency.blocks.get_mut(index as usize) else {
                 break;
             };
+            let [block] = &mut **block;
             let Some(counts) = block.now.fields_mut::<WIDTH>() else {
                 break;
             };
