@@ -90,12 +90,12 @@ impl Image {
             ),
         ];
         let old = self.snapshots.entries.len();
-        room::reserve(&mut needed, list.len() + table.entries.len())?;
+        room::reserve(&mut needed, list.len())?;
         for (i, s) in list.iter().enumerate() {
             let bytes = u64::from(s.l1_size) * TABLE_ENTRY;
             room::push(&mut needed, (s.l1_table_offset, bytes, i >= old))?;
         }
-        for i in 0..table.entries.len() as u64 {
+        for i in (0..table.entries.len() as u64).filter(|i| table.entry(*i) != 0) {
             let born = replay.refs.block(i).is_some_and(|b| b.made_in().is_some());
             room::push(&mut needed, (replay.refs.entry(i), 1, born))?;
         }

@@ -115,6 +115,64 @@ impl Replay {
         Ok(out)
     }
 
+    /// Look at what `l1` reaches when all counts are final, as [`Replay::walk`] does. Tables that
+    /// `counted`, which has just been walked, names at the same place are not read again: which of
+    /// their flags change is found out when they are written.
+    pub(crate) fn look(&mut self, dev: &mut Device, l1: &[u64], counted: &[u64]) -> Result<Walked> {
+        let same = |(a, b): (&u64, &u64)| (a ^ b) & OFFSET_MASK == 0;
+        let shared = l1.iter().zip(counted).filter(|pair| same(*pair));
+        if self.refs.jumped() || shared.count() == 0 {
+            return self.walk(dev, l1, Tally::Look);
+        }
+        let g = self.g;
+        let mut out = Walked {
+            l1: room::copy_of(l1)?,
+            ..Walked::default()
+        };
+        check_repeats(g, l1)?;
+        self.refs.begin_walk();
+        let mut tables = Reader::new(g, tables::Kind::L2Tables, l1);
+        for (index, entry) in l1.iter().enumerate() {
+            let known = counted.get(index).is_some_and(|c| same((entry, c)));
+            if known && self.is_sound(dev, entry & OFFSET_MASK)? {
+                dev.progress.step(g.cluster_size())?;
+                self.note_known(dev, &mut out, index)?;
+            } else {
+                let counted = self.count_table(dev, &mut tables, index, Tally::Look)?;
+                self.note(&mut out, index, counted, Tally::Look)?;
+            }
+        }
+        Ok(out)
+    }
+
+    /// Can the L2 table at `offset` be written, whatever is in it, without an error or a longer file?
+    fn is_sound(&mut self, dev: &mut Device, offset: u64) -> Result<bool> {
+        let own = self.g.cluster_of(offset);
+        let protected = self
+            .overlap
+            .check(offset, self.g.cluster_size(), Some(Kind::ActiveL2));
+        Ok(offset != 0
+            && offset.saturating_add(self.g.cluster_size()) <= self.reach
+            && protected.is_ok()
+            && !self.refs.fates.is_taken(own.0)
+            && self.refs.get(dev, own)? != 0)
+    }
+
+    /// [`Replay::note`] for a table whose entries are looked at when it is written.
+    fn note_known(&mut self, dev: &mut Device, out: &mut Walked, index: usize) -> Result<()> {
+        let Some(slot) = out.l1.get_mut(index) else {
+            return Ok(());
+        };
+        let offset = *slot & OFFSET_MASK;
+        let flags = Flags::Final;
+        room::push(&mut out.tables, Marked { offset, flags })?;
+        let one = self.refs.get(dev, self.g.cluster_of(offset))? == 1;
+        let new = offset | if one { COPIED } else { 0 };
+        out.l1_changed |= new != *slot;
+        *slot = new;
+        Ok(())
+    }
+
     /// The rest of a walk, from `first` on, where the refcount blocks do not fit in memory: once for
     /// each part of them that does.
     fn walk_in_windows(

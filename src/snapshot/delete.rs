@@ -56,7 +56,7 @@ impl Image {
             epoch,
         )?;
         let active = replay
-            .walk(&mut self.dev, &self.l1, Tally::Look)
+            .look(&mut self.dev, &self.l1, &l1)
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
         if active.l1_changed {
             let end = self
