@@ -221,9 +221,9 @@ impl<'a> Walk<'a> {
             cluster = after;
             let is = |a: &&Arg| a.get_short() == Some(char::from(c));
             let arg = command.get_opts().find(is);
-            if arg.is_some() {
+            if let Some(arg) = arg.filter(|a| a.get_action().takes_values()) {
                 // What follows in the same word is the value.
-                self.pending = arg.filter(|_| after.is_empty());
+                self.pending = Some(arg).filter(|_| after.is_empty());
                 return;
             }
         }
@@ -255,9 +255,10 @@ fn options(command: &Command, found: &mut Vec<(Vec<u8>, String)>) {
 /// What this option or operand may be. Returns whether that is a file.
 fn values(arg: &Arg, walk: &Walk, found: &mut Vec<(Vec<u8>, String)>) -> bool {
     let name = arg.get_value_names().and_then(|n| n.first());
-    match (name.map(|n| n.as_str()), arg.get_value_hint()) {
+    let name = name.map_or(arg.get_id().as_str(), |n| n.as_str());
+    match (name, arg.get_value_hint()) {
         (_, ValueHint::FilePath) => return true,
-        (Some("SNAPSHOT"), ValueHint::Other) => {
+        ("SNAPSHOT", ValueHint::Other) => {
             let list = snapshots(walk).unwrap_or_default();
             // -d looks at names only.
             let by_id = arg.get_id() != "delete";
@@ -270,7 +271,7 @@ fn values(arg: &Arg, walk: &Walk, found: &mut Vec<(Vec<u8>, String)>) -> bool {
                 }
             }
         }
-        (Some("FMT"), _) => found.extend([
+        ("FMT", _) => found.extend([
             (b"qcow2".to_vec(), String::new()),
             (b"raw".to_vec(), String::new()),
         ]),

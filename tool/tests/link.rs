@@ -2,7 +2,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
-use common::{image, link, qemu_img, said, Said};
+use common::{assert_says, image, link, qemu_img, said, Said};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
@@ -220,7 +220,7 @@ fn with_the_link_everything_says_what_the_real_one_says() {
             got.err = got
                 .err
                 .replace("--help' for more info\n", "--help' for more information\n");
-            assert_eq!(got, expected, "{case}: {call:?}");
+            assert_says(&got, &expected, "qemu-img: ", &(case, call));
         }
     }
 }
