@@ -182,7 +182,10 @@ fn without_snapshots(request: &Request, guessed: bool) -> Result<(), Stop> {
         Action::Apply(name) => could_not("apply", name, "Block driver does not support snapshots"),
         Action::Delete(name) => could_not("delete", name, NOT_FOUND),
     };
-    Err(Stop::Failed(vec![b"Image is not in qcow2 format".to_vec(), line]))
+    Err(Stop::Failed(vec![
+        b"Image is not in qcow2 format".to_vec(),
+        line,
+    ]))
 }
 
 /// A snapshot with ID and name as they fit into QEMU's struct.

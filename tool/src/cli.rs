@@ -157,11 +157,7 @@ pub(crate) fn command() -> Command {
                 .infer_long_args(true)
                 .about("Print a completion script for a shell")
                 .arg(help())
-                .arg(
-                    Arg::new("SHELL")
-                        .required(true)
-                        .value_parser(SHELLS),
-                ),
+                .arg(Arg::new("SHELL").required(true).value_parser(SHELLS)),
         )
 }
 

@@ -136,11 +136,9 @@ impl Line {
         let mut files = false;
         let mut found: Vec<(Vec<u8>, String)> = Vec::new();
         let mut long_value = None;
-        if let (Some(at), false, None) = (
-            self.current.iter().position(|b| *b == b'='),
-            ended,
-            pending,
-        ) {
+        if let (Some(at), false, None) =
+            (self.current.iter().position(|b| *b == b'='), ended, pending)
+        {
             let (name, _) = self.current.split_at(at);
             let arg = name.strip_prefix(b"--").and_then(|n| long(&command, n));
             long_value = arg.map(|arg| (arg, at + 1));
@@ -301,7 +299,10 @@ fn snapshots(walk: &Walk) -> Option<Vec<Snapshot>> {
 
 /// What a shell makes of "~/" before it calls a program.
 fn with_home(file: &OsStr) -> OsString {
-    match (file.as_bytes().strip_prefix(b"~/"), std::env::var_os("HOME")) {
+    match (
+        file.as_bytes().strip_prefix(b"~/"),
+        std::env::var_os("HOME"),
+    ) {
         (Some(rest), Some(mut home)) => {
             home.push("/");
             home.push(OsStr::from_bytes(rest));

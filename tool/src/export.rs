@@ -117,9 +117,7 @@ fn print(image: &mut Image, quiet: bool) -> Result<(), Stop> {
         Stop::failed(text)
     };
     if io::stdout().is_terminal() {
-        return Err(Stop::failed(
-            "Could not write the output: it is a terminal",
-        ));
+        return Err(Stop::failed("Could not write the output: it is a terminal"));
     }
     let asked = Asked::watch()?;
     // Without the buffer, which looks for the ends of lines.

@@ -76,7 +76,10 @@ fn meant(word: &str) -> Option<String> {
         "snapshot" => "-l|-c|-a|-d ... FILE",
         _ => return None,
     };
-    let hint = format!("'{word}' is not a subcommand; use '{} {instead}'", cli::NAME);
+    let hint = format!(
+        "'{word}' is not a subcommand; use '{} {instead}'",
+        cli::NAME
+    );
     (!Path::new(word).exists()).then_some(hint)
 }
 

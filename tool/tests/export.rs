@@ -206,13 +206,7 @@ fn a_finished_copy_gets_its_name_on_every_file_system() {
         .args([&folder.join("no_links"), &source])
         .status();
     assert!(made.unwrap().success());
-    let run = |words: &[&str]| {
-        said(
-            Command::new("./no_links")
-                .current_dir(folder)
-                .args(words),
-        )
-    };
+    let run = |words: &[&str]| said(Command::new("./no_links").current_dir(folder).args(words));
     let able = run(&["ln", "image.qcow2", "link"]);
     if able.code == Some(77) {
         println!("SKIPPED: no seccomp here: export to a file system without links was not tested");

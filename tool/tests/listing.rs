@@ -371,7 +371,10 @@ fn a_terminal_gets_no_control_characters_of_names_and_a_pipe_gets_them_all() {
     }
     let folder = common::image("v3-4k", "before");
     let name = "a\u{1b}[31m\tb\nc\u{9b}\u{202e}ü \\";
-    assert_eq!(ours(folder.path(), &["-c", name, "image.qcow2"]).code, Some(0));
+    assert_eq!(
+        ours(folder.path(), &["-c", name, "image.qcow2"]).code,
+        Some(0)
+    );
     let raw = Command::new(common::tool())
         .current_dir(folder.path())
         .args(["-l", "image.qcow2"])
@@ -389,5 +392,8 @@ fn a_terminal_gets_no_control_characters_of_names_and_a_pipe_gets_them_all() {
     let shown = String::from_utf8(shown.stdout).unwrap();
     let escaped = "a\\033[31m\\tb\\nc\\302\\233\\342\\200\\256ü \\";
     assert!(shown.contains(escaped), "{shown:?}");
-    assert!(!shown.contains('\u{1b}') && !shown.contains('\u{9b}'), "{shown:?}");
+    assert!(
+        !shown.contains('\u{1b}') && !shown.contains('\u{9b}'),
+        "{shown:?}"
+    );
 }

@@ -90,7 +90,11 @@ fn once(line: &str) -> String {
 /// program's name, of what the library knows.
 pub fn assert_says(got: &Said, expected: &Said, prefix: &str, what: &dyn std::fmt::Debug) {
     let all = format!("{what:?}\ngot {got:#?}\nexpected {expected:#?}");
-    assert_eq!((got.code, &got.out), (expected.code, &expected.out), "{all}");
+    assert_eq!(
+        (got.code, &got.out),
+        (expected.code, &expected.out),
+        "{all}"
+    );
     let mut wanted = expected.err.lines().peekable();
     for line in got.err.lines() {
         if wanted.next_if_eq(&line).is_none() {
