@@ -154,7 +154,9 @@ fn ctrl_c_removes_the_partial_output() {
         while leftovers(folder).is_empty() && child.try_wait().unwrap().is_none() {
             std::thread::yield_now();
         }
-        run(Path::new("kill"), &["-s", signal, &child.id().to_string()]);
+        // The shell's own: the program is not everywhere.
+        let kill = format!("kill -s {signal} {}", child.id());
+        run(Path::new("sh"), &["-c", &kill]);
         let ended = child.wait_with_output().unwrap();
         assert_eq!(ended.status.code(), Some(code), "{ended:?}");
         assert_eq!(leftovers(folder), Vec::<String>::new());
