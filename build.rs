@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
     "src/capi/verbs.rs",
+    "src/capi/changes.rs",
     "src/capi/progress.rs",
     "src/capi/error.rs",
 ];
@@ -89,7 +90,11 @@ fn version_macros() -> String {
 
 /// cbindgen writes every constant in decimal, which nobody can read in a bit mask.
 fn flag_in_hex(line: &str) -> String {
-    for (prefix, width) in [("#define QCOW2_O_", 10), ("#define QCOW2_BLOCK_", 4)] {
+    for (prefix, width) in [
+        ("#define QCOW2_O_", 10),
+        ("#define QCOW2_BLOCK_", 4),
+        ("#define QCOW2_CHANGE_", 3),
+    ] {
         let flag = line
             .strip_prefix(prefix)
             .and_then(|rest| rest.split_once(' '))

@@ -7,6 +7,7 @@ use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Extensions, Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::Storage;
+use crate::read::changes::Pair;
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
@@ -18,7 +19,7 @@ mod chain;
 mod counts;
 mod damage;
 pub(crate) mod device;
-mod mapping;
+pub(crate) mod mapping;
 pub(crate) mod overlap;
 pub(crate) mod progress;
 pub(crate) mod refcount;
@@ -84,6 +85,8 @@ pub struct Image {
     pub(crate) view: Option<View>,
     l2_cache: mapping::L2Cache,
     unpacked: Option<mapping::Unpacked>,
+    /// The two states last compared.
+    pub(crate) compared: Option<Box<Pair>>,
     /// Where the image is, for names in it that are relative; unknown behind callbacks.
     path: Option<std::path::PathBuf>,
     chain: Option<Vec<chain::Layer>>,
@@ -193,6 +196,7 @@ impl Image {
             view: None,
             l2_cache: mapping::L2Cache::default(),
             unpacked: None,
+            compared: None,
             path: None,
             chain: None,
             data_file: None,
@@ -397,6 +401,7 @@ impl Image {
     pub(crate) fn forget_reads(&mut self) {
         (self.l2_cache, self.unpacked) = (mapping::L2Cache::default(), None);
         self.preallocated = None;
+        self.compared = None;
     }
 
     /// Does the image have valid persistent bitmaps?
