@@ -9,9 +9,10 @@ use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint};
 pub(crate) const NAME: &str = "qcow2-snapshot";
 /// First words that are no image.
 pub(crate) const SUBCOMMANDS: [&str; 2] = ["export", "completions"];
-/// Long options that QEMU does not have. They cannot be abbreviated, so that abbreviations of
-/// QEMU's options mean what they mean there.
+/// Long options that QEMU does not have. An abbreviation that also fits options of QEMU means those.
 pub(crate) const EXTENSIONS: [&str; 2] = ["output", "version"];
+/// Shells with a completion script.
+pub(crate) const SHELLS: [&str; 3] = ["bash", "zsh", "fish"];
 /// The options of which there can be one.
 pub(crate) const ACTIONS: [&str; 4] = ["list", "apply", "create", "delete"];
 
@@ -34,6 +35,8 @@ fn flag(long: &'static str, short: Option<char>, help: &'static str) -> Arg {
     }
 }
 
+/// Where the hint is `Other` and the value's name SNAPSHOT, one that exists is meant: the
+/// completions offer the image's.
 fn valued(long: &'static str, short: Option<char>, value: &'static str, help: &'static str) -> Arg {
     let arg = Arg::new(long)
         .long(long)
@@ -81,12 +84,15 @@ fn qemu_options(command: Command) -> Command {
             "SNAPSHOT",
             "Make the disk what the snapshot with this ID, else with this name, holds",
         ))
-        .arg(valued(
-            "create",
-            Some('c'),
-            "SNAPSHOT",
-            "Create a snapshot with this name",
-        ))
+        .arg(
+            valued(
+                "create",
+                Some('c'),
+                "SNAPSHOT",
+                "Create a snapshot with this name",
+            )
+            .value_hint(ValueHint::Unknown),
+        )
         .arg(valued(
             "delete",
             Some('d'),
@@ -148,13 +154,10 @@ pub(crate) fn command() -> Command {
         .subcommand(export_command())
         .subcommand(
             Command::new("completions")
+                .infer_long_args(true)
                 .about("Print a completion script for a shell")
                 .arg(help())
-                .arg(
-                    Arg::new("SHELL")
-                        .required(true)
-                        .value_parser(clap::value_parser!(clap_complete::Shell)),
-                ),
+                .arg(Arg::new("SHELL").required(true).value_parser(SHELLS)),
         )
 }
 
@@ -167,6 +170,7 @@ fn export_command() -> Command {
             .value_parser(OsStringValueParser::new())
     };
     Command::new("export")
+        .infer_long_args(true)
         .about("Write the disk that a snapshot holds to a new sparse raw file")
         .arg(help())
         .arg(flag(
@@ -183,7 +187,7 @@ fn export_command() -> Command {
         ))
         .arg(operand(
             "OUT",
-            "The raw file to make; it must not exist",
+            "The raw file to make; it must not exist. '-' is the standard output",
             ValueHint::FilePath,
         ))
 }
