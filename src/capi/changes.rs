@@ -44,7 +44,9 @@ use crate::read::Mapping;
 ///                what going back would change.
 /// @param offset  where to begin, in bytes from the start of the disk; any alignment. Past the end
 ///                of `to` there is no change.
-/// @param bytes   look at no more than this many; INT64_MAX for as far as it goes
+/// @param bytes   look at no more than this many; INT64_MAX for as far as it goes. With
+///                QCOW2_CHANGE_COMPARE a call reads until it finds a sector that differs: a smaller
+///                number bounds how long it takes.
 /// @param flags   0 or QCOW2_CHANGE_COMPARE, which opens backing files where data shows through
 ///                in one of the states only
 /// @param change  where to put the answer: with a length of 0 (and start = offset) if there is no

@@ -212,13 +212,14 @@ impl Image {
         compare: bool,
     ) -> Result<Option<Change>> {
         let mut found: Option<Change> = None;
+        let mut data = [Vec::new(), Vec::new()];
         let mut at = offset;
         while at < end {
             let most = if compare { CHUNK } else { u64::MAX };
             let (mut n, mut differs) = self.piece(pair, at, end, most)?;
             if compare && differs.is_some_and(|(from, _)| from != Mapping::Beyond) {
                 let differ;
-                (n, differ) = self.compare(pair, at, n)?;
+                (n, differ) = self.compare(pair, &mut data, at, n)?;
                 differs = differs.filter(|_| differ);
             }
             match (&mut found, differs) {
@@ -328,7 +329,13 @@ impl Image {
 
     /// Do the data of the two states differ in the sector at `at`, and for how many of `max` bytes,
     /// all in one L2 table and mapped alike, does that hold at least?
-    fn compare(&mut self, pair: &mut Pair, at: u64, max: u64) -> Result<(u64, bool)> {
+    fn compare(
+        &mut self,
+        pair: &mut Pair,
+        data: &mut [Vec<u8>; 2],
+        at: u64,
+        max: u64,
+    ) -> Result<(u64, bool)> {
         let known = |s: &Sectors| {
             let first = at.checked_sub(s.start)? / SECTOR;
             let rest = s.differ.get(first as usize..)?;
@@ -345,21 +352,26 @@ impl Image {
         let g = self.header.geometry;
         let index = g.l1_index(at);
         let tables = pair.tables.held(g, index);
-        let mut data = [Vec::new(), Vec::new()];
         for (side, state) in [&pair.from, &pair.to].into_iter().enumerate() {
             if let Some(Some(table)) = tables.get(side) {
                 for guest in [start, start + bytes - 1] {
                     self.keep_slice(state.table(index), guest, table)?;
                 }
             }
-            data[side] = device::zeroed(bytes)?;
+            if data[side].len() as u64 != bytes {
+                data[side] = device::zeroed(bytes)?;
+            }
             self.read_through(Some(&state.l1), start, &mut data[side])?;
         }
-        let [old, new] = &data;
+        let [old, new] = data;
         pair.sectors.start = start;
         pair.sectors.differ.clear();
-        let sectors = old.chunks(SECTOR as usize).zip(new.chunks(SECTOR as usize));
-        pair.sectors.differ.extend(sectors.map(|(a, b)| a != b));
+        if old == new {
+            pair.sectors.differ.resize((bytes / SECTOR) as usize, false);
+        } else {
+            let sectors = old.chunks(SECTOR as usize).zip(new.chunks(SECTOR as usize));
+            pair.sectors.differ.extend(sectors.map(|(a, b)| a != b));
+        }
         known(&pair.sectors).ok_or_else(|| Error::Corrupt("No sector was compared".into()))
     }
 }
