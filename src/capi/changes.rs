@@ -20,46 +20,47 @@ use crate::read::Mapping;
 ///       if (qcow2_snapshot_next_change(bs, from, to, at, INT64_MAX, 0, &c, NULL) < 0
 ///           || c.length == 0) break; else ...
 ///
-/// What is in no run is equal for certain. Without QCOW2_CHANGE_COMPARE only tables are read: a run
-/// is made of clusters (of subclusters, with extended L2 entries) that the two states map
-/// differently, and its data may be the same all the same. Where both states have the same L2 table nothing
-/// is read, so that the cost follows the difference, not the disk. With
-/// QCOW2_CHANGE_COMPARE the data of these clusters is read and compared, and runs are exact, in
-/// sectors of 512 bytes.
+/// What is in no run is equal for certain. Without QCOW2_CHANGE_COMPARE only tables are read: a
+/// run is made of clusters (subclusters, with extended L2 entries) that the two states map
+/// differently; the data in them may still be the same. Where both states have the same L2
+/// table nothing is read, so that the cost follows the difference and not the disk. With
+/// QCOW2_CHANGE_COMPARE the data of these clusters is read and compared, and runs are exact,
+/// in sectors of 512 bytes.
 ///
-/// Bytes past the end of `from` are changed (QCOW2_BLOCK_BEYOND in from_flags), and what lies past
-/// the end of `to` is never reported, nor is VM state. Zeros on both sides are equal: zero clusters
-/// and, in an image without a backing file, what is not allocated. The flags hold for a whole run:
-/// where they change a new one begins.
+/// Bytes past the end of `from` are changed (QCOW2_BLOCK_BEYOND in from_flags); what lies past
+/// the end of `to` is never reported, nor is VM state. Zeros on both sides are equal: zero
+/// clusters and, in an image without a backing file, what is not allocated. The flags hold for
+/// a whole run: where they change a new one begins.
 ///
-/// Every state can be asked for, whatever qcow2_snapshot_load_tmp() shows, and that stays as it
-/// is. The handle keeps up to 4 MiB of tables of the two states (and their L1 tables), so that a
-/// loop in order reads each once; a changing verb, qcow2_read_snapshots() or another pair of states drops
-/// them. With QCOW2_O_FORCE_SHARE they may thus be older than what a running guest has written.
+/// Any state can be asked for, whatever qcow2_snapshot_load_tmp() shows, and that stays as it
+/// is. The handle keeps up to 4 MiB of tables of the two states, and their L1 tables, so that a
+/// loop in order reads each once. A changing verb, qcow2_read_snapshots() and a call with other
+/// states drop them; until then, with QCOW2_O_FORCE_SHARE, they may be older than what a running
+/// guest has written.
 ///
 /// @param bs      the handle, read-only or not
 /// @param from    the older state: the ID of a snapshot or, if none has this ID, its name (of
 ///                several the first); NULL for the active disk
-/// @param to      the newer state, likewise. It need not be newer: the other way round the call tells
-///                what going back would change.
-/// @param offset  where to begin, in bytes from the start of the disk; any alignment. Past the end
-///                of `to` there is no change.
+/// @param to      the newer state, likewise. It need not be newer: the other way round the
+///                call tells what going back would change.
+/// @param offset  where to begin, in bytes from the start of the disk; any alignment. At the
+///                end of `to` and past it there is no change.
 /// @param bytes   look at no more than this many; INT64_MAX for as far as it goes. With
-///                QCOW2_CHANGE_COMPARE a call reads until it finds a sector that differs: a smaller
-///                number bounds how long it takes.
-/// @param flags   0 or QCOW2_CHANGE_COMPARE, which opens backing files where data shows through
-///                in one of the states only
-/// @param change  where to put the answer: with a length of 0 (and start = offset) if there is no
-///                change in the range; cleared if the call fails
+///                QCOW2_CHANGE_COMPARE a call reads until it finds a sector that differs: a
+///                smaller number bounds how long it takes.
+/// @param flags   0 or QCOW2_CHANGE_COMPARE, which opens backing files where their data shows
+///                through in one of the two states only
+/// @param change  where to put the answer: with a length of 0 (and start = offset) if there is
+///                no change in the range; cleared if the call fails
 /// @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
 ///                failure, then owned by the caller (qcow2_error_free())
 /// @return        0, also if there is no change, or -errno:
-///                -EINVAL   bs or change is NULL; offset or bytes is negative; unknown flags; or
-///                          a snapshot's L1 table is not where one can be
+///                -EINVAL   bs or change is NULL; offset or bytes is negative; unknown flags;
+///                          or a snapshot's L1 table is not where one can be
 ///                -ENOENT   no such snapshot; the message names it
 ///                -EFBIG    a snapshot's L1 table exceeds QEMU's limit
-///                -ENOTSUP  QCOW2_CHANGE_COMPARE on an encrypted image, or a backing file that
-///                          cannot or must not be opened; an external data file
+///                -ENOTSUP  QCOW2_CHANGE_COMPARE on an encrypted image, or with a backing
+///                          file that cannot or must not be opened; an external data file
 ///                -EIO      the image is damaged there or cannot be read; or an earlier
 ///                          failure spent the handle
 ///                -ENOMEM, -EBUSY, and what the I/O functions and opening a backing file return
