@@ -74,6 +74,10 @@ pub fn image(rng: &mut Rng, tools: &mut Tools, names: &[Vec<u8>], counts: &mut C
     drop(image);
     for from in 0..states.len() {
         for to in 0..states.len() {
+            // Of many pairs, some.
+            if states.len() > 3 && rng.chance(50) {
+                continue;
+            }
             let what = |s: &State| {
                 s.name
                     .as_deref()
@@ -135,16 +139,19 @@ fn pair(
     let (old, new) = (states[from].name.clone(), states[to].name.clone());
     let (old, new) = (old.as_deref(), new.as_deref());
     let (from_size, to_size) = (states[from].size, states[to].size);
-    let mut image = if rng.chance(30) {
-        ours(Image::open(&path, OpenFlags::RDWR | OpenFlags::NO_LOCK))?
-    } else {
-        let mut image = ours(Image::open(&path, OpenFlags::read_only()))?;
-        // It shows something else: that changes nothing, and stays.
-        let shown = states[rng.below(states.len() as u64) as usize].name.clone();
-        if let Some(shown) = shown {
-            ours(image.snapshot_load_tmp(None, Some(&shown)))?;
+    // Dirty and corrupt images open read-only alone.
+    let writable = Image::open(&path, OpenFlags::RDWR | OpenFlags::NO_LOCK).ok();
+    let mut image = match writable.filter(|_| rng.chance(30)) {
+        Some(image) => image,
+        None => {
+            let mut image = ours(Image::open(&path, OpenFlags::read_only()))?;
+            // It shows something else: that changes nothing, and stays.
+            let shown = states[rng.below(states.len() as u64) as usize].name.clone();
+            if let Some(shown) = shown {
+                ours(image.snapshot_load_tmp(None, Some(&shown)))?;
+            }
+            image
         }
-        image
     };
     let length = image.length();
     if tools.luks {
