@@ -82,12 +82,15 @@ build/demo build/list build/export-snapshot: build/%: examples/%.c $(HEADER) | l
 	    -Lbuild -lqcow2_snapshot -Wl,-rpath,'$$ORIGIN'
 
 # The program is linked against the library by name, so a new library needs no new program.
-demo: library build/demo build/list build/export-snapshot
+demo: all build/demo build/list build/export-snapshot
 	@echo
 	@build/demo build/demo.qcow2
 	@echo
 	@echo '$$ build/list build/demo.qcow2'
 	@build/list build/demo.qcow2
+	@echo
+	@echo '$$ build/qcow2-snapshot diff build/demo.qcow2 1'
+	@build/qcow2-snapshot diff build/demo.qcow2 1
 
 check: setup all
 	@CARGO='$(CARGO)' TARGET='$(TARGET)' MAKE='$(MAKE)' tools/check

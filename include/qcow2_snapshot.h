@@ -174,6 +174,17 @@
 /* ---- What a verb did to the image ---------------------------------------------------- */
 
 /**
+ * Qcow2Change.from_flags: the older state of the disk ends before.
+ */
+#define QCOW2_BLOCK_BEYOND 0x100
+
+/**
+ * qcow2_snapshot_next_change(): read what may differ, and report what does, to a sector of 512
+ * bytes.
+ */
+#define QCOW2_CHANGE_COMPARE 0x1
+
+/**
  * qcow2_last_outcome(): no changing verb was called yet.
  */
 #define QCOW2_OUTCOME_NONE 0
@@ -408,6 +419,35 @@ typedef struct Qcow2Extent {
      */
     uint64_t reserved[3];
 } Qcow2Extent;
+
+/**
+ * A run of a disk's bytes that changed between two states, or may have changed, from
+ * qcow2_snapshot_next_change().
+ */
+typedef struct Qcow2Change {
+    /**
+     * First byte, from the start of the disk.
+     */
+    uint64_t start;
+    /**
+     * Bytes; 0: there is no (further) change in the range that was asked for.
+     */
+    uint64_t length;
+    /**
+     * What the older state has there: QCOW2_BLOCK values joined by "|", as the image itself
+     * maps it in the whole run: DATA, ZERO, COMPRESSED, ALLOCATED; 0 where nothing is allocated
+     * and the backing file shows through, or zeros; BEYOND past the end of that disk.
+     */
+    uint32_t from_flags;
+    /**
+     * What the newer state has there, never BEYOND.
+     */
+    uint32_t to_flags;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[4];
+} Qcow2Change;
 
 /**
  * The caller's function for qcow2_set_progress(): how far is the verb, and shall it go on?
@@ -984,6 +1024,68 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
                        struct Qcow2Error **errp);
 
 /* ---- Progress ------------------------------------------------------------------------ */
+
+/**
+ * Find the next run of bytes in which the disk in the state `to` differs, or may differ, from
+ * the disk in the state `from`. To see all changes:
+ *
+ *   for (at = 0; ; at = c.start + c.length)
+ *       if (qcow2_snapshot_next_change(bs, from, to, at, INT64_MAX, 0, &c, NULL) < 0
+ *           || c.length == 0) break; else ...
+ *
+ * What is in no run is equal for certain. Without QCOW2_CHANGE_COMPARE only tables are read: a
+ * run is made of clusters (subclusters, with extended L2 entries) that the two states map
+ * differently; the data in them may still be the same. Where both states have the same L2
+ * table nothing is read, so that the cost follows the difference and not the disk. With
+ * QCOW2_CHANGE_COMPARE the data of these clusters is read and compared, and runs are exact,
+ * in sectors of 512 bytes.
+ *
+ * Bytes past the end of `from` are changed (QCOW2_BLOCK_BEYOND in from_flags); what lies past
+ * the end of `to` is never reported, nor is VM state. Zeros on both sides are equal: zero
+ * clusters and, in an image without a backing file, what is not allocated. The flags hold for
+ * a whole run: where they change a new one begins.
+ *
+ * Any state can be asked for, whatever qcow2_snapshot_load_tmp() shows, and that stays as it
+ * is. The handle keeps up to 4 MiB of tables of the two states, and their L1 tables, so that a
+ * loop in order reads each once. A changing verb, qcow2_read_snapshots() and a call with other
+ * states drop them; until then, with QCOW2_O_FORCE_SHARE, they may be older than what a running
+ * guest has written.
+ *
+ * @param bs      the handle, read-only or not
+ * @param from    the older state: the ID of a snapshot or, if none has this ID, its name (of
+ *                several the first); NULL for the active disk
+ * @param to      the newer state, likewise. It need not be newer: the other way round the
+ *                call tells what going back would change.
+ * @param offset  where to begin, in bytes from the start of the disk; any alignment. At the
+ *                end of `to` and past it there is no change.
+ * @param bytes   look at no more than this many; INT64_MAX for as far as it goes. With
+ *                QCOW2_CHANGE_COMPARE a call reads until it finds a sector that differs: a
+ *                smaller number bounds how long it takes.
+ * @param flags   0 or QCOW2_CHANGE_COMPARE, which opens backing files where their data shows
+ *                through in one of the two states only
+ * @param change  where to put the answer: with a length of 0 (and start = offset) if there is
+ *                no change in the range; cleared if the call fails
+ * @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+ *                failure, then owned by the caller (qcow2_error_free())
+ * @return        0, also if there is no change, or -errno:
+ *                -EINVAL   bs or change is NULL; offset or bytes is negative; unknown flags;
+ *                          or a snapshot's L1 table is not where one can be
+ *                -ENOENT   no such snapshot; the message names it
+ *                -EFBIG    a snapshot's L1 table exceeds QEMU's limit
+ *                -ENOTSUP  QCOW2_CHANGE_COMPARE on an encrypted image, or with a backing
+ *                          file that cannot or must not be opened; an external data file
+ *                -EIO      the image is damaged there or cannot be read; or an earlier
+ *                          failure spent the handle
+ *                -ENOMEM, -EBUSY, and what the I/O functions and opening a backing file return
+ */
+int qcow2_snapshot_next_change(struct Qcow2Image *bs,
+                               const char *from,
+                               const char *to,
+                               int64_t offset,
+                               int64_t bytes,
+                               int flags,
+                               struct Qcow2Change *change,
+                               struct Qcow2Error **errp);
 
 /**
  * Have a function called while create, goto, delete or qcow2_write_snapshots() is at work

@@ -9,6 +9,7 @@ use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Extensions, Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::{Stamp, Storage};
+use crate::read::changes::Pair;
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
@@ -21,7 +22,7 @@ mod counts;
 mod damage;
 pub(crate) mod device;
 mod layout;
-mod mapping;
+pub(crate) mod mapping;
 pub(crate) mod overlap;
 pub(crate) mod progress;
 pub(crate) mod refcount;
@@ -99,6 +100,8 @@ pub struct Image {
     pub(crate) view: Option<View>,
     l2_cache: mapping::L2Cache,
     unpacked: Option<mapping::Unpacked>,
+    /// The two states last compared.
+    pub(crate) compared: Option<Box<Pair>>,
     /// Where the image is, for names in it that are relative; unknown behind callbacks.
     place: Option<chain::Place>,
     /// Names of the files of the chain that C callers were given.
@@ -234,6 +237,7 @@ impl Image {
             l2_cache: mapping::L2Cache::default(),
             unpacked: None,
             place: None,
+            compared: None,
             host_names: Vec::new(),
             seen,
             preallocated: None,
@@ -527,6 +531,7 @@ impl Image {
     pub(crate) fn forget_reads(&mut self) {
         (self.l2_cache, self.unpacked) = (mapping::L2Cache::default(), None);
         self.preallocated = None;
+        self.compared = None;
     }
 
     /// Does the image have valid persistent bitmaps?

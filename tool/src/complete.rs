@@ -256,7 +256,7 @@ fn values(arg: &Arg, walk: &Walk, found: &mut Vec<(Vec<u8>, String)>) -> bool {
     let name = name.map_or(arg.get_id().as_str(), |n| n.as_str());
     match (name, arg.get_value_hint()) {
         (_, ValueHint::FilePath) => return true,
-        ("SNAPSHOT", ValueHint::Other) => {
+        ("SNAPSHOT" | "FROM" | "TO", ValueHint::Other) => {
             let list = snapshots(walk).unwrap_or_default();
             // -d looks at names only.
             let by_id = arg.get_id() != "delete";

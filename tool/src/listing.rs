@@ -102,7 +102,7 @@ fn clock(nanoseconds: u64) -> String {
 }
 
 /// QEMU's `size_to_str`: the unit changes at 1000 of it, not at 1024.
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
     // The exponent that C's frexp() gives: its fraction is at least a half.
     let scaled = bytes as f64 / (1000.0 / 1024.0);

@@ -8,6 +8,7 @@
 //!    ├── actions        list, create, apply, delete: QEMU's messages
 //!    │    └── listing   the table and its JSON form
 //!    ├── export         a snapshot's disk as a raw file
+//!    ├── diff           what changed between two snapshots
 //!    ├── complete       what the completion scripts of the shells ask for
 //!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
@@ -15,6 +16,7 @@
 mod actions;
 mod cli;
 mod complete;
+mod diff;
 mod export;
 mod getopt;
 mod link;
@@ -83,13 +85,14 @@ fn meant(word: &str) -> Option<String> {
     (!Path::new(word).exists()).then_some(hint)
 }
 
-/// `export` and `completions`: nothing that QEMU has, so clap's own words are good.
+/// `export`, `diff` and `completions`: nothing that QEMU has, so clap's own words are good.
 fn subcommand(args: &[OsString]) -> Result<(), Stop> {
     let name = OsString::from(cli::NAME);
     let words = std::iter::once(&name).chain(args);
     let matches = cli::command().try_get_matches_from(words)?;
     match matches.subcommand() {
         Some(("export", m)) => export::run(m),
+        Some(("diff", m)) => diff::run(m),
         Some(("completions", m)) => stop::print(complete::script(m).as_bytes()),
         _ => Ok(()),
     }

@@ -75,6 +75,9 @@ const CALLS: &[(&[&str], &[&str])] = &[
     (&["export", "-q", "image.qcow2", "tw"], &["two"]),
     (&["export", "image.qcow2", "two", "ima"], &["image.qcow2"]),
     (&["export", "no-image", "tw"], &[]),
+    (&["diff", "image.qcow2", "tw"], &["two"]),
+    (&["diff", "image.qcow2", "two", "on"], &["one"]),
+    (&["diff", "--output", "j"], &["json"]),
     (
         &["--image-opts", "file.filename=image.qcow2", "-d", "tw"],
         &["two"],
