@@ -70,6 +70,10 @@
  *   "File too large". SIGXFSZ, which would end the program, is kept from the calling thread
  *   during the library's own writes; in the caller's own I/O functions it is theirs to ignore.
  *
+ * The process. No descriptor of the library is 0, 1 or 2. Names of files, relative ones of an
+ *   image's backing and data files too, mean what they mean when the image is opened, whatever
+ *   chdir() does later.
+ *
  * Units. Sizes and offsets are bytes. Texts are bytes ending in NUL, taken as they are.
  *
  * Macros, to be defined before the include:
@@ -110,12 +114,16 @@
 
 /**
  * Read beside a running guest, as "qemu-img -U": read-only opens only, claims nothing
- * exclusive. What is read while the guest writes may be torn.
+ * exclusive. What is read while the guest writes may be torn. When the image file was changed
+ * a call that reads looks at header, tables and list of snapshots again first (not behind the
+ * caller's own I/O functions: there qcow2_reload() does it); if the snapshot that
+ * qcow2_snapshot_load_tmp() shows is gone then, reading is -ENOENT until another is shown.
  */
 #define QCOW2_O_FORCE_SHARE 0x01000000
 
 /**
- * Take no image lock at all: keeping others out is then the caller's duty.
+ * Take no image lock at all: keeping others out is then the caller's duty. For file systems that
+ * refuse locks (where they have none at all, none are taken without this flag either).
  */
 #define QCOW2_O_NO_LOCK 0x02000000
 
@@ -171,8 +179,6 @@
  */
 #define QCOW2_BLOCK_COMPRESSED 0x80
 
-/* ---- What a verb did to the image ---------------------------------------------------- */
-
 /**
  * Qcow2Change.from_flags: the older state of the disk ends before.
  */
@@ -183,6 +189,8 @@
  * bytes.
  */
 #define QCOW2_CHANGE_COMPARE 0x1
+
+/* ---- What a verb did to the image ---------------------------------------------------- */
 
 /**
  * qcow2_last_outcome(): no changing verb was called yet.
@@ -305,8 +313,8 @@ typedef struct Qcow2IoOps {
      */
     int (*discard)(void *opaque, uint64_t offset, uint64_t bytes);
     /**
-     * The handle is closed: the last call, exactly once. Not called if qcow2_open_io()
-     * failed. May be NULL.
+     * The handle is closed: the last call, exactly once, after those of the files that open_file
+     * opened, the last of a chain first. Not called if qcow2_open_io() failed. May be NULL.
      */
     void (*close)(void *opaque);
     /**
@@ -410,7 +418,8 @@ typedef struct Qcow2Extent {
     uint32_t depth;
     /**
      * The file that host_offset refers to: of that depth the image or backing file itself,
-     * or its external data file. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
+     * or its external data file. A relative name is relative to the folder that was the current
+     * one at open. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
      * not known (the caller's own I/O functions). Belongs to the handle, lives as long as it.
      */
     const char *filename;
@@ -468,7 +477,8 @@ typedef struct Qcow2SnapshotLayout {
     /**
      * The ID in full length, text ending in NUL. As all pointers here it belongs to the handle
      * and lives until the list changes: until the next changing verb, qcow2_read_snapshots(),
-     * qcow2_free_snapshots(), qcow2_reload() or qcow2_close().
+     * qcow2_free_snapshots(), qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until the next
+     * call.
      */
     const char *id;
     /**
@@ -574,7 +584,8 @@ typedef struct Qcow2ImageLayout {
     uint32_t reserved32;
     /**
      * The active L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
-     * lives until the next changing verb, qcow2_reload() or qcow2_close().
+     * lives until the next changing verb, qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until
+     * the next call.
      */
     const uint64_t *l1_table;
     /**
@@ -948,6 +959,7 @@ int64_t qcow2_getlength(const struct Qcow2Image *bs);
  *                          behind the image; the words say which
  *                -EINVAL   likewise, if the backing chain is a loop
  *                -ENOENT, -EACCES and the like if a backing file cannot be opened
+ *                -ENOENT   the snapshot that is shown was deleted (QCOW2_O_FORCE_SHARE)
  *                -EBUSY, and what the I/O functions return
  *
  * QEMU: bdrv_pread()
@@ -1023,8 +1035,6 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
                        size_t bytes,
                        struct Qcow2Error **errp);
 
-/* ---- Progress ------------------------------------------------------------------------ */
-
 /**
  * Find the next run of bytes in which the disk in the state `to` differs, or may differ, from
  * the disk in the state `from`. To see all changes:
@@ -1086,6 +1096,8 @@ int qcow2_snapshot_next_change(struct Qcow2Image *bs,
                                int flags,
                                struct Qcow2Change *change,
                                struct Qcow2Error **errp);
+
+/* ---- Progress ------------------------------------------------------------------------ */
 
 /**
  * Have a function called while create, goto, delete or qcow2_write_snapshots() is at work

@@ -137,7 +137,7 @@ impl Image {
         bytes: u64,
         compare: bool,
     ) -> Result<Option<Change>> {
-        self.usable()?;
+        self.begin_look()?;
         if self.header.has_data_file() {
             return Err(Error::Unsupported(
                 "Internal snapshots are not supported on images with an external data file".into(),
