@@ -63,7 +63,9 @@ mod flags;
 pub mod format;
 pub mod image;
 pub mod io;
+pub mod read;
 pub mod snapshot;
+mod words;
 
 #[doc(hidden)]
 pub mod capi;
@@ -71,4 +73,6 @@ pub mod capi;
 pub use error::{Error, Result};
 pub use flags::OpenFlags;
 pub use image::{BlockStatus, Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
+pub use read::{Change, Changes, Mapping};
 pub use snapshot::{NewSnapshot, Snapshot};
+pub use words::{os_words, printable, strerror};

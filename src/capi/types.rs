@@ -16,7 +16,7 @@ pub const QCOW2_O_FORCE_SHARE: c_int = 0x0100_0000;
 /// Take no image lock at all: keeping others out is then the caller's duty. For file systems that
 /// refuse locks (where they have none at all, none are taken without this flag either).
 pub const QCOW2_O_NO_LOCK: c_int = 0x0200_0000;
-/// Do not punch holes into the image file where clusters are freed.
+/// Do not punch holes into the image file where clusters are freed: they keep their bytes.
 pub const QCOW2_O_NO_DISCARD: c_int = 0x0400_0000;
 /// Behave as the code of QEMU 2.1 did, in exactly three things: the struct of 408 bytes
 /// without `icount`; 16 bytes of extra data for each snapshot table entry written; reverting
@@ -27,11 +27,14 @@ pub const QCOW2_O_COMPAT_2_1: c_int = 0x0800_0000;
 /// -ENOTSUP. For images from a source that is not trusted: their names may say anything.
 pub const QCOW2_O_NO_BACKING: c_int = 0x2000_0000;
 
-/// Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA). What an NBD server calls
-/// a hole is an extent without this flag.
+/// Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA). Without it: a hole,
+/// which is what an NBD server reports as NBD_STATE_HOLE (and QCOW2_BLOCK_ZERO as
+/// NBD_STATE_ZERO).
 pub const QCOW2_BLOCK_DATA: c_int = 0x01;
 /// Qcow2Extent.flags: it reads as zeros (QEMU's BDRV_BLOCK_ZERO). Together with
-/// QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file.
+/// QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file. That is the one answer
+/// that rests on holes, discarded ranges among them, reading as zeros; the others come from the
+/// tables of the image.
 pub const QCOW2_BLOCK_ZERO: c_int = 0x02;
 /// Qcow2Extent.flags: `host_offset` is valid (QEMU's BDRV_BLOCK_OFFSET_VALID).
 pub const QCOW2_BLOCK_OFFSET_VALID: c_int = 0x04;
@@ -40,6 +43,12 @@ pub const QCOW2_BLOCK_OFFSET_VALID: c_int = 0x04;
 pub const QCOW2_BLOCK_ALLOCATED: c_int = 0x10;
 /// Qcow2Extent.flags: the bytes are stored compressed (QEMU's BDRV_BLOCK_COMPRESSED).
 pub const QCOW2_BLOCK_COMPRESSED: c_int = 0x80;
+/// Qcow2Change.from_flags: the older state of the disk ends before.
+pub const QCOW2_BLOCK_BEYOND: c_int = 0x100;
+
+/// qcow2_snapshot_next_change(): read what may differ, and report what does, to a sector of 512
+/// bytes.
+pub const QCOW2_CHANGE_COMPARE: c_int = 0x1;
 
 /// qcow2_last_outcome(): no changing verb was called yet.
 pub const QCOW2_OUTCOME_NONE: c_int = 0;
@@ -108,10 +117,28 @@ pub struct Qcow2Extent {
     pub reserved: [u64; 3],
 }
 
+/// A run of a disk's bytes that changed between two states, or may have changed, from
+/// qcow2_snapshot_next_change().
+#[repr(C)]
+pub struct Qcow2Change {
+    /// First byte, from the start of the disk.
+    pub start: u64,
+    /// Bytes; 0: there is no (further) change in the range that was asked for.
+    pub length: u64,
+    /// What the older state has there: QCOW2_BLOCK values joined by "|", as the image itself
+    /// maps it in the whole run: DATA, ZERO, COMPRESSED, ALLOCATED; 0 where nothing is allocated
+    /// and the backing file shows through, or zeros; BEYOND past the end of that disk.
+    pub from_flags: u32,
+    /// What the newer state has there, never BEYOND.
+    pub to_flags: u32,
+    /// Zeros. Later versions of the library may tell more here.
+    pub reserved: [u64; 4],
+}
+
 /// The caller's I/O functions, for qcow2_open_io(). The library copies the table; it calls
 /// one function at a time, on the thread of the caller, with the `opaque` pointer given at
 /// open. A function returns 0 (getlength: a length) or -errno; anything else counts as -EIO.
-/// It must not throw, longjmp or call back into the handle (-EBUSY).
+/// It must not throw, longjmp, end its thread or call back into the handle (-EBUSY).
 #[repr(C)]
 pub struct Qcow2IoOps {
     /// sizeof(Qcow2IoOps). New members come at the end only, so a table compiled against an
@@ -145,7 +172,9 @@ pub struct Qcow2IoOps {
     /// Set the length to `length` bytes; growing adds zeros.
     pub truncate: Option<unsafe extern "C" fn(opaque: *mut c_void, length: u64) -> c_int>,
     /// Give back the space of `bytes` bytes at `offset`, which read as zeros from then on;
-    /// the length stays. May be NULL: nothing is given back.
+    /// the length stays. May be NULL: nothing is given back. A hint: freed clusters equal
+    /// those that qemu-img leaves only if they read as zeros, and the meaning of the image
+    /// does not depend on it.
     pub discard:
         Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, bytes: u64) -> c_int>,
     /// The handle is closed: the last call, exactly once, after those of the files that open_file

@@ -5,11 +5,12 @@
 //! read-only, with QEMU's locks.
 
 use super::device::Device;
-use super::Image;
+use super::{room, Image};
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::format::probe::{probe, PROBE_BYTES};
 use crate::io::file::FileStorage;
+use crate::words::printable;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -40,6 +41,7 @@ impl Place {
     fn absolute(&self, name: &Path) -> Option<PathBuf> {
         let path = match &self.current {
             Some(current) => current.join(name),
+            #[allow(clippy::disallowed_methods)] // as long as a path may be
             None => name.to_owned(),
         };
         path.is_absolute().then_some(path)
@@ -97,7 +99,7 @@ impl Image {
             return Ok(());
         }
         let mut chain = Chain(Vec::new());
-        let mut seen: Vec<(u64, u64)> = self.dev.identity().into_iter().collect();
+        let mut seen = room::collected(self.dev.identity().into_iter())?;
         let mut tables = 0;
         loop {
             let last = chain.len() >= MAX_CHAIN;
@@ -120,10 +122,10 @@ impl Image {
                     if seen.contains(&id) {
                         return Err(Error::Invalid(format!(
                             "The backing chain is a loop: '{}' stands in it twice",
-                            String::from_utf8_lossy(&namer.backing_file)
+                            printable(&namer.backing_file)
                         )));
                     }
-                    seen.push(id);
+                    room::push(&mut seen, id)?;
                 }
                 tables += size_of_val(image.l1.as_slice());
                 if tables > MAX_CHAIN_L1 {
@@ -135,7 +137,7 @@ impl Image {
                 image.reftable = Vec::new();
                 image.free_snapshots();
             }
-            chain.push(layer);
+            room::push(&mut chain, layer)?;
         }
         self.chain = Some(chain);
         Ok(())
@@ -161,7 +163,7 @@ impl Image {
     /// file's to the image's (`path_combine`), but to the current one with `file:` before it; a data
     /// file's always to the current one.
     fn resolve(&self, name: &[u8], what: &str) -> Result<PathBuf> {
-        let shown = String::from_utf8_lossy(name);
+        let shown = printable(name);
         let Some(place) = &self.place else {
             return Err(Error::Unsupported(format!(
                 "The {what} '{shown}' is needed, which an image opened through callbacks without open_file cannot reach"
@@ -186,6 +188,7 @@ impl Image {
         if self.header.has_data_file() {
             return self.resolve(&self.extensions.data_file, DATA_FILE).ok();
         }
+        #[allow(clippy::disallowed_methods)] // as long as a path may be
         self.place.as_ref().map(|place| place.name.clone())
     }
 
@@ -197,7 +200,7 @@ impl Image {
         what: &str,
     ) -> Result<(Device, Option<PathBuf>)> {
         let context = format!("Could not open {what}");
-        let shown = String::from_utf8_lossy(name);
+        let shown = printable(name);
         if self.flags.has(OpenFlags::NO_BACKING) {
             return Err(Error::Unsupported(format!(
                 "The {what} '{shown}' is needed, which QCOW2_O_NO_BACKING forbids"
@@ -220,13 +223,15 @@ impl Image {
         let options = Image::file_options(self.flags.for_layers());
         let storage = FileStorage::open_path_as(&absolute, &path, &options)
             .map_err(|e| e.context(&context))?;
-        Ok((Device::new(Box::new(storage))?, Some(path)))
+        #[allow(clippy::disallowed_methods)] // a hundred bytes, for each of 200 files at most
+        let storage = Box::new(storage);
+        Ok((Device::new(storage)?, Some(path)))
     }
 
     /// Open the backing file that this image names.
     fn open_layer(&mut self) -> Result<Layer> {
-        let name = self.backing_file.clone();
-        let format = self.extensions.backing_format.clone();
+        let name = room::copy_of(&self.backing_file)?;
+        let format = room::copy_of(&self.extensions.backing_format)?;
         if !format.is_empty() {
             self.require_readable(&format)?;
         }
@@ -244,9 +249,12 @@ impl Image {
         let mut image = Image::on_device(dev, self.flags.for_layers())
             .map_err(|e| e.context("Could not open backing file"))?;
         // What it names was relative to the same current folder.
+        #[allow(clippy::disallowed_methods)] // as long as a path may be
         let current = self.place.as_ref().and_then(|place| place.current.clone());
         image.place = path.map(|name| Place { name, current });
-        Ok(Layer::Qcow2(Box::new(image)))
+        #[allow(clippy::disallowed_methods)] // one for each of 200 files at most
+        let image = Box::new(image);
+        Ok(Layer::Qcow2(image))
     }
 
     /// Can a backing file in this format be read here?
@@ -255,8 +263,8 @@ impl Image {
             b"qcow2" | b"raw" | b"file" => Ok(()),
             _ => Err(Error::Unsupported(format!(
                 "The backing file '{}' is in format '{}', which is not supported: only qcow2 and raw are",
-                String::from_utf8_lossy(&self.backing_file),
-                String::from_utf8_lossy(format)
+                printable(&self.backing_file),
+                printable(format)
             ))),
         }
     }
@@ -264,7 +272,7 @@ impl Image {
     /// The external data file, opened on first use.
     pub(crate) fn data_file(&mut self) -> Result<&mut Device> {
         if self.data_file.is_none() {
-            let name = self.extensions.data_file.clone();
+            let name = room::copy_of(&self.extensions.data_file)?;
             if name.is_empty() {
                 return Err(Error::Invalid(
                     "'data-file' is required for this image".into(),

@@ -47,7 +47,7 @@ impl Image {
     /// Those of opening the image. The handle is spent then: what it knows is not the image any more.
     pub fn reload(&mut self) -> Result<()> {
         self.usable()?;
-        let loaded = self.dev.refresh().and_then(|()| self.load());
+        let loaded = self.dev.length_now().and_then(|_| self.load());
         if loaded.is_err() {
             self.poison();
         }

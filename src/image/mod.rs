@@ -1,5 +1,7 @@
 //! An open image: its state in memory, and what every verb shares.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::format::features;
@@ -7,6 +9,7 @@ use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Extensions, Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::{Stamp, Storage};
+use crate::read::changes::Pair;
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
@@ -19,12 +22,13 @@ mod counts;
 mod damage;
 pub(crate) mod device;
 mod layout;
-mod mapping;
+pub(crate) mod mapping;
 pub(crate) mod overlap;
 pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
 pub(crate) mod resize;
+pub(crate) mod room;
 mod status;
 pub(crate) mod update;
 pub(crate) mod walk;
@@ -96,6 +100,8 @@ pub struct Image {
     pub(crate) view: Option<View>,
     l2_cache: mapping::L2Cache,
     unpacked: Option<mapping::Unpacked>,
+    /// The two states last compared.
+    pub(crate) compared: Option<Box<Pair>>,
     /// Where the image is, for names in it that are relative; unknown behind callbacks.
     place: Option<chain::Place>,
     /// Names of the files of the chain that C callers were given.
@@ -145,7 +151,7 @@ impl Tables {
         Ok(Tables {
             reftable: device::words(&reftable)?,
             extensions: header.extensions(&first)?,
-            backing_file: header.backing_file(&first)?.to_vec(),
+            backing_file: room::copy_of(header.backing_file(&first)?)?,
             l1,
             header,
         })
@@ -159,6 +165,7 @@ impl Image {
     /// # Errors
     /// The system's, `InUse` when a guest, qemu-img or another handle has the image open, and those
     /// of [`Image::open_storage`].
+    #[allow(clippy::disallowed_methods)] // one box
     pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> {
         let place = chain::Place::new(path.to_owned());
         let storage = FileStorage::open_path(path, &Image::file_options(flags))?;
@@ -171,6 +178,7 @@ impl Image {
     ///
     /// # Errors
     /// Those of [`FileStorage::open_fd`] and [`Image::open_storage`].
+    #[allow(clippy::disallowed_methods)] // one box
     pub fn open_fd(fd: std::os::fd::RawFd, flags: OpenFlags) -> Result<Image> {
         let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
@@ -229,6 +237,7 @@ impl Image {
             l2_cache: mapping::L2Cache::default(),
             unpacked: None,
             place: None,
+            compared: None,
             host_names: Vec::new(),
             seen,
             preallocated: None,
@@ -299,7 +308,7 @@ impl Image {
     }
 
     pub(crate) fn set_remark(&mut self, text: &str) {
-        self.remark = Some(text.to_owned());
+        self.remark = Some(text.into());
     }
 
     /// Tell `hook` how far a changing verb is, and let it cancel the verb; `None` takes it away.
@@ -372,7 +381,7 @@ impl Image {
 
     fn load_again(&mut self) -> Result<()> {
         let (view, wanted) = (self.view.take(), self.snapshots.loaded);
-        let loaded = self.dev.refresh().and_then(|()| self.load());
+        let loaded = self.dev.length_now().and_then(|_| self.load());
         // An ID is given again when it is free; a moment is not.
         let same = |s: &Snapshot, of: &Snapshot| {
             (&s.id, s.l1_table_offset) == (&of.id, of.l1_table_offset)
@@ -420,35 +429,36 @@ impl Image {
     }
 
     /// The state that a verb replays on.
-    pub(crate) fn replay(&self) -> Result<Replay> {
+    pub(crate) fn replay(&mut self) -> Result<Replay> {
+        self.check_snapshots_inside()?;
         let h = &self.header;
-        let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable);
+        let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
         overlap.protect(
             Kind::ActiveL1,
             h.l1_offset,
             u64::from(h.l1_size) * TABLE_ENTRY,
-        );
+        )?;
         overlap.protect(
             Kind::Reftable,
             h.reftable_offset,
             u64::from(h.reftable_clusters) << h.geometry.cluster_bits,
-        );
-        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size);
+        )?;
+        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size)?;
         for s in &self.snapshots.entries {
             overlap.protect(
                 Kind::InactiveL1,
                 s.l1_table_offset,
                 u64::from(s.l1_size) * TABLE_ENTRY,
-            );
+            )?;
         }
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
-            overlap.protect(Kind::BitmapDirectory, offset, bytes);
+            overlap.protect(Kind::BitmapDirectory, offset, bytes)?;
         }
         Ok(Replay::new(
             h,
-            self.l1.clone(),
-            self.reftable.clone(),
+            room::copy_of(&self.l1)?,
+            room::copy_of(&self.reftable)?,
             overlap,
             !self.backing_file.is_empty(),
             self.dev.length(),
@@ -483,6 +493,9 @@ impl Image {
                 (_, true) => Standing::NoChanges,
                 _ => self.standing,
             };
+        } else {
+            // A verb that had to begin anew is done after all.
+            self.standing = Standing::Good;
         }
         if outcome == Outcome::Done {
             let (h, table) = (&mut self.header, replay.refs.table());
@@ -502,7 +515,7 @@ impl Image {
             if let Some(bits) = autoclear {
                 h.autoclear = bits;
             }
-            self.reftable = table.entries.clone();
+            self.reftable = replay.refs.take_entries();
             self.l1 = replay.l1;
             self.snapshots = crate::image::SnapshotList {
                 entries: list,
@@ -518,6 +531,7 @@ impl Image {
     pub(crate) fn forget_reads(&mut self) {
         (self.l2_cache, self.unpacked) = (mapping::L2Cache::default(), None);
         self.preallocated = None;
+        self.compared = None;
     }
 
     /// Does the image have valid persistent bitmaps?

@@ -2,6 +2,7 @@
 
 use super::chain::Layer;
 use super::mapping::Extent;
+use super::room;
 use super::Image;
 use crate::error::{Error, Result};
 use crate::format::entry::REFTABLE_OFFSET_MASK;
@@ -98,7 +99,7 @@ impl Image {
         };
         match self.chain.as_ref()?.get(behind as usize)? {
             Layer::Qcow2(image) => image.data_path(),
-            Layer::Raw(_, path) => path.clone(),
+            Layer::Raw(_, path) => path.as_deref().map(Into::into),
         }
     }
 
@@ -108,7 +109,7 @@ impl Image {
         let known = self.host_names.iter().position(|n| *n == name);
         let at = known.unwrap_or(self.host_names.len());
         if known.is_none() {
-            self.host_names.push(name);
+            room::push(&mut self.host_names, name).ok()?;
         }
         self.host_names.get(at).map(CString::as_c_str)
     }
@@ -162,7 +163,7 @@ impl Image {
 
     /// What the image's own tables say (`qcow2_co_block_status`).
     fn own_piece(&mut self, at: u64, max: u64) -> Result<BlockStatus> {
-        let (extent, length) = self.extent(at, max)?;
+        let (extent, length) = self.extent(None, at, max)?;
         let mut piece = BlockStatus {
             start: at,
             length,
@@ -248,6 +249,10 @@ impl Image {
             }
             if g.in_cluster(offset) != 0 {
                 return Ok(false);
+            }
+            // Behind the end of the file no count is anything but zero.
+            if offset >= self.dev.length() {
+                continue;
             }
             let block =
                 self.dev

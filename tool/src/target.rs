@@ -6,10 +6,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use qcow2_snapshot::format::probe::{probe, PROBE_BYTES};
-use qcow2_snapshot::{Error, Image, OpenFlags};
+use qcow2_snapshot::{printable, Error, Image, OpenFlags};
 
 use crate::cli::Request;
-use crate::stop::Stop;
+use crate::stop::{explained, without_number, Stop};
 
 /// The image that a call names.
 #[derive(Debug, PartialEq, Eq)]
@@ -93,54 +93,53 @@ impl Target {
                 _ => {}
             }
         }
-        Err(could_not_open(shown, &self.words(&error)))
+        let words = open_words(&error, &self.path);
+        let line = not_opened(shown, &words);
+        Err(Stop::NotServed(explained(&error, &words, line)))
     }
+}
 
-    /// QEMU's words where the library says it in its own.
-    fn words(&self, error: &Error) -> String {
-        let text = error.to_string();
-        let text = match error {
-            Error::Os { .. } => text.as_str(),
-            _ => text
-                .strip_prefix(&format!("Could not open '{}': ", self.path.display()))
-                .unwrap_or(&text),
-        };
-        match error {
-            Error::InUse(_) => text
-                .strip_prefix("The image is in use: ")
-                .unwrap_or(text)
-                .replacen(". Is another", "\nIs another", 1),
-            Error::Os { .. }
-                if text.contains("Failed to lock byte") || text.contains("Failed to get ") =>
-            {
-                format!("{text}\nUse --no-lock if nobody else uses the image")
+/// Why an image could not be opened, without the words that it could not, and in QEMU's where the
+/// library says it in its own.
+pub(crate) fn open_words(error: &Error, path: &Path) -> String {
+    let text = error.to_string();
+    let text = text
+        .strip_prefix(&format!(
+            "Could not open '{}': ",
+            printable(path.as_os_str().as_bytes())
+        ))
+        .unwrap_or(&text);
+    match error {
+        Error::Os { context, source } if context.starts_with("Could not open '") => {
+            match text.contains("Failed to lock byte") || text.contains("Failed to get ") {
+                true => format!("{text}\nUse --no-lock if nobody else uses the image"),
+                false => without_number(source).into_owned(),
             }
-            // QEMU's hint, on a line of its own.
-            _ if text.starts_with("Too much extra metadata in snapshot table entry") => {
-                format!(
-                    "{text}\nYou can force-remove this extra metadata with qemu-img check -r all"
-                )
-            }
-            _ => text.to_owned(),
         }
+        Error::InUse(_) => text
+            .strip_prefix("The image is in use: ")
+            .unwrap_or(text)
+            .replacen(". Is another", "\nIs another", 1),
+        // QEMU's hint, on a line of its own.
+        _ if text.starts_with("Too much extra metadata in snapshot table entry") => {
+            format!("{text}\nYou can force-remove this extra metadata with qemu-img check -r all")
+        }
+        _ => text.to_owned(),
     }
 }
 
 /// `Could not open 'NAME': TEXT`
+pub(crate) fn not_opened(name: &OsStr, text: &str) -> Vec<u8> {
+    let before = b"Could not open '".as_slice();
+    [before, name.as_bytes(), b"': ", text.as_bytes()].concat()
+}
+
 fn could_not_open(name: &OsStr, text: &str) -> Stop {
-    Stop::NotServed(
-        [
-            b"Could not open '",
-            name.as_bytes(),
-            b"': ",
-            text.as_bytes(),
-        ]
-        .concat(),
-    )
+    Stop::not_served(not_opened(name, text))
 }
 
 fn not_served(text: &str) -> Stop {
-    Stop::NotServed(text.as_bytes().to_vec())
+    Stop::not_served(text)
 }
 
 /// A file name, perhaps with a protocol before it.
@@ -303,7 +302,7 @@ mod tests {
             context: "Could not open 'a': Failed to lock byte 100".to_owned(),
             source: std::io::Error::from_raw_os_error(errno),
         };
-        let text = target.words(&error(libc::EACCES));
+        let text = open_words(&error(libc::EACCES), &target.path);
         assert!(text.ends_with("Permission denied\nUse --no-lock if nobody else uses the image"));
     }
 
