@@ -11,6 +11,8 @@
 #   make install  PREFIX=/usr/local DESTDIR= LIBDIR= BINDIR= INCLUDEDIR= MANDIR= DATADIR=
 #   make uninstall  with the same variables
 #   make setup    what the tests need and this machine lacks (check does it by itself)
+#   make python-wheel  a wheel of bindings/python that carries the library, in build/wheel
+#   make python-check  the tests of bindings/python (PYTHONS='python3 ...')
 #   make clean
 
 CARGO  ?= cargo
@@ -30,7 +32,7 @@ SONAME  := libqcow2_snapshot.so.0
 HEADER  := include/qcow2_snapshot.h
 
 .PHONY: fuzz soak-hostile asan tsan miri all library tool demo check c-check header bench soak soak-crash install uninstall \
-	install-smoke python-example setup clean
+	install-smoke python-example python-wheel python-check setup clean
 
 all: library tool
 
@@ -191,6 +193,21 @@ python-example: demo
 	    python3 examples/list.py build/libqcow2_snapshot.so build/demo.qcow2 > build/list.py.out && \
 	    build/list build/demo.qcow2 | diff - build/list.py.out && echo 'list.py says what list.c says'; \
 	else echo 'SKIPPED: no python3 here: examples/list.py was not run'; fi
+
+# No network: Python's setuptools and wheel must be there (Debian: python3-setuptools, python3-wheel).
+PYTHON ?= python3
+python-wheel: library
+	rm -rf build/python build/wheel && mkdir -p build/python
+	cp -r bindings/python/pyproject.toml bindings/python/setup.py bindings/python/README.md \
+	    bindings/python/src build/python
+	cp -L build/libqcow2_snapshot.so build/python/src/qcow2_snapshot/$(SONAME)
+	strip --strip-debug build/python/src/qcow2_snapshot/$(SONAME)
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation \
+	    --wheel-dir build/wheel ./build/python
+	@ls build/wheel/*.whl
+
+python-check: library
+	@tools/python-check
 
 setup:
 	@tools/setup

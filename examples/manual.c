@@ -311,6 +311,34 @@ int move_table(const char *filename)
 }
 /* END */
 
+/* EXAMPLE qcow2_snapshot_layout */
+int print_disk_sizes(BlockDriverState *bs)
+{
+    Qcow2SnapshotLayout one;
+    size_t i;
+
+    for (i = 0; qcow2_snapshot_layout(bs, i, &one, NULL) == 0; i++)
+        printf("%s %s: %" PRIu64 " bytes\n", one.id, one.name, one.disk_size);
+    return (int)i;
+}
+/* END */
+
+/* EXAMPLE qcow2_image_layout qcow2_reload */
+int revert_beside_a_cache(BlockDriverState *bs, const char *snapshot, uint64_t *my_l1, size_t room)
+{
+    Qcow2ImageLayout now;
+    int ret = qcow2_reload(bs, NULL);           /* this program has written the image itself */
+
+    if (ret < 0 || (ret = qcow2_snapshot_goto(bs, snapshot)) < 0)
+        return ret;
+    if ((ret = qcow2_image_layout(bs, &now)) < 0)
+        return ret;
+    if (now.changed & QCOW2_CHANGED_L1)
+        memcpy(my_l1, now.l1_table, sizeof(*my_l1) * (now.l1_size < room ? now.l1_size : room));
+    return 0;
+}
+/* END */
+
 /* EXAMPLE qcow2_set_progress */
 static volatile sig_atomic_t ctrl_c;    /* set by the program's handler of SIGINT */
 
@@ -359,6 +387,9 @@ int main(int argc, char **argv)
     n = print_snapshots(bs);
     must(n > 0 && count_on_disk(bs) == n, "count_on_disk");
     must(revert(bs, "manual") == 0 && revert(bs, "no such") == -ENOENT, "revert");
+    must(print_disk_sizes(bs) == n, "print_disk_sizes");
+    uint64_t l1[1] = {0};
+    must(revert_beside_a_cache(bs, "manual", l1, 1) == 0 && l1[0], "revert_beside_a_cache");
     must(bytes_with_data(bs) > 0, "bytes_with_data");
     must(bytes_changed(bs, "manual") == 0 && bytes_changed(bs, "no such") == -ENOENT, "bytes_changed");
     must(qcow2_close(bs) == 0, "close");

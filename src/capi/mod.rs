@@ -24,6 +24,7 @@
 mod changes;
 mod error;
 mod guard;
+mod layout;
 mod open;
 mod progress;
 mod types;
@@ -32,6 +33,7 @@ mod verbs;
 pub use changes::*;
 pub use error::*;
 pub use guard::Qcow2Image;
+pub use layout::*;
 pub use open::*;
 pub use progress::*;
 pub use types::*;

@@ -2,7 +2,7 @@
 
 use super::chain::Layer;
 use super::device::Device;
-use super::{device, Image};
+use super::{device, room, Image};
 use crate::error::{Error, Result};
 use crate::format::compress::{self, Unpacker};
 use crate::format::entry::{self, Cluster, OFFSET_MASK};
@@ -66,6 +66,7 @@ impl L2Cache {
     }
 
     fn put(&mut self, offset: u64, bytes: Vec<u8>) {
+        #[allow(clippy::disallowed_methods)] // 16 of them
         self.0.resize_with(SLOTS as usize, Default::default);
         if let Some(slot) = self.0.get_mut(L2Cache::slot(offset)) {
             *slot = (offset, bytes);
@@ -93,7 +94,7 @@ impl Image {
     /// `EIO` past the end of the disk and for damaged tables or compressed clusters; `ENOTSUP` for
     /// encrypted guest data and for backing files that cannot or must not be opened.
     pub fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.usable()?;
+        self.begin_read()?;
         let end = offset.checked_add(buf.len() as u64);
         if end.is_none_or(|e| e > self.length()) {
             return Err(Error::Io {
@@ -111,7 +112,7 @@ impl Image {
     /// # Errors
     /// `EIO` for a position beyond what an L1 table can reach; else as [`Image::read`].
     pub fn load_vmstate(&mut self, pos: u64, buf: &mut [u8]) -> Result<()> {
-        self.usable()?;
+        self.begin_read()?;
         let g = self.header.geometry;
         let start = g.guest_of_l1(g.l1_entries_for(self.length()));
         let offset = start.and_then(|s| s.checked_add(pos));
@@ -150,9 +151,10 @@ impl Image {
                 Some((done, through)) => {
                     let mid = from + done;
                     if mid + through < to {
-                        todo.push((layer, at + (done + through) as u64, mid + through, to));
+                        let rest = (layer, at + (done + through) as u64, mid + through, to);
+                        room::push(&mut todo, rest)?;
                     }
-                    todo.push((layer + 1, at + done as u64, mid, mid + through));
+                    room::push(&mut todo, (layer + 1, at + done as u64, mid, mid + through))?;
                 }
                 None => continue,
             }
@@ -284,13 +286,13 @@ impl Image {
                 .filter(|(ahead, long)| *ahead <= *long as u64);
             match (within, requests.last_mut()) {
                 (Some((ahead, _)), Some((_, place, long))) => {
-                    clusters.push((*place + ahead as usize, bytes));
+                    room::push(&mut clusters, (*place + ahead as usize, bytes))?;
                     *long = (*long).max(ahead as usize + bytes);
                     total = *place + *long;
                 }
                 _ => {
-                    requests.push((offset, total, bytes));
-                    clusters.push((total, bytes));
+                    room::push(&mut requests, (offset, total, bytes))?;
+                    room::push(&mut clusters, (total, bytes))?;
                     total += bytes;
                 }
             }
@@ -307,15 +309,12 @@ impl Image {
             out: &'a mut [u8],
             done: Result<()>,
         }
-        let mut jobs: Vec<Job<'_>> = clusters
-            .iter()
-            .zip(out.chunks_exact_mut(size as usize))
-            .map(|((place, bytes), out)| Job {
-                packed: packed.get(*place..*place + *bytes).unwrap_or_default(),
-                out,
-                done: Err(Error::Corrupt("A cluster was not unpacked".into())),
-            })
-            .collect();
+        let places = clusters.iter().zip(out.chunks_exact_mut(size as usize));
+        let mut jobs = room::collected(places.map(|((place, bytes), out)| Job {
+            packed: packed.get(*place..*place + *bytes).unwrap_or_default(),
+            out,
+            done: Err(Error::Corrupt("A cluster was not unpacked".into())),
+        }))?;
         let many = jobs.len() > 1 && jobs.len() as u64 * size >= WORTH_A_THREAD;
         let kind = self.header.compression;
         let left = Mutex::new(jobs.iter_mut());
@@ -392,7 +391,9 @@ impl Image {
         let l1 = l1.unwrap_or_else(|| shown());
         let slot = l1.get(g.l1_index(guest) as usize).copied().unwrap_or(0);
         let table = slot & OFFSET_MASK;
-        if table == 0 {
+        // A table behind the end of the file is all zeros, and an L1 may name millions of them.
+        let absent = table == 0 || g.in_cluster(table) == 0 && self.dev.ends_before(table)?;
+        if absent {
             // A snapshot's disk may be said to be exabytes long: nothing is behind its L1 table.
             let (mut index, mut end) = (g.l1_index(guest), guest);
             while end - guest < max {
@@ -571,7 +572,7 @@ impl Image {
         Ok((word.get(..8).map_or(0, BigEndian::read_u64), bitmap))
     }
 
-    /// The L1 table of a snapshot, checked as QEMU checks it (`qcow2_validate_table`).
+    /// The L1 table of a snapshot, checked as QEMU checks it (`qcow2_validate_table`), and whole.
     pub(crate) fn snapshot_l1(&mut self, offset: u64, entries: u32) -> Result<Vec<u64>> {
         let g = self.header.geometry;
         validate_table(
@@ -582,11 +583,12 @@ impl Image {
             MAX_L1_BYTES,
             "Snapshot L1 table",
         )?;
-        let bytes = self.dev.read_vec(
-            "Failed to read l1 table for snapshot",
-            offset,
-            u64::from(entries) * TABLE_ENTRY,
-        )?;
-        device::words(&bytes)
+        let bytes = u64::from(entries) * TABLE_ENTRY;
+        self.dev
+            .check_inside(format_args!("The snapshot's L1 table"), offset, bytes)?;
+        let table = self
+            .dev
+            .read_vec("Failed to read l1 table for snapshot", offset, bytes)?;
+        device::words(&table)
     }
 }

@@ -126,10 +126,22 @@ fn delete(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
     image
         .snapshot_delete(Some(&found.id), Some(&found.name))
         .map_err(|e| {
-            let sentence = e.to_string();
-            let (sentence, text) = match step_of(&sentence) {
-                Some((step, rest)) => (rest, format!("{step}: {}", strerror(e.errno()))),
-                None => (sentence.as_str(), sentence.clone()),
+            let said = e.to_string();
+            let named = STEPS
+                .iter()
+                .find_map(|step| Some((step, said.strip_prefix(step)?.strip_prefix(": ")?)));
+            let (step, sentence) = match (named, &e) {
+                (Some((step, rest)), _) => (Some(step), rest),
+                // QEMU writes the list first. Here it has its place when the verb is done.
+                (None, Error::Io { .. } | Error::Os { .. } | Error::Corrupt(_)) => {
+                    let done = image.last_outcome() == Outcome::Done;
+                    (STEPS.get(usize::from(done)), said.as_str())
+                }
+                (None, _) => (None, said.as_str()),
+            };
+            let text = match step {
+                Some(step) => format!("{step}: {}", strerror(e.errno())),
+                None => said.clone(),
             };
             let line = could_not("delete", name, &text);
             let lines = explained(&e, sentence, line);
@@ -137,17 +149,12 @@ fn delete(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
         })
 }
 
-/// The step of a delete that failed, for which QEMU has words, and what the library says of it.
-fn step_of(text: &str) -> Option<(&'static str, &str)> {
-    const STEPS: [&str; 3] = [
-        "Failed to remove snapshot from snapshot list",
-        "Failed to free the cluster and L1 table",
-        "Failed to update snapshot status in disk",
-    ];
-    STEPS
-        .iter()
-        .find_map(|step| Some((*step, text.strip_prefix(step)?.strip_prefix(": ")?)))
-}
+/// The steps of a delete, for which QEMU has words.
+const STEPS: [&str; 3] = [
+    "Failed to remove snapshot from snapshot list",
+    "Failed to free the cluster and L1 table",
+    "Failed to update snapshot status in disk",
+];
 
 const NOT_FOUND: &str = "snapshot not found";
 

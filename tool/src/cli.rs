@@ -10,7 +10,7 @@ pub(crate) const NAME: &str = "qcow2-snapshot";
 /// First words that are no image.
 pub(crate) const SUBCOMMANDS: [&str; 3] = ["export", "diff", "completions"];
 /// Long options that QEMU does not have. An abbreviation that also fits options of QEMU means those.
-pub(crate) const EXTENSIONS: [&str; 2] = ["output", "version"];
+pub(crate) const EXTENSIONS: [&str; 3] = ["output", "no-lock", "version"];
 /// Shells with a completion script.
 pub(crate) const SHELLS: [&str; 3] = ["bash", "zsh", "fish"];
 /// The options of which there can be one.
@@ -18,7 +18,7 @@ pub(crate) const ACTIONS: [&str; 4] = ["list", "apply", "create", "delete"];
 
 const AFTER: &str = "\
 Only one of -l, -a, -c and -d can be given; without any the snapshots are listed.
-Every option above but --output and --version is also one of 'qemu-img snapshot'.
+Every option above but --output, --no-lock and --version is also one of 'qemu-img snapshot'.
 
 A link to this program that is named qemu-img and stands early in PATH serves
 'qemu-img snapshot' and hands everything else to the qemu-img behind it.";
@@ -50,6 +50,14 @@ fn valued(long: &'static str, short: Option<char>, value: &'static str, help: &'
         Some(c) => arg.short(c),
         None => arg,
     }
+}
+
+fn no_lock() -> Arg {
+    flag(
+        "no-lock",
+        None,
+        "Take no image lock, where the file system refuses them: nobody else may use the image meanwhile",
+    )
 }
 
 /// `--help` where clap may print its page at once.
@@ -150,6 +158,7 @@ pub(crate) fn command() -> Command {
                 .value_parser(["human", "json"])
                 .action(ArgAction::Append),
         )
+        .arg(no_lock())
         .arg(flag("version", None, "Print the version and exit"))
         .subcommand(export_command())
         .subcommand(diff_command())
@@ -220,6 +229,7 @@ fn export_command() -> Command {
             Some('U'),
             "Open the image even if a guest writes to it: the result may be torn",
         ))
+        .arg(no_lock())
         .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
         .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
         .arg(operand(
@@ -256,6 +266,7 @@ pub(crate) struct Request<'a> {
     pub(crate) image_opts: bool,
     pub(crate) object: bool,
     pub(crate) force_share: bool,
+    pub(crate) no_lock: bool,
     pub(crate) quiet: bool,
     pub(crate) json: bool,
 }
@@ -284,6 +295,8 @@ impl<'a> Request<'a> {
             image_opts: m.get_flag("image-opts"),
             object: last("object").is_some(),
             force_share: m.get_flag("force-share"),
+            // Not an option under the name qemu-img.
+            no_lock: m.try_get_one("no-lock").ok().flatten() == Some(&true),
             quiet: m.get_flag("quiet"),
             json: output
                 .and_then(|mut o| o.next_back())

@@ -33,6 +33,10 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
         true => OpenFlags::FORCE_SHARE,
         false => OpenFlags::read_only(),
     };
+    let flags = match m.get_flag("no-lock") {
+        true => flags | OpenFlags::NO_LOCK,
+        false => flags,
+    };
     let mut image = Image::open(name.as_ref(), flags).map_err(|e| {
         let words = open_words(&e, name.as_ref());
         Stop::Failed(explained(&e, &words, not_opened(name, &words)))

@@ -3,6 +3,8 @@
 use std::io::Write;
 
 use qcow2_snapshot::Error;
+/// The English words for an errno, and for a failed request.
+pub(crate) use qcow2_snapshot::{os_words as without_number, strerror};
 
 /// The way out of damage, in one place.
 const REPAIR: &str =
@@ -89,20 +91,6 @@ pub(crate) fn say(prefix: &str, lines: &[Vec<u8>]) {
     }
     // There is nobody to tell when the standard error is closed.
     let _ = std::io::stderr().write_all(&text);
-}
-
-/// The system's words for an errno.
-pub(crate) fn strerror(errno: i32) -> String {
-    without_number(&std::io::Error::from_raw_os_error(errno))
-}
-
-/// The system's words without Rust's "(os error N)".
-pub(crate) fn without_number(e: &std::io::Error) -> String {
-    let text = e.to_string();
-    match text.rfind(" (os error ") {
-        Some(at) => text.get(..at).unwrap_or_default().to_owned(),
-        None => text,
-    }
 }
 
 /// Write to the standard output. A reader that went away is not an error.

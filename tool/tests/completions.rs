@@ -126,18 +126,6 @@ fn bash_gets_words_as_they_have_to_be_typed() {
         (3, &["--output", "=", "h"], &["human"]),
         (4, &["image.qcow2", "--apply", "=", "tw"], &["two"]),
         (
-            5,
-            &[
-                "--image-opts",
-                "file.filename",
-                "=",
-                "image.qcow2",
-                "-a",
-                "tw",
-            ],
-            &[],
-        ),
-        (
             6,
             &[
                 "--image-opts",
