@@ -1035,6 +1035,8 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
                        size_t bytes,
                        struct Qcow2Error **errp);
 
+/* ---- What changed between two states ------------------------------------------------- */
+
 /**
  * Find the next run of bytes in which the disk in the state `to` differs, or may differ, from
  * the disk in the state `from`. To see all changes:
