@@ -155,8 +155,8 @@ fn flag_in_hex(line: &str) -> String {
     for (prefix, width) in [
         ("#define QCOW2_O_", 10),
         ("#define QCOW2_BLOCK_", 4),
-        ("#define QCOW2_CHANGE_", 3),
         ("#define QCOW2_CHANGED_", 3),
+        ("#define QCOW2_CHANGE_", 3),
     ] {
         let flag = line
             .strip_prefix(prefix)

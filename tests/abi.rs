@@ -209,12 +209,6 @@ int main(void)
     MEMBER(Qcow2Extent, depth);
     MEMBER(Qcow2Extent, filename);
     MEMBER(Qcow2Extent, reserved);
-    SIZE(Qcow2Change);
-    MEMBER(Qcow2Change, start);
-    MEMBER(Qcow2Change, length);
-    MEMBER(Qcow2Change, from_flags);
-    MEMBER(Qcow2Change, to_flags);
-    MEMBER(Qcow2Change, reserved);
     SIZE(Qcow2SnapshotLayout);
     MEMBER(Qcow2SnapshotLayout, id);
     MEMBER(Qcow2SnapshotLayout, name);
@@ -243,6 +237,12 @@ int main(void)
     MEMBER(Qcow2ImageLayout, reserved32);
     MEMBER(Qcow2ImageLayout, l1_table);
     MEMBER(Qcow2ImageLayout, reserved);
+    SIZE(Qcow2Change);
+    MEMBER(Qcow2Change, start);
+    MEMBER(Qcow2Change, length);
+    MEMBER(Qcow2Change, from_flags);
+    MEMBER(Qcow2Change, to_flags);
+    MEMBER(Qcow2Change, reserved);
     CONSTANT(QCOW2_O_RDWR);
     CONSTANT(QCOW2_O_NO_FLUSH);
     CONSTANT(QCOW2_O_FORCE_SHARE);

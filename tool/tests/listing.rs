@@ -60,6 +60,14 @@ fn every_reference_image_is_listed_as_by_qemu_img() {
             if name == "data-file" && expected.code == Some(0) {
                 expected.err = "qcow2-snapshot: Internal snapshots are not supported on images with an external data file\n".into();
             }
+            // Agreed: qemu-img reads zeros where the file ends before the table.
+            if name == "damaged-table-past-end" {
+                assert!(
+                    got.code == Some(1) && got.err.contains("the file ends at"),
+                    "{got:?}"
+                );
+                continue;
+            }
             assert_says(&got, &expected, "qcow2-snapshot: ", &packed);
             assert_eq!(ours(folder, &["image.qcow2"]), got, "{name}: no action");
             if got.code == Some(0) && name != "data-file" {
