@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 8] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
     "src/capi/verbs.rs",
+    "src/capi/changes.rs",
     "src/capi/progress.rs",
     "src/capi/layout.rs",
     "src/capi/error.rs",
@@ -85,6 +86,10 @@ const SECTIONS: &[(&str, &str)] = &[
     ("int qcow2_open(", "Opening and closing"),
     ("int qcow2_read_snapshots(", "Snapshots: QEMU's functions"),
     ("int64_t qcow2_getlength(", "Reading disks and VM state"),
+    (
+        "int qcow2_snapshot_next_change(",
+        "What changed between two states",
+    ),
     ("int qcow2_set_progress(", "Progress"),
     (
         "int qcow2_snapshot_layout(",
@@ -151,6 +156,7 @@ fn flag_in_hex(line: &str) -> String {
         ("#define QCOW2_O_", 10),
         ("#define QCOW2_BLOCK_", 4),
         ("#define QCOW2_CHANGED_", 3),
+        ("#define QCOW2_CHANGE_", 3),
     ] {
         let flag = line
             .strip_prefix(prefix)

@@ -38,17 +38,18 @@ fn never_names(layer: &str, forbidden: &[&str]) {
 
 #[test]
 fn io_knows_no_qcow2() {
-    never_names("io", &["format", "image", "snapshot", "capi"]);
+    never_names("io", &["format", "image", "read", "snapshot", "capi"]);
 }
 
 #[test]
 fn format_does_no_io() {
-    never_names("format", &["io", "image", "capi"]);
+    never_names("format", &["io", "image", "read", "capi"]);
 }
 
 #[test]
 fn image_and_verbs_do_not_know_the_c_surface() {
     never_names("image", &["capi"]);
+    never_names("read", &["capi", "snapshot"]);
     never_names("snapshot", &["capi", "io"]);
 }
 

@@ -16,6 +16,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "reads/changes.rs"]
+mod changes;
 #[path = "reads/compare.rs"]
 mod compare;
 #[allow(dead_code)]

@@ -43,6 +43,12 @@ pub const QCOW2_BLOCK_OFFSET_VALID: c_int = 0x04;
 pub const QCOW2_BLOCK_ALLOCATED: c_int = 0x10;
 /// Qcow2Extent.flags: the bytes are stored compressed (QEMU's BDRV_BLOCK_COMPRESSED).
 pub const QCOW2_BLOCK_COMPRESSED: c_int = 0x80;
+/// Qcow2Change.from_flags: the older state of the disk ends before.
+pub const QCOW2_BLOCK_BEYOND: c_int = 0x100;
+
+/// qcow2_snapshot_next_change(): read what may differ, and report what does, to a sector of 512
+/// bytes.
+pub const QCOW2_CHANGE_COMPARE: c_int = 0x1;
 
 /// qcow2_last_outcome(): no changing verb was called yet.
 pub const QCOW2_OUTCOME_NONE: c_int = 0;
@@ -109,6 +115,24 @@ pub struct Qcow2Extent {
     pub filename: *const c_char,
     /// Zeros. Later versions of the library may tell more here.
     pub reserved: [u64; 3],
+}
+
+/// A run of a disk's bytes that changed between two states, or may have changed, from
+/// qcow2_snapshot_next_change().
+#[repr(C)]
+pub struct Qcow2Change {
+    /// First byte, from the start of the disk.
+    pub start: u64,
+    /// Bytes; 0: there is no (further) change in the range that was asked for.
+    pub length: u64,
+    /// What the older state has there: QCOW2_BLOCK values joined by "|", as the image itself
+    /// maps it in the whole run: DATA, ZERO, COMPRESSED, ALLOCATED; 0 where nothing is allocated
+    /// and the backing file shows through, or zeros; BEYOND past the end of that disk.
+    pub from_flags: u32,
+    /// What the newer state has there, never BEYOND.
+    pub to_flags: u32,
+    /// Zeros. Later versions of the library may tell more here.
+    pub reserved: [u64; 4],
 }
 
 /// The caller's I/O functions, for qcow2_open_io(). The library copies the table; it calls

@@ -541,7 +541,7 @@ fn no_such(words: &str) -> Error {
 ///
 /// # Safety
 /// `text` is null or a NUL-terminated string that lives as long as the result is used.
-unsafe fn bytes<'a>(text: *const c_char) -> Option<&'a [u8]> {
+pub(super) unsafe fn bytes<'a>(text: *const c_char) -> Option<&'a [u8]> {
     if text.is_null() {
         return None;
     }

@@ -10,6 +10,7 @@ use crate::io::{Run, Stamp, Storage, MAX_REQUEST};
 pub(crate) struct Device {
     pub(in crate::image) storage: Box<dyn Storage>,
     pub(in crate::image) length: u64,
+    fixed_length: bool,
     /// A change has been asked for since this was last set to false.
     pub(crate) changed: bool,
     /// It is here because whatever takes time has the device at hand.
@@ -19,6 +20,7 @@ pub(crate) struct Device {
 impl Device {
     pub(crate) fn new(storage: Box<dyn Storage>) -> Result<Device> {
         let mut dev = Device {
+            fixed_length: storage.fixed_length(),
             storage,
             length: 0,
             changed: false,
@@ -41,6 +43,25 @@ impl Device {
     /// Length of the file in bytes.
     pub(crate) fn length(&self) -> u64 {
         self.length
+    }
+
+    /// Does the length stay as it is?
+    pub(crate) fn fixed_length(&self) -> bool {
+        self.fixed_length
+    }
+
+    /// Is there room for all that will be written up to `end`?
+    pub(crate) fn check_room(&mut self, end: u64) -> Result<()> {
+        if !self.fixed_length || end <= self.length || end <= self.length_now()? {
+            return Ok(());
+        }
+        Err(Error::Os {
+            context: format!(
+                "The image would have to grow to {end} bytes, but its block device ends at {}",
+                self.length
+            ),
+            source: std::io::Error::from_raw_os_error(libc::ENOSPC),
+        })
     }
 
     /// Is there nothing at `offset` and behind it?

@@ -9,6 +9,7 @@ use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Extensions, Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::{Stamp, Storage};
+use crate::read::changes::Pair;
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
@@ -20,7 +21,7 @@ mod chain;
 mod damage;
 pub(crate) mod device;
 mod layout;
-mod mapping;
+pub(crate) mod mapping;
 pub(crate) mod overlap;
 pub(crate) mod plan;
 pub(crate) mod progress;
@@ -99,6 +100,8 @@ pub struct Image {
     pub(crate) view: Option<View>,
     l2_cache: mapping::L2Cache,
     unpacked: Option<mapping::Unpacked>,
+    /// The two states last compared.
+    pub(crate) compared: Option<Box<Pair>>,
     /// Where the image is, for names in it that are relative; unknown behind callbacks.
     place: Option<chain::Place>,
     /// Names of the files of the chain that C callers were given.
@@ -237,6 +240,7 @@ impl Image {
             l2_cache: mapping::L2Cache::default(),
             unpacked: None,
             place: None,
+            compared: None,
             host_names: Vec::new(),
             seen,
             preallocated: None,
@@ -477,6 +481,7 @@ impl Image {
     ) -> Result<()> {
         self.check_damage(&mut replay, &plan, &list, table_size)?;
         replay.refs.check_overwrites()?;
+        self.dev.check_room(replay.final_length())?;
         let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
         self.dev.changed = false;
@@ -526,6 +531,7 @@ impl Image {
     pub(crate) fn forget_reads(&mut self) {
         (self.l2_cache, self.unpacked) = (mapping::L2Cache::default(), None);
         self.preallocated = None;
+        self.compared = None;
     }
 
     /// Does the image have valid persistent bitmaps?

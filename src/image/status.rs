@@ -163,7 +163,7 @@ impl Image {
 
     /// What the image's own tables say (`qcow2_co_block_status`).
     fn own_piece(&mut self, at: u64, max: u64) -> Result<BlockStatus> {
-        let (extent, length) = self.extent(at, max)?;
+        let (extent, length) = self.extent(None, at, max)?;
         let mut piece = BlockStatus {
             start: at,
             length,

@@ -289,7 +289,7 @@ impl Replay {
 
 /// An L1 table may name an L2 table twice: QEMU counts it twice. It may not do so a million times,
 /// which would take hours.
-pub(super) fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
+pub(crate) fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
     if (l1.len() as u64).saturating_mul(g.l2_entries()) <= MAX_REPEATED_ENTRIES {
         return Ok(());
     }

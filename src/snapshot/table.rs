@@ -69,12 +69,13 @@ impl Image {
         }
         list.size = at - start;
         self.snapshots = list;
+        self.compared = None;
         Ok(())
     }
 
     /// The first snapshot that matches: by ID and name together, or by the one that is given
     /// (`find_snapshot_by_id_and_name`).
-    pub(super) fn find(&self, id: Option<&[u8]>, name: Option<&[u8]>) -> Option<usize> {
+    pub(crate) fn find(&self, id: Option<&[u8]>, name: Option<&[u8]>) -> Option<usize> {
         if id.is_none() && name.is_none() {
             return None;
         }

@@ -155,6 +155,12 @@ impl Device {
     /// Write `data` at `offset`. `label` says which structure it is, to the storage too.
     pub(super) fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
         let mut at = offset;
+        self.check_room(offset.saturating_add(data.len() as u64))
+            .map_err(|_| Error::Io {
+                op: label,
+                offset,
+                source: std::io::Error::from_raw_os_error(libc::ENOSPC),
+            })?;
         self.changed = true;
         for part in data.chunks(MAX_REQUEST) {
             self.storage
@@ -197,7 +203,9 @@ impl Device {
             offset: length,
             source,
         })?;
-        self.length = length;
+        if !self.fixed_length() {
+            self.length = length;
+        }
         Ok(())
     }
 
