@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 9] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
@@ -13,6 +13,7 @@ const SOURCES: [&str; 8] = [
     "src/capi/progress.rs",
     "src/capi/layout.rs",
     "src/capi/error.rs",
+    "src/capi/last.rs",
 ];
 
 fn main() {

@@ -21,9 +21,11 @@
 // The contract with the caller is in the C documentation of each function.
 #![allow(clippy::missing_safety_doc)]
 
+mod cancel;
 mod changes;
 mod error;
 mod guard;
+mod last;
 mod layout;
 mod open;
 mod progress;
@@ -33,6 +35,7 @@ mod verbs;
 pub use changes::*;
 pub use error::*;
 pub use guard::Qcow2Image;
+pub use last::*;
 pub use layout::*;
 pub use open::*;
 pub use progress::*;

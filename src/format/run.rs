@@ -7,7 +7,7 @@
 
 use super::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use super::geometry::Geometry;
-use super::refblock;
+use super::refblock::{self, with_width};
 use byteorder::{BigEndian, ByteOrder};
 
 /// What is done to each count.
@@ -34,54 +34,6 @@ pub struct Tallied {
     pub others: bool,
     /// The lowest index in the block whose count became zero.
     pub freed: Option<usize>,
-}
-
-/// Call `$call` with the constant `$width` standing for the refcount width of `$g`: one copy of the
-/// loop for each of the seven.
-#[macro_export]
-#[doc(hidden)]
-macro_rules! by_refcount_width {
-    ($g:expr, $width:ident => $call:expr) => {
-        match $g.refcount_order {
-            0 => {
-                const $width: u32 = 0;
-                $call
-            }
-            1 => {
-                const $width: u32 = 1;
-                $call
-            }
-            2 => {
-                const $width: u32 = 2;
-                $call
-            }
-            3 => {
-                const $width: u32 = 3;
-                $call
-            }
-            4 => {
-                const $width: u32 = 4;
-                $call
-            }
-            5 => {
-                const $width: u32 = 5;
-                $call
-            }
-            _ => {
-                const $width: u32 = 6;
-                $call
-            }
-        }
-    };
-}
-
-/// `g` with its refcount width known to the compiler: `get` and `set` shrink to a load and a store.
-#[inline(always)]
-pub fn with_width<const WIDTH: u32>(g: Geometry) -> Geometry {
-    Geometry {
-        refcount_order: WIDTH,
-        ..g
-    }
 }
 
 /// The refcount block that counts `entry`, if that is a standard cluster.
@@ -320,6 +272,7 @@ fn flag_all(g: Geometry, table: &mut [u8], counts: &[u8], only_clear: bool) -> b
 mod tests {
     #![allow(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
     use super::{refblock, Geometry, Tallied, Tally, COMPRESSED, COPIED, ZERO};
+    use crate::by_refcount_width;
     use byteorder::{BigEndian, ByteOrder};
 
     fn count(g: Geometry, table: &[u8], counts: &mut [u8], block: u64, tally: Tally) -> Tallied {

@@ -12,26 +12,22 @@ use crate::io::{Stamp, Storage};
 use crate::read::changes::Pair;
 use crate::snapshot::Snapshot;
 use device::Device;
-use overlap::{Kind, Overlap};
 use plan::Plan;
 use progress::Progress;
+use replay::overlap::{Overlap, Protected};
 use replay::Replay;
 
 mod chain;
-mod damage;
 pub(crate) mod device;
 mod layout;
 pub(crate) mod mapping;
-pub(crate) mod overlap;
 pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
-pub(crate) mod resize;
 pub(crate) mod room;
 mod status;
 mod tables;
-pub(crate) mod walk;
 
 pub use layout::{Changed, ImageLayout};
 pub use progress::{ProgressHook, Stage};
@@ -440,25 +436,29 @@ impl Image {
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
         overlap.protect(
-            Kind::ActiveL1,
+            Protected::ActiveL1,
             h.l1_offset,
             u64::from(h.l1_size) * TABLE_ENTRY,
         )?;
         overlap.protect(
-            Kind::Reftable,
+            Protected::Reftable,
             h.reftable_offset,
             u64::from(h.reftable_clusters) << h.geometry.cluster_bits,
         )?;
-        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size)?;
+        overlap.protect(
+            Protected::SnapshotTable,
+            h.snapshots_offset,
+            self.snapshots.size,
+        )?;
         for s in &self.snapshots.entries {
             overlap.protect(
-                Kind::InactiveL1,
+                Protected::InactiveL1,
                 s.l1_table_offset,
                 u64::from(s.l1_size) * TABLE_ENTRY,
             )?;
         }
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
-            overlap.protect(Kind::BitmapDirectory, offset, bytes)?;
+            overlap.protect(Protected::BitmapDirectory, offset, bytes)?;
         }
         Ok(Replay::new(
             h,

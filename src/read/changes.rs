@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::Geometry;
 use crate::image::mapping::Extent;
-use crate::image::{device, room, walk, Image};
+use crate::image::replay::walk;
+use crate::image::{device, room, Image};
 use byteorder::{BigEndian, ByteOrder};
 
 /// What is compared in one go, in bytes of each side.

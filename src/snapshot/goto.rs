@@ -15,14 +15,14 @@ use crate::format::header::Header;
 use crate::format::record::EXTRA_2014;
 use crate::format::run::Tally;
 use crate::image::device::{bytes_of, Device};
-use crate::image::overlap::Kind;
 use crate::image::plan::{no_room, ActiveL1, Edit, Plan, Temporary};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Refcounts;
+use crate::image::replay::overlap::Protected;
+use crate::image::replay::resize::shared_but_copied;
+use crate::image::replay::walk::{Flags, Marked, Walked};
 use crate::image::replay::Replay;
-use crate::image::resize::shared_but_copied;
 use crate::image::room;
-use crate::image::walk::{Flags, Marked, Walked};
 use crate::image::Image;
 use std::rc::Rc;
 
@@ -230,7 +230,9 @@ impl<'a> BothCounted<'a> {
         let new_l1 = &self.up.l1;
         let bytes = new_l1.len() as u64 * TABLE_ENTRY;
         let offset = replay.l1_place().offset;
-        replay.overlap.check(offset, bytes, Some(Kind::ActiveL1))?;
+        replay
+            .overlap
+            .check(offset, bytes, Some(Protected::ActiveL1))?;
         replay.reach = replay.reach.max(offset.saturating_add(bytes));
         let publish = if replay.unpublished_l1().is_some() {
             Publish::Moved

@@ -1,13 +1,13 @@
 //! Resizing the disk in the middle of a goto (QEMU's `qcow2_co_truncate`), in memory.
 
-use super::device::{self, Device};
-use super::refcount::{Forgotten, Freed};
-use super::replay::Replay;
-use super::room;
 use super::walk::check_repeats;
+use super::Replay;
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::TABLE_ENTRY;
+use crate::image::device::{self, Device};
+use crate::image::refcount::{Forgotten, Freed};
+use crate::image::room;
 use byteorder::{BigEndian, ByteOrder};
 
 /// What discarding a part of the disk has come to.

@@ -4,16 +4,16 @@
 //! [`Replay::walk`] looks: it counts in memory, checks what it meets and notes which L2 tables
 //! would change. Those are written later, when the counts are final (`plan::passes`).
 
-use super::device::Device;
-use super::overlap::Kind;
-use super::refcount::Refcounts;
-use super::replay::{changed_table, Replay};
-use super::room;
-use super::tables::{self, Reader};
+use super::overlap::Protected;
+use super::{changed_table, Replay};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster};
 use crate::format::run::Tally;
+use crate::image::device::Device;
+use crate::image::refcount::Refcounts;
+use crate::image::room;
+use crate::image::tables::{self, Reader};
 use byteorder::{BigEndian, ByteOrder};
 
 /// Our limit for the entries of L2 tables that an L1 table names again: about a second.
@@ -103,7 +103,7 @@ impl Replay {
 
         check_repeats(g, l1)?;
         self.refs.begin_walk();
-        let mut tables = Reader::new(g, tables::Kind::L2Tables, l1);
+        let mut tables = Reader::new(g, tables::Source::L2Tables, l1);
         for index in 0..l1.len() {
             if self.refs.thrashes(g.l2_entries()) {
                 self.walk_in_windows(dev, l1, index, tally, &mut out)?;
@@ -131,7 +131,7 @@ impl Replay {
         };
         check_repeats(g, l1)?;
         self.refs.begin_walk();
-        let mut tables = Reader::new(g, tables::Kind::L2Tables, l1);
+        let mut tables = Reader::new(g, tables::Source::L2Tables, l1);
         for (index, entry) in l1.iter().enumerate() {
             let known = counted.get(index).is_some_and(|c| same((entry, c)));
             if known && self.is_sound(dev, entry & OFFSET_MASK)? {
@@ -148,9 +148,9 @@ impl Replay {
     /// Can the L2 table at `offset` be written, whatever is in it, without an error or a longer file?
     fn is_sound(&mut self, dev: &mut Device, offset: u64) -> Result<bool> {
         let own = self.g.cluster_of(offset);
-        let protected = self
-            .overlap
-            .check(offset, self.g.cluster_size(), Some(Kind::ActiveL2));
+        let protected =
+            self.overlap
+                .check(offset, self.g.cluster_size(), Some(Protected::ActiveL2));
         Ok(offset != 0
             && offset.saturating_add(self.g.cluster_size()) <= self.reach
             && protected.is_ok()
@@ -187,7 +187,7 @@ impl Replay {
         let mut all = room::filled(n, Counted::default())?;
         for window in self.refs.windows()? {
             self.refs.enter_window(window)?;
-            let mut tables = Reader::new(self.g, tables::Kind::L2Tables, l1);
+            let mut tables = Reader::new(self.g, tables::Source::L2Tables, l1);
             for (index, counted) in (first..).zip(&mut all) {
                 counted.add(self.count_table(dev, &mut tables, index, tally)?);
             }
@@ -268,7 +268,7 @@ impl Replay {
             }
             if !freed {
                 self.overlap
-                    .check(offset, g.cluster_size(), Some(Kind::ActiveL2))?;
+                    .check(offset, g.cluster_size(), Some(Protected::ActiveL2))?;
                 let flags = match (counted.ones, counted.others) {
                     _ if tally != Tally::Look || counted.in_memory => Flags::Final,
                     (true, true) => Flags::Final,

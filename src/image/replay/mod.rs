@@ -1,15 +1,19 @@
 //! A verb in memory: what QEMU would do to the image, before a byte of it is written.
 
-use super::device::{self, Device};
-use super::overlap::{Kind, Overlap};
-use super::refcount::{Forgotten, Freed, Refcounts};
-use super::room::{self, Clusters, Known};
+pub(crate) mod overlap;
+pub(crate) mod resize;
+pub(crate) mod walk;
+
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::features;
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Header, Meaning, Places};
+use crate::image::device::{self, Device};
+use crate::image::refcount::{Forgotten, Freed, Refcounts};
+use crate::image::room::{self, Clusters, Known};
 use byteorder::{BigEndian, ByteOrder};
+use overlap::{Overlap, Protected};
 
 /// One place where the active L1 table has been during the verb.
 #[derive(Clone, Copy, Debug)]
@@ -137,8 +141,9 @@ impl Replay {
         let table = self.refs.table();
         if table.offset != self.protected_table {
             let (offset, bytes) = (table.offset, table.entries.len() as u64 * TABLE_ENTRY);
-            self.overlap.release(Kind::Reftable, self.protected_table);
-            self.overlap.protect(Kind::Reftable, offset, bytes)?;
+            self.overlap
+                .release(Protected::Reftable, self.protected_table);
+            self.overlap.protect(Protected::Reftable, offset, bytes)?;
             self.overlap.seal();
             self.protected_table = offset;
         }
@@ -233,8 +238,8 @@ impl Replay {
             Freed::Kept,
             Forgotten::With(epoch),
         )?;
-        self.overlap.release(Kind::ActiveL1, old_offset);
-        self.overlap.protect(Kind::ActiveL1, offset, bytes)?;
+        self.overlap.release(Protected::ActiveL1, old_offset);
+        self.overlap.protect(Protected::ActiveL1, offset, bytes)?;
         self.overlap.seal();
         self.l1 = l1;
         Ok(())
