@@ -1,4 +1,6 @@
 //! The functions of QEMU's `block/qcow2-snapshot.c`, and reading disk and VM state.
+//!
+//! Nearly half of this long file is the manual of its functions.
 
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::mem::{offset_of, size_of, MaybeUninit};

@@ -1,4 +1,6 @@
 //! An image in a regular file or on a block device.
+//!
+//! Nearly half of this long file is its tests.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
