@@ -55,8 +55,8 @@
 //! ```
 //!
 //! Begin with `snapshot/create.rs`: a verb checks, replays QEMU's code path in memory
-//! (`image/replay.rs`, `image/refcount.rs`, `image/walk.rs`), and hands the result to
-//! `image/update.rs`, which writes it in the one order that a power cut cannot break.
+//! (`image/replay/`, `image/refcount/`), and hands the result to
+//! `image/plan/`, which writes it in the one order that a power cut cannot break.
 
 mod error;
 mod flags;
