@@ -339,16 +339,19 @@ impl Chosen<'_> {
 /// Tables that the resize made are free again, with a hole where they were; none of the tables
 /// that it emptied may have survived in a snapshot.
 fn check_after_resize(replay: &mut Replay, dev: &mut Device) -> Result<()> {
-    let temporary = std::mem::take(&mut replay.temporary);
+    let temporary = std::mem::take(&mut replay.remade.temporary);
     for cluster in temporary.sorted()?.into_iter().map(HostCluster) {
         dev.progress.pass(TABLE_ENTRY)?;
         if replay.refs.get(dev, cluster)? == 0 {
             replay.refs.fates.punch(cluster.0)?;
-        } else if replay.zero_tables.contains(cluster.0) {
+        } else if replay
+            .remade
+            .is_zeros(replay.g, replay.g.offset_of(cluster))
+        {
             return Err(shared_but_copied(replay.g.offset_of(cluster)));
         }
     }
-    for offset in replay.tables.sorted()? {
+    for offset in replay.remade.offsets()? {
         let cluster = replay.g.cluster_of(offset);
         if replay.refs.get(dev, cluster)? != 0 {
             return Err(shared_but_copied(offset));

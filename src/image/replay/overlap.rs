@@ -103,6 +103,18 @@ impl Overlap {
         self.seal();
     }
 
+    /// Protect the refcount table where it is now, and not where it was.
+    pub(crate) fn follow_reftable(&mut self, offset: u64, bytes: u64) -> Result<()> {
+        let reftable = |r: &&(u64, u64, Protected)| r.2 == Protected::Reftable;
+        let old = self.ranges.iter().find(reftable).map(|r| r.0);
+        if let Some(old) = old.filter(|old| *old != offset) {
+            self.release(Protected::Reftable, old);
+            self.protect(Protected::Reftable, offset, bytes)?;
+            self.seal();
+        }
+        Ok(())
+    }
+
     /// Sort the ranges for [`Overlap::check`]; call after the last `protect`.
     pub(crate) fn seal(&mut self) {
         self.ranges

@@ -5,7 +5,7 @@
 //! would change. Those are written later, when the counts are final (`plan::passes`).
 
 use super::overlap::Protected;
-use super::{changed_table, Replay};
+use super::Replay;
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster};
@@ -216,7 +216,7 @@ impl Replay {
         let offset = entry & OFFSET_MASK;
         check_l2_offset(g, offset, index)?;
         // What is rewritten is the table on disk.
-        let changed = changed_table(g, &self.tables, &self.zero_tables, offset);
+        let changed = self.remade.get(g, offset);
         let table = match changed {
             Some(changed) => changed,
             // All zeros, however many the L1 names.
