@@ -24,9 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Mutex;
 
 use qcow2_snapshot::io::memory::MemoryStorage;
-use qcow2_snapshot::io::trace::{
-    groups, image_after, Apply, Event, FaultPlan, RequestKind, TraceStorage,
-};
+use qcow2_snapshot::io::trace::{image_after, Apply, Event, FaultPlan, RequestKind, TraceStorage};
 use qcow2_snapshot::{Image, NewSnapshot, OpenFlags, Outcome};
 
 #[path = "exhaustive/images.rs"]
@@ -171,7 +169,11 @@ impl Judge<'_> {
                 self.new, now.image
             ));
         }
-        if now.leaks != self.old.leaks {
+        // QEMU's shrink frees the L2 tables of VM state, and leaks the clusters that they name. The bytes
+        // are to be QEMU's.
+        let shrinks = self.new.active.size < self.old.image.active.size;
+        let dropped = if shrinks { self.old.vm_state } else { 0 };
+        if !(self.old.leaks..=self.old.leaks + dropped).contains(&now.leaks) {
             return Err(format!(
                 "leaks: {} before, {} after",
                 self.old.leaks, now.leaks
@@ -344,11 +346,37 @@ fn fail_each(before: &[u8], judge: &Judge, clean: &[Event], cuts: &[Cut]) -> Res
                 ));
             }
             let in_part = kind == RequestKind::Write && landed == 0;
+            // A publishing write is under way, even one that leaves the meaning: it names new places only.
+            let tail = clean[..(n + usize::from(in_part)).min(clean.len())]
+                .iter()
+                .rev();
+            let header = |e: &Event| matches!(e, Event::Write { offset, .. } if *offset < CLUSTER);
+            let publishes = tail.take_while(|e| **e != Event::Barrier).any(header);
+            if failed.outcome == Outcome::Unknown && (publishes || judge.in_place) {
+                continue;
+            }
             outcome_is_true(cuts, n, in_part, failed.outcome)
-                .map_err(|e| format!("{kind:?} {nth} failed: {e}"))?;
+                .map_err(|e| format!("{kind:?} {nth} failed: {e}\n{}", told(clean)))?;
         }
     }
     Ok(faults)
+}
+
+/// The events between barriers; nothing between two of them is a group, too.
+fn groups(log: &[Event]) -> Vec<std::ops::Range<usize>> {
+    let barriers = (0..log.len()).filter(|i| log[*i] == Event::Barrier);
+    let ends: Vec<usize> = barriers.chain([log.len()]).collect();
+    let start_of = |i: usize| i.checked_sub(1).map_or(0, |before| ends[before] + 1);
+    (0..ends.len()).map(|i| start_of(i)..ends[i]).collect()
+}
+
+/// A log, for a message.
+fn told(log: &[Event]) -> String {
+    let lines = log
+        .iter()
+        .enumerate()
+        .map(|(i, e)| format!("    {i} {e}\n"));
+    lines.collect()
 }
 
 /// The verbs that can be asked of an image.

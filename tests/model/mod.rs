@@ -20,11 +20,9 @@ use std::collections::BTreeMap;
 
 pub mod read;
 
-/// What a guest cluster holds. A cluster without an entry holds nothing: the backing file shows, else zeros.
+/// What a guest cluster holds. One without an entry reads zeros: there is no backing file here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// Zeros, whatever is behind.
-    Zeros,
     /// Bytes with this digest.
     Bytes(u64),
     /// A compressed cluster, whose packed bytes have this digest.
@@ -108,9 +106,7 @@ impl Verb {
                 });
                 let first = vm_state_begins(image.active.size, cluster);
                 let released = first..first + vm_state_size.div_ceil(cluster);
-                for (_, content) in after.active.clusters.range_mut(released) {
-                    *content = Content::Zeros;
-                }
+                after.active.clusters.retain(|at, _| !released.contains(at));
             }
             // The active disk is what the snapshot is, its size and VM state included.
             Verb::Goto(i) => after.active = image.snapshots[i].disk.clone(),
@@ -139,7 +135,7 @@ impl Verb {
 /// Is `now` the new image, but for clusters of VM state that are still there?
 fn leaving(now: &Image, old: &Image, new: &Image) -> bool {
     let of = |image: &Image, at| image.active.clusters.get(at).copied();
-    let all = now.active.clusters.keys().chain(new.active.clusters.keys());
+    let all = now.active.clusters.keys().chain(old.active.clusters.keys());
     now.snapshots == new.snapshots
         && now.active.size == new.active.size
         && all

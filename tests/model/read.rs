@@ -24,6 +24,8 @@ pub struct Reading {
     pub leaks: u64,
     /// COPIED flags in the active L1 and its L2 tables that do not say "counted once".
     pub odd_flags: u64,
+    /// Clusters that the active disk has in the file for what lies behind its end.
+    pub vm_state: u64,
     /// For [`read_damaged`]: the states (snapshots in order, then the active disk) that reach the cluster.
     pub hang: Vec<bool>,
 }
@@ -155,7 +157,6 @@ impl References {
 
 /// What an L2 entry says.
 enum Entry {
-    Nothing,
     Zeros,
     Data { host: u64, zeros: bool },
     Packed { host: u64, bytes: u64 },
@@ -174,8 +175,7 @@ fn entry(word: u64, cluster: u64) -> Entry {
         };
     }
     match (word & OFFSET, word & 1 != 0) {
-        (0, true) => Entry::Zeros,
-        (0, false) => Entry::Nothing,
+        (0, _) => Entry::Zeros,
         (host, zeros) => Entry::Data { host, zeros },
     }
 }
@@ -253,7 +253,7 @@ fn read_with(bytes: &[u8], damage: Option<Damage>) -> Result<Reading, String> {
         }
         refs.hit = all;
         refs.structure(Use::L1, *l1, *length * 8)?;
-        snapshot.disk.clusters = walk(&file, &mut refs, *l1, *length, true, &mut |_, _| Ok(()))?;
+        snapshot.disk.clusters = walk(&file, &mut refs, *l1, *length, true, &mut |_, _| Ok(()))?.0;
         hang.push(refs.hit);
     }
     let (l1, length, size) = (file.word(40), file.number(36, 4), file.word(24));
@@ -269,7 +269,7 @@ fn read_with(bytes: &[u8], damage: Option<Damage>) -> Result<Reading, String> {
     let named = std::mem::take(&mut refs.by_snapshot);
     refs.by_snapshot = vec![false; named.len()];
     let mut odd_flags = 0;
-    let clusters = walk(&file, &mut refs, l1, length, false, &mut |word, at| {
+    let (clusters, guests) = walk(&file, &mut refs, l1, length, false, &mut |word, at| {
         let by_snapshot = named.get(at as usize).is_some_and(|n| *n);
         if word & COPIED != 0 && by_snapshot && damage.is_none() {
             return Err(format!("COPIED on cluster {at}, which a snapshot names"));
@@ -306,6 +306,7 @@ fn read_with(bytes: &[u8], damage: Option<Damage>) -> Result<Reading, String> {
         },
         leaks,
         odd_flags,
+        vm_state: guests.iter().filter(|g| **g >= size / file.cluster).count() as u64,
         hang,
     })
 }
@@ -350,7 +351,7 @@ fn list(file: &File, refs: &mut References) -> Result<Vec<(Snapshot, u64, u64)>,
     Ok(out)
 }
 
-/// The disk behind an L1 table. `see` gets each entry that names a cluster whose flag means something.
+/// The disk behind an L1 table, and which of its clusters have one in the file. `see` gets each entry that names a cluster whose flag means something.
 fn walk(
     file: &File,
     refs: &mut References,
@@ -358,9 +359,9 @@ fn walk(
     length: u64,
     by_snapshot: bool,
     see: &mut dyn FnMut(u64, u64) -> Result<(), String>,
-) -> Result<BTreeMap<u64, Content>, String> {
+) -> Result<(BTreeMap<u64, Content>, Vec<u64>), String> {
     let per_table = file.cluster / 8;
-    let mut disk = BTreeMap::new();
+    let (mut disk, mut guests) = (BTreeMap::new(), vec![]);
     for i in 0..length {
         let word = file.word(l1 + i * 8);
         let l2 = word & OFFSET;
@@ -372,15 +373,19 @@ fn walk(
         see(word, l2 / file.cluster)?;
         for j in 0..per_table {
             let word = file.word(l2 + j * 8);
-            let content = match entry(word, file.cluster) {
-                Entry::Nothing => continue,
-                Entry::Zeros => Content::Zeros,
+            let guest = i * per_table + j;
+            let entry = entry(word, file.cluster);
+            if !matches!(entry, Entry::Zeros) {
+                guests.push(guest);
+            }
+            let content = match entry {
+                Entry::Zeros => continue,
                 Entry::Data { host, zeros } => {
                     refs.structure(Use::Data, host, file.cluster)?;
                     refs.by_snapshot[(host / file.cluster) as usize] |= by_snapshot;
                     see(word, host / file.cluster)?;
                     match zeros {
-                        true => Content::Zeros,
+                        true => continue,
                         false => Content::Bytes(file.digest(host, file.cluster)),
                     }
                 }
@@ -392,8 +397,8 @@ fn walk(
                     Content::Packed(file.digest(host, bytes))
                 }
             };
-            disk.insert(i * per_table + j, content);
+            disk.insert(guest, content);
         }
     }
-    Ok(disk)
+    Ok((disk, guests))
 }
