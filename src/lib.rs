@@ -72,7 +72,9 @@ pub mod capi;
 
 pub use error::{Error, Result};
 pub use flags::OpenFlags;
-pub use image::{BlockStatus, Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
+pub use image::{
+    BlockStatus, Changed, Image, ImageLayout, Outcome, PackedCluster, ProgressHook, Stage,
+};
 pub use read::{Change, Changes, Mapping};
 pub use snapshot::{NewSnapshot, Snapshot};
 pub use words::{os_words, printable, strerror};

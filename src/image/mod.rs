@@ -24,6 +24,7 @@ pub(crate) mod device;
 mod layout;
 pub(crate) mod mapping;
 pub(crate) mod overlap;
+mod packed;
 pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
@@ -34,6 +35,7 @@ pub(crate) mod update;
 pub(crate) mod walk;
 
 pub use layout::{Changed, ImageLayout};
+pub use packed::PackedCluster;
 pub use progress::{ProgressHook, Stage};
 pub use status::BlockStatus;
 
