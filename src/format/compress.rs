@@ -74,11 +74,7 @@ fn inflate(state: &mut DecompressorOxide, packed: &[u8], out: &mut [u8]) -> Opti
 /// Frames one behind the other until `out` is full. As in QEMU the last one must end there: a
 /// cluster never unpacks to more than a cluster. What a frame may claim for its window, and so
 /// the memory for it, is limited to 128 MiB by the decoder, as by QEMU's.
-fn unpack_zstd(
-    frames: &mut FrameDecoder,
-    mut packed: &[u8],
-    mut out: &mut [u8],
-) -> Option<usize> {
+fn unpack_zstd(frames: &mut FrameDecoder, mut packed: &[u8], mut out: &mut [u8]) -> Option<usize> {
     let all = packed.len();
     loop {
         let Ok(mut decoder) = StreamingDecoder::new_with_decoder(&mut packed, &mut *frames) else {

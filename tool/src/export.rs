@@ -43,7 +43,8 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
     let qcow2 = format == Some("qcow2") || since.is_some();
     let out = given("OUT").unwrap_or_default();
     if qcow2 && out == "-" {
-        let text = "Only a raw disk can be written to the standard output (a file of that name is './-')";
+        let text =
+            "Only a raw disk can be written to the standard output (a file of that name is './-')";
         return Err(Stop::failed(text));
     }
 
@@ -65,7 +66,9 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
         Some((since, backing)) => {
             let format = m.get_one::<String>("backing-format");
             let format = format.map(String::as_str).unwrap_or_default();
-            Some(thin::Backing::of(&mut image, name, since, out, backing, format)?)
+            Some(thin::Backing::of(
+                &mut image, name, since, out, backing, format,
+            )?)
         }
     };
     // From here on a signal ends the work between two requests.

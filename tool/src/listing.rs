@@ -137,10 +137,7 @@ fn three_digits(value: f64) -> String {
 
 /// An array with the fields that `qemu-img info --output=json` has under "snapshots".
 pub(crate) fn json(snapshots: &[Snapshot]) -> String {
-    let items: Vec<String> = snapshots
-        .iter()
-        .map(|s| object(&fields(s)))
-        .collect();
+    let items: Vec<String> = snapshots.iter().map(|s| object(&fields(s))).collect();
     array(&items)
 }
 

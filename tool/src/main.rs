@@ -16,6 +16,8 @@
 //!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
 
+#![forbid(unsafe_code)]
+
 mod actions;
 mod cli;
 mod complete;

@@ -264,7 +264,10 @@ impl NewImage {
         let Some(guest) = self.open.take() else {
             return Ok(());
         };
-        let (data, zero) = (std::mem::take(&mut self.data), std::mem::take(&mut self.zero));
+        let (data, zero) = (
+            std::mem::take(&mut self.data),
+            std::mem::take(&mut self.zero),
+        );
         let mut word = 0;
         if data != 0 {
             let bytes = std::mem::take(&mut self.cluster);
@@ -383,7 +386,11 @@ impl NewImage {
             return Ok(());
         }
         let open = !self.room.is_empty() && self.room.end == self.next << self.g.cluster_bits;
-        let kept = if open && enough > 0 { self.g.cluster_len() } else { 0 };
+        let kept = if open && enough > 0 {
+            self.g.cluster_len()
+        } else {
+            0
+        };
         let until = self.pending.len().saturating_sub(kept);
         if until == 0 {
             return Ok(());
@@ -403,7 +410,11 @@ impl NewImage {
 fn header(g: Geometry, form: &Form, l1_entries: u64) -> io::Result<Vec<u8>> {
     let zstd = form.compression == Compression::Zstd;
     let features = if zstd { FEATURE_ZSTD } else { 0 }
-        | if g.extended_l2 { FEATURE_EXTENDED_L2 } else { 0 };
+        | if g.extended_l2 {
+            FEATURE_EXTENDED_L2
+        } else {
+            0
+        };
     let mut extensions = Vec::new();
     let (name, format) = form.backing.unwrap_or_default();
     if !name.is_empty() {

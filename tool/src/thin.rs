@@ -48,7 +48,9 @@ impl<'a> Backing<'a> {
         let system = |e: io::Error| failed(&without_number(&e));
         let head = name.as_bytes().split(|b| *b == b'/').next();
         if name.is_empty() || head.is_some_and(|h| h.contains(&b':')) {
-            return Err(failed("it is not a plain file name (a colon needs './' before it)"));
+            return Err(failed(
+                "it is not a plain file name (a colon needs './' before it)",
+            ));
         }
         // As whoever opens the new file will look for it.
         let folder = folder_of(out.as_ref());
@@ -66,7 +68,9 @@ impl<'a> Backing<'a> {
         }
         let of_image = Path::new(image_name).metadata().map_err(system)?;
         if (meta.dev(), meta.ino()) == (of_image.dev(), of_image.ino()) {
-            return Err(failed("it is the image itself, whose disk goes on changing"));
+            return Err(failed(
+                "it is the image itself, whose disk goes on changing",
+            ));
         }
         let length = match format {
             "raw" => meta.len().next_multiple_of(512),
@@ -143,7 +147,9 @@ pub(crate) fn write(
             let (from, to) = (Some(backing.since), Some(snapshot.as_bytes()));
             while next < size {
                 asked.check(GONE)?;
-                let found = copy.image.snapshot_next_change(from, to, next, STRETCH, false);
+                let found = copy
+                    .image
+                    .snapshot_next_change(from, to, next, STRETCH, false);
                 let Some(change) = found? else {
                     next = next.saturating_add(STRETCH);
                     continue;
@@ -193,9 +199,10 @@ impl Copy<'_> {
                 bar.set_position(at);
                 let mut most = CHUNK as u64;
                 if status.compressed {
-                    let aligned = g.in_cluster(at) == 0 && stop - at >= size;
-                    if aligned && self.packed(at, status.depth)? {
-                        at += size;
+                    let part = size.min(stop - at);
+                    let whole = part == size || stop == self.image.length();
+                    if whole && g.in_cluster(at) == 0 && self.packed(at, part, status.depth)? {
+                        at += part;
                         continue;
                     }
                     most = size - g.in_cluster(at);
@@ -236,16 +243,18 @@ impl Copy<'_> {
         Ok(())
     }
 
-    /// A compressed cluster as it is, if that can be.
-    fn packed(&mut self, at: u64, depth: u32) -> Result<bool, Halt> {
+    /// A compressed cluster as it is, if that can be. So much of it is of the disk; what is behind must be
+    /// zeros, or it would show when the disk grows.
+    fn packed(&mut self, at: u64, part: u64, depth: u32) -> Result<bool, Halt> {
         if !self.image.read_packed(at, depth, &mut self.cluster)? {
             return Ok(false);
         }
-        if is_zero(&self.cluster.data) {
-            self.zeros(at, at + self.cluster.data.len() as u64)?;
+        let (disk, behind) = self.cluster.data.split_at(part as usize);
+        if is_zero(disk) {
+            self.zeros(at, at + part)?;
             return Ok(true);
         }
-        Ok(self.new.put_packed(at, &self.cluster.packed)?)
+        Ok(is_zero(behind) && self.new.put_packed(at, &self.cluster.packed)?)
     }
 }
 
