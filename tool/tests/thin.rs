@@ -434,3 +434,36 @@ fn ctrl_c_leaves_nothing_of_a_chain() {
         assert_eq!(made(folder), Vec::<String>::new());
     }
 }
+
+/// What docs/keep.md shows is what happens.
+#[test]
+fn the_page_keep_says_what_its_commands_do() {
+    if qemu_img("the commands of docs/keep.md").is_none() {
+        return;
+    }
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/keep.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let blocks = page.split("```sh\n").skip(1);
+    let script: String = blocks.map(|b| b.split("```").next().unwrap()).collect();
+    assert!(script.lines().count() > 25);
+    let wanted: Vec<&str> = script
+        .lines()
+        .filter_map(|l| l.split_once("# prints: "))
+        .flat_map(|(_, text)| match text.contains("json") {
+            true => text.split(' ').collect(),
+            false => vec![text],
+        })
+        .collect();
+    let folder = tempfile::tempdir().unwrap();
+    let bin = common::tool().parent().unwrap().display();
+    let path = std::env::var("PATH").unwrap_or_default();
+    let got = said(
+        Command::new("sh")
+            .args(["-ec", &script])
+            .env("PATH", format!("{bin}:{path}"))
+            .env("LC_ALL", "C")
+            .current_dir(folder.path()),
+    );
+    assert_eq!((got.code, got.err.as_str()), (Some(0), ""), "{got:?}");
+    assert_eq!(got.out.lines().collect::<Vec<_>>(), wanted);
+}
