@@ -287,6 +287,11 @@ fn export_command() -> Command {
             "Open the image even if a guest writes to it: the result may be torn",
         ))
         .arg(no_lock())
+        .arg(flag(
+            "no-reflink",
+            None,
+            "Copy data also where a raw file could share blocks with the image (XFS, btrfs)",
+        ))
         .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
         .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
         .arg(one("SNAPSHOT", "The snapshot's ID, else its name"))

@@ -14,6 +14,7 @@ use tempfile::NamedTempFile;
 
 use crate::output::{Kind, Output, CHUNK};
 use crate::progress;
+use crate::reflink::Reflink;
 use crate::signals::Asked;
 use crate::stop::{explained, without_number, Stop};
 use crate::target::{not_opened, open_words};
@@ -76,9 +77,13 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
     new_file(out.as_ref(), &asked, |file| match qcow2 {
         true => thin::write(&mut image, snapshot, backing.as_ref(), file, &asked, quiet),
         false => {
+            let shared = match m.get_flag("no-reflink") {
+                true => None,
+                false => Reflink::to(file, folder_of(out.as_ref())),
+            };
             file.set_len(image.length())?;
             let out = Output::new(file.try_clone()?, Kind::Sparse)?;
-            copy(&mut image, out, Kind::Sparse, &asked, quiet)
+            copy(&mut image, out, Kind::Sparse, shared, &asked, quiet)
         }
     })
 }
@@ -196,7 +201,7 @@ fn print(image: &mut Image, quiet: bool) -> Result<(), Stop> {
         // Without the buffer, which looks for the ends of lines.
         let out = io::stdout().as_fd().try_clone_to_owned()?;
         let out = Output::new(File::from(out), Kind::Stream)?;
-        copy(image, out, Kind::Stream, &asked, quiet)
+        copy(image, out, Kind::Stream, None, &asked, quiet)
     };
     printed().map_err(|halt| match halt {
         Halt::Other(stop) => stop,
@@ -211,6 +216,7 @@ fn copy(
     image: &mut Image,
     mut out: Output,
     kind: Kind,
+    shared: Option<Reflink>,
     asked: &Asked,
     quiet: bool,
 ) -> Result<(), Halt> {
@@ -221,28 +227,29 @@ fn copy(
     };
     let bar = progress::bytes(length, quiet);
     let mut at = 0;
-    // Everything before `end` is data or zeros, as far as the image's tables say.
-    let (mut end, mut zero) = (0, false);
     while at < length {
         asked.check(interrupted)?;
-        if at >= end {
-            let status = image.block_status(at, STRETCH)?;
-            (end, zero) = (at + status.length.max(1), status.zero);
+        // Data or zeros, as far as the image's tables say.
+        let status = image.block_status(at, STRETCH)?;
+        let end = (at + status.length.max(1)).min(length);
+        if let (Kind::Sparse, true) = (kind, status.zero) {
+            at = end;
+        } else if let Some(shared) = &shared {
+            at += shared.share(image, &status);
         }
-        if let (Kind::Sparse, true) = (kind, zero) {
-            at = end.min(length);
-            continue;
+        while at < end {
+            asked.check(interrupted)?;
+            bar.set_position(at);
+            let n = (end - at).min(CHUNK as u64);
+            let mut buffer = out.buffer();
+            buffer.resize(n as usize, 0);
+            match status.zero {
+                true => buffer.fill(0),
+                false => image.read(at, &mut buffer)?,
+            }
+            out.write(at, buffer)?;
+            at += n;
         }
-        let n = (end.min(length) - at).min(CHUNK as u64) as usize;
-        let mut buffer = out.buffer();
-        buffer.resize(n, 0);
-        match zero {
-            true => buffer.fill(0),
-            false => image.read(at, &mut buffer)?,
-        }
-        out.write(at, buffer)?;
-        at += n as u64;
-        bar.set_position(at);
     }
     Ok(out.finish()?)
 }

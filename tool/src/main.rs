@@ -10,6 +10,7 @@
 //!    ├── export         a snapshot's disk as a file
 //!    │    ├── thin      what of it goes into a qcow2 file: all, what changed, every snapshot
 //!    │    ├── qcow2     a new qcow2 file, from its first cluster to its last
+//!    │    ├── reflink   blocks shared with the image instead of copied
 //!    │    └── output    the file that is written, by a thread of its own
 //!    ├── diff           what changed between two snapshots
 //!    ├── complete       what the completion scripts of the shells ask for
@@ -31,6 +32,7 @@ mod manual;
 mod output;
 mod progress;
 mod qcow2;
+mod reflink;
 mod signals;
 mod stop;
 mod target;
