@@ -11,6 +11,7 @@
 #   make install  PREFIX=/usr/local DESTDIR= LIBDIR= BINDIR= INCLUDEDIR= MANDIR= DATADIR=
 #   make uninstall  with the same variables
 #   make setup    what the tests need and this machine lacks (check does it by itself)
+#   make nbdkit   the plugin in integrations/nbdkit, into build/; make nbdkit-check tests it
 #   make python-wheel  a wheel of bindings/python that carries the library, in build/wheel
 #   make python-check  the tests of bindings/python (PYTHONS='python3 ...')
 #   make clean
@@ -32,7 +33,7 @@ SONAME  := libqcow2_snapshot.so.0
 HEADER  := include/qcow2_snapshot.h
 
 .PHONY: fuzz soak-hostile asan tsan miri all library tool demo check c-check header bench soak soak-crash install uninstall \
-	install-smoke python-example python-wheel python-check setup clean
+	install-smoke python-example python-wheel python-check nbdkit nbdkit-check setup clean
 
 all: library tool
 
@@ -189,6 +190,13 @@ python-example: demo
 	    python3 examples/list.py build/libqcow2_snapshot.so build/demo.qcow2 > build/list.py.out && \
 	    build/list build/demo.qcow2 | diff - build/list.py.out && echo 'list.py says what list.c says'; \
 	else echo 'SKIPPED: no python3 here: examples/list.py was not run'; fi
+
+nbdkit: library
+	@$(MAKE) --no-print-directory -C integrations/nbdkit
+
+nbdkit-check: library
+	@if pkg-config --exists nbdkit; then $(MAKE) --no-print-directory -C integrations/nbdkit all check; \
+	else echo "SKIPPED: no nbdkit headers here: integrations/nbdkit was neither built nor tested"; fi
 
 # No network: Python's setuptools and wheel must be there (Debian: python3-setuptools, python3-wheel).
 PYTHON ?= python3
