@@ -23,10 +23,15 @@
  *
  * Errors. Functions that return int or int64_t return a count or 0, or a negative errno
  *   with QEMU's errno for that failure; each function lists its own. -EINVAL for a NULL
- *   handle, struct or out-pointer, -ENOMEM and -EBUSY (a caller's own function calls back
- *   into the handle) can come from any. The words come through `errp` where a function has
- *   it, and from qcow2_last_error() always. `errp` may be NULL; otherwise *errp must be
- *   NULL on entry and is set exactly when the call fails. Nothing is printed.
+ *   handle, struct or out-pointer, -ENOMEM and -EBUSY (another thread is in a call on the
+ *   handle, or a caller's own function calls back into it) can come from any. The words come
+ *   through `errp` where a function has it, and from qcow2_last_error() always. `errp` may be
+ *   NULL; otherwise *errp must be NULL on entry and is set exactly when the call fails.
+ *   Nothing is printed.
+ *
+ * Words. A message is one line of English in UTF-8, whatever setlocale() was told. Names that
+ *   stand in the image may hold anything: newlines, control characters, bytes that are not
+ *   UTF-8 and what turns the direction of text are shown escaped, as \n, \x1b or \u{202e}.
  *
  * After a failure. Whatever can be found out before writing is found out before writing: then
  *   not a byte has changed and the handle is good. After an I/O error while writing the
@@ -41,7 +46,8 @@
  * Memory. L1 tables and the list of snapshots are in memory; L2 tables are not, and refcounts take
  *   about 224 MiB at most during a verb. An image that needs more (from some 40 TiB in random order on, at
  *   64 KiB clusters) has the rest in a nameless temporary file in $TMPDIR, else /var/tmp, as
- *   QEMU's own temporary files are; or in memory, if there is no room for such a file.
+ *   QEMU's own temporary files are; or in memory, if there is no room for such a file. A
+ *   set-uid program does not follow $TMPDIR.
  *
  * Ownership. Handles, error objects and lists belong to the caller and go back through
  *   qcow2_close(), qcow2_error_free() and qcow2_snapshot_list_free() or free(). Out-pointers
@@ -50,9 +56,19 @@
  *   for the `opaque` pointers of qcow2_open_io() and qcow2_set_progress(). The objects named
  *   Error here are never mixed with QEMU's own.
  *
- * Threads. One thread at a time for each handle; handles are independent of each other. A
- *   forked child must neither use nor close the handles of its parent. Nothing here may be
- *   called from a signal handler. The library may be unloaded when all handles are closed.
+ * Threads. One thread at a time for each handle; a second one is answered -EBUSY, and must not
+ *   close it. Handles are independent of each other: to read in parallel open one for each
+ *   thread, for read-only handles on one image do not exclude each other. A forked child
+ *   must neither use nor close the handles of its parent. Nothing here may be called from a
+ *   signal handler. The library may be unloaded when all handles are closed.
+ *
+ * Cancellation. pthread_cancel() of a thread that is in a call waits until the call returns; a
+ *   caller's own I/O and progress functions run within it, and must not enable cancellation.
+ *   The cancellation type must be the default one, PTHREAD_CANCEL_DEFERRED.
+ *
+ * Limits. Past the process's file size limit (RLIMIT_FSIZE, "ulimit -f") a write is -EFBIG,
+ *   "File too large". SIGXFSZ, which would end the program, is kept from the calling thread
+ *   during the library's own writes; in the caller's own I/O functions it is theirs to ignore.
  *
  * Units. Sizes and offsets are bytes. Texts are bytes ending in NUL, taken as they are.
  *
@@ -79,6 +95,8 @@
 #define QCOW2_SNAPSHOT_VERSION_PATCH 0
 #define QCOW2_SNAPSHOT_VERSION "0.2.0"
 
+/* ---- Flags of the opens -------------------------------------------------------------- */
+
 /**
  * Open for reading and changing (QEMU's BDRV_O_RDWR). Without it: read-only.
  */
@@ -102,7 +120,7 @@
 #define QCOW2_O_NO_LOCK 0x02000000
 
 /**
- * Do not punch holes into the image file where clusters are freed.
+ * Do not punch holes into the image file where clusters are freed: they keep their bytes.
  */
 #define QCOW2_O_NO_DISCARD 0x04000000
 
@@ -120,14 +138,20 @@
  */
 #define QCOW2_O_NO_BACKING 0x20000000
 
+/* ---- What a run of bytes is made of -------------------------------------------------- */
+
 /**
- * Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA).
+ * Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA). Without it: a hole,
+ * which is what an NBD server reports as NBD_STATE_HOLE (and QCOW2_BLOCK_ZERO as
+ * NBD_STATE_ZERO).
  */
 #define QCOW2_BLOCK_DATA 0x01
 
 /**
  * Qcow2Extent.flags: it reads as zeros (QEMU's BDRV_BLOCK_ZERO). Together with
- * QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file.
+ * QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file. That is the one answer
+ * that rests on holes, discarded ranges among them, reading as zeros; the others come from the
+ * tables of the image.
  */
 #define QCOW2_BLOCK_ZERO 0x02
 
@@ -146,6 +170,8 @@
  * Qcow2Extent.flags: the bytes are stored compressed (QEMU's BDRV_BLOCK_COMPRESSED).
  */
 #define QCOW2_BLOCK_COMPRESSED 0x80
+
+/* ---- What a verb did to the image ---------------------------------------------------- */
 
 /**
  * qcow2_last_outcome(): no changing verb was called yet.
@@ -168,6 +194,8 @@
  */
 #define QCOW2_OUTCOME_UNKNOWN 3
 
+/* ---- Stages of a verb ---------------------------------------------------------------- */
+
 /**
  * Qcow2ProgressFunc: the verb looks; nothing has been written. Cancelling leaves every byte as
  * it was, and the handle good.
@@ -185,6 +213,8 @@
  * cannot be cancelled.
  */
 #define QCOW2_PROGRESS_RECLAIM 3
+
+/* ---- What a verb changed ------------------------------------------------------------- */
 
 /**
  * Qcow2ImageLayout.changed: the size of the disk.
@@ -206,6 +236,8 @@
  */
 #define QCOW2_CHANGED_SNAPSHOTS 0x8
 
+/* ---- Types --------------------------------------------------------------------------- */
+
 /**
  * Why a call failed (QEMU's Error): an opaque object that belongs to the caller.
  * It does not refer to the handle and may outlive it. The errno is the call's return
@@ -223,7 +255,7 @@ typedef struct Qcow2Image Qcow2Image;
  * The caller's I/O functions, for qcow2_open_io(). The library copies the table; it calls
  * one function at a time, on the thread of the caller, with the `opaque` pointer given at
  * open. A function returns 0 (getlength: a length) or -errno; anything else counts as -EIO.
- * It must not throw, longjmp or call back into the handle (-EBUSY).
+ * It must not throw, longjmp, end its thread or call back into the handle (-EBUSY).
  */
 typedef struct Qcow2IoOps {
     /**
@@ -256,7 +288,9 @@ typedef struct Qcow2IoOps {
     int (*truncate)(void *opaque, uint64_t length);
     /**
      * Give back the space of `bytes` bytes at `offset`, which read as zeros from then on;
-     * the length stays. May be NULL: nothing is given back.
+     * the length stays. May be NULL: nothing is given back. A hint: freed clusters equal
+     * those that qemu-img leaves only if they read as zeros, and the meaning of the image
+     * does not depend on it.
      */
     int (*discard)(void *opaque, uint64_t offset, uint64_t bytes);
     /**
@@ -511,7 +545,9 @@ typedef struct Qcow2ImageLayout {
 
 #ifdef __cplusplus
 extern "C" {
-#endif // __cplusplus
+#endif /* __cplusplus */
+
+/* ---- Version ------------------------------------------------------------------------- */
 
 /**
  * The version of the library that the program runs with, as "1.2.3". The one it was
@@ -521,6 +557,8 @@ extern "C" {
  */
 const char *qcow2_version(void);
 
+/* ---- Opening and closing ------------------------------------------------------------- */
+
 /**
  * Open the image at a path. The descriptor is close-on-exec. Opening writes nothing.
  *
@@ -528,6 +566,10 @@ const char *qcow2_version(void);
  * of an image that a guest, qemu-img or another handle has open is -EAGAIN, and so is a
  * read-only open while a guest runs (QCOW2_O_FORCE_SHARE is for that); while the handle is
  * open, qemu-img refuses the image in the same way.
+ *
+ * A process's classic record locks (fcntl() with F_SETLK) on the image go away whenever any
+ * descriptor of the file is closed: an open may drop them already, and qcow2_close() does. That
+ * is how the system defines them; F_OFD_SETLK locks stay.
  *
  * @param filename  a plain path, not one of QEMU's "protocol:" names; text ending in NUL
  * @param flags     QCOW2_O values joined by "|", or 0: read-only
@@ -563,7 +605,9 @@ int qcow2_open(const char *filename,
  * the library opens the same file again through /proc, so that its locks are its own. Where
  * that fails (no /proc, or no permission for the file any more) it duplicates the
  * descriptor, and then the image locks are shared with it: they keep other programs out as
- * before, but not a second handle made from the same descriptor.
+ * before, but not a second handle made from the same descriptor. A caller that holds QEMU's
+ * locks on the descriptor itself must give QCOW2_O_NO_LOCK, for closing the handle would
+ * release them there.
  *
  * @param fd     a descriptor of a regular file; with QCOW2_O_RDWR it must be writable
  * @param flags  QCOW2_O values joined by "|", or 0: read-only
@@ -615,6 +659,8 @@ int qcow2_open_io(const struct Qcow2IoOps *ops,
  */
 int qcow2_close(struct Qcow2Image *bs);
 
+/* ---- Snapshots: QEMU's functions ----------------------------------------------------- */
+
 /**
  * Load the snapshot table from the image, in place of the list in memory. Opening the
  * image has done this already; it is needed only to bring back what
@@ -652,7 +698,8 @@ void qcow2_free_snapshots(struct Qcow2Image *bs);
  *            qcow2_last_outcome():
  *            -EINVAL  bs is NULL, or a refcount of the image contradicts its use
  *            -EACCES  the handle is read-only
- *            -EFBIG   the table would exceed QEMU's limit of 64 MiB
+ *            -EFBIG   the table would exceed QEMU's limit of 64 MiB, the image file or its
+ *                     refcount table what QEMU allows, or the file the process's limit
  *            -ENOSPC  the disk is full; the image is unchanged
  *            -EIO     the image is damaged where the verb must go, or cannot be written,
  *                     or an earlier failure spent the handle
@@ -684,7 +731,9 @@ int qcow2_write_snapshots(struct Qcow2Image *bs);
  *                           contradicts its use (QEMU's errno for both)
  *                 -EEXIST   a snapshot has this ID
  *                 -EACCES   the handle is read-only
- *                 -EFBIG    65536 snapshots exist, or the table would exceed 64 MiB
+ *                 -EFBIG    65536 snapshots exist; the table would exceed 64 MiB, the image
+ *                           file or its refcount table what QEMU allows, or the file the
+ *                           process's limit
  *                 -ENOTSUP  the image has a feature that rules this out; the words name it
  *                 -ENOSPC   the disk is full; the image is unchanged
  *                 -EIO      the image is damaged where the verb must go, or cannot be read
@@ -711,10 +760,18 @@ int qcow2_snapshot_create(struct Qcow2Image *bs,
  *                     -EINVAL   bs is NULL; the snapshot's L1 table is not where one can be;
  *                               or a refcount would overflow its width or contradicts its
  *                               use
- *                     -ENOENT   no such snapshot, or snapshot_id is NULL
+ *                     -ENOENT   no such snapshot, or snapshot_id is NULL: "Can't find the
+ *                               snapshot"
  *                     -EACCES   the handle is read-only
+ *                     -ENOENT, -EACCES, -EAGAIN and the errnos of qcow2_pread() for files
+ *                               behind the image: the snapshot's disk is larger than the
+ *                               active one, and the backing file that tells how much of it is
+ *                               covered is missing, not readable or in use. The words begin
+ *                               "Could not learn the length of the backing file"
  *                     -EBUSY    the image has active dirty bitmaps
- *                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit
+ *                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit; or the image
+ *                               file or its refcount table would exceed what QEMU allows, or
+ *                               the file the process's limit
  *                     -ENOTSUP  another disk size, and the image is of version 2, the
  *                               handle is one of QCOW2_SNAPSHOT_COMPAT_2_1, or the words
  *                               name another reason
@@ -745,7 +802,9 @@ int qcow2_snapshot_goto(struct Qcow2Image *bs,
  *                               or a refcount contradicts its use
  *                     -ENOENT   no such snapshot, or neither ID nor name given
  *                     -EACCES   the handle is read-only
- *                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit
+ *                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit; or the image
+ *                               file or its refcount table would exceed what QEMU allows, or
+ *                               the file the process's limit
  *                     -ENOTSUP  the image has a feature that rules this out; the words
  *                               name it
  *                     -ENOSPC   the disk is full; the image is unchanged
@@ -814,6 +873,8 @@ int qcow2_snapshot_load_tmp(struct Qcow2Image *bs,
                             const char *snapshot_id,
                             const char *name,
                             struct Qcow2Error **errp);
+
+/* ---- Reading disks and VM state ------------------------------------------------------ */
 
 /**
  * The size of the disk that the handle sees, as a guest would: of the image, after
@@ -922,6 +983,8 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
                        size_t bytes,
                        struct Qcow2Error **errp);
 
+/* ---- Progress ------------------------------------------------------------------------ */
+
 /**
  * Have a function called while create, goto, delete or qcow2_write_snapshots() is at work
  * on this handle: to show how far it is, and to cancel it (a user has pressed Ctrl-C, say).
@@ -941,8 +1004,8 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
  * the handle refuses further changes (-EIO) until the image is opened again. In
  * QCOW2_PROGRESS_RECLAIM the answer is ignored: the verb has been done.
  *
- * The function is called on the thread that called the verb. It must not throw, longjmp or
- * call back into the handle (-EBUSY).
+ * The function is called on the thread that called the verb. It must not throw, longjmp, end
+ * its thread or call back into the handle (-EBUSY).
  *
  * @param bs      the handle
  * @param func    the function, in place of any before; NULL: none
@@ -955,6 +1018,8 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
 int qcow2_set_progress(struct Qcow2Image *bs,
                        Qcow2ProgressFunc func,
                        void *opaque);
+
+/* ---- Embedding: where the tables are ------------------------------------------------- */
 
 /**
  * One snapshot in full: what QEMUSnapshotInfo has no room for.
@@ -1008,8 +1073,11 @@ int qcow2_image_layout(const struct Qcow2Image *bs,
 int qcow2_reload(struct Qcow2Image *bs,
                  struct Qcow2Error **errp);
 
+/* ---- Errors and outcomes ------------------------------------------------------------- */
+
 /**
- * The message of an error object: one line of English, UTF-8, without a newline.
+ * The message of an error object: one line of English in UTF-8, whatever the locale, with
+ * whatever a terminal might obey in names of the image shown escaped.
  *
  * @param err  an error object from this library (never one of QEMU's), or NULL
  * @return     a string that belongs to `err` and lives as long as it does. For NULL a
@@ -1035,8 +1103,8 @@ void qcow2_error_free(struct Qcow2Error *err);
  * After a call that succeeded: NULL, or a remark if there is something to know about how
  * it was done (for example that reverting could not be made atomic for want of space).
  *
- * Inside one of the caller's own I/O functions, while a call on the handle is running, the
- * answer is a static text that says so.
+ * While a call on the handle is running, on another thread or around one of the caller's own I/O
+ * functions, the answer is a static text that says so.
  *
  * @param bs  the handle, or NULL
  * @return    a string that belongs to the handle, valid until the next call on it (asking
@@ -1062,8 +1130,8 @@ const char *qcow2_last_error(const struct Qcow2Image *bs);
 int qcow2_last_outcome(const struct Qcow2Image *bs);
 
 #ifdef __cplusplus
-}  // extern "C"
-#endif  // __cplusplus
+} /* extern "C" */
+#endif /* __cplusplus */
 
 #ifndef QCOW2_SNAPSHOT_NO_QEMU_NAMES
 /* QEMU's names, so that code written for QEMU's functions compiles unchanged. */
@@ -1075,20 +1143,20 @@ typedef Qcow2SnapshotInfo QEMUSnapshotInfo;
 #ifdef QCOW2_SNAPSHOT_COMPAT_2_1
 /*
  * The opens of a program that uses the struct of 2014. Functions rather than macros with
- * arguments, so that a pointer to qcow2_open is right as well.
+ * arguments, so that a pointer to qcow2_open is right as well. C89 has no "inline".
  */
-static inline int qcow2_open_compat_2_1(const char *filename, int flags, Qcow2Image **pbs,
-                                        Qcow2Error **errp)
+static __inline__ int qcow2_open_compat_2_1(const char *filename, int flags, Qcow2Image **pbs,
+                                            Qcow2Error **errp)
 {
     return qcow2_open(filename, flags | QCOW2_O_COMPAT_2_1, pbs, errp);
 }
-static inline int qcow2_open_fd_compat_2_1(int fd, int flags, Qcow2Image **pbs,
-                                           Qcow2Error **errp)
+static __inline__ int qcow2_open_fd_compat_2_1(int fd, int flags, Qcow2Image **pbs,
+                                               Qcow2Error **errp)
 {
     return qcow2_open_fd(fd, flags | QCOW2_O_COMPAT_2_1, pbs, errp);
 }
-static inline int qcow2_open_io_compat_2_1(const Qcow2IoOps *ops, void *opaque, int flags,
-                                           Qcow2Image **pbs, Qcow2Error **errp)
+static __inline__ int qcow2_open_io_compat_2_1(const Qcow2IoOps *ops, void *opaque, int flags,
+                                               Qcow2Image **pbs, Qcow2Error **errp)
 {
     return qcow2_open_io(ops, opaque, flags | QCOW2_O_COMPAT_2_1, pbs, errp);
 }

@@ -64,6 +64,7 @@ pub mod format;
 pub mod image;
 pub mod io;
 pub mod snapshot;
+mod words;
 
 #[doc(hidden)]
 pub mod capi;
@@ -72,3 +73,4 @@ pub use error::{Error, Result};
 pub use flags::OpenFlags;
 pub use image::{BlockStatus, Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
 pub use snapshot::{NewSnapshot, Snapshot};
+pub use words::{os_words, printable, strerror};

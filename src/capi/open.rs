@@ -22,6 +22,10 @@ use crate::io::callbacks::{failure as callback_error, CallbackStorage, Callbacks
 /// read-only open while a guest runs (QCOW2_O_FORCE_SHARE is for that); while the handle is
 /// open, qemu-img refuses the image in the same way.
 ///
+/// A process's classic record locks (fcntl() with F_SETLK) on the image go away whenever any
+/// descriptor of the file is closed: an open may drop them already, and qcow2_close() does. That
+/// is how the system defines them; F_OFD_SETLK locks stay.
+///
 /// @param filename  a plain path, not one of QEMU's "protocol:" names; text ending in NUL
 /// @param flags     QCOW2_O values joined by "|", or 0: read-only
 /// @param pbs       where to put the handle, which then belongs to the caller
@@ -71,7 +75,9 @@ pub unsafe extern "C" fn qcow2_open(
 /// the library opens the same file again through /proc, so that its locks are its own. Where
 /// that fails (no /proc, or no permission for the file any more) it duplicates the
 /// descriptor, and then the image locks are shared with it: they keep other programs out as
-/// before, but not a second handle made from the same descriptor.
+/// before, but not a second handle made from the same descriptor. A caller that holds QEMU's
+/// locks on the descriptor itself must give QCOW2_O_NO_LOCK, for closing the handle would
+/// release them there.
 ///
 /// @param fd     a descriptor of a regular file; with QCOW2_O_RDWR it must be writable
 /// @param flags  QCOW2_O values joined by "|", or 0: read-only

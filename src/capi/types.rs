@@ -12,7 +12,7 @@ pub const QCOW2_O_NO_FLUSH: c_int = 0x0200;
 pub const QCOW2_O_FORCE_SHARE: c_int = 0x0100_0000;
 /// Take no image lock at all: keeping others out is then the caller's duty.
 pub const QCOW2_O_NO_LOCK: c_int = 0x0200_0000;
-/// Do not punch holes into the image file where clusters are freed.
+/// Do not punch holes into the image file where clusters are freed: they keep their bytes.
 pub const QCOW2_O_NO_DISCARD: c_int = 0x0400_0000;
 /// Behave as the code of QEMU 2.1 did, in exactly three things: the struct of 408 bytes
 /// without `icount`; 16 bytes of extra data for each snapshot table entry written; reverting
@@ -23,10 +23,14 @@ pub const QCOW2_O_COMPAT_2_1: c_int = 0x0800_0000;
 /// -ENOTSUP. For images from a source that is not trusted: their names may say anything.
 pub const QCOW2_O_NO_BACKING: c_int = 0x2000_0000;
 
-/// Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA).
+/// Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA). Without it: a hole,
+/// which is what an NBD server reports as NBD_STATE_HOLE (and QCOW2_BLOCK_ZERO as
+/// NBD_STATE_ZERO).
 pub const QCOW2_BLOCK_DATA: c_int = 0x01;
 /// Qcow2Extent.flags: it reads as zeros (QEMU's BDRV_BLOCK_ZERO). Together with
-/// QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file.
+/// QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file. That is the one answer
+/// that rests on holes, discarded ranges among them, reading as zeros; the others come from the
+/// tables of the image.
 pub const QCOW2_BLOCK_ZERO: c_int = 0x02;
 /// Qcow2Extent.flags: `host_offset` is valid (QEMU's BDRV_BLOCK_OFFSET_VALID).
 pub const QCOW2_BLOCK_OFFSET_VALID: c_int = 0x04;
@@ -105,7 +109,7 @@ pub struct Qcow2Extent {
 /// The caller's I/O functions, for qcow2_open_io(). The library copies the table; it calls
 /// one function at a time, on the thread of the caller, with the `opaque` pointer given at
 /// open. A function returns 0 (getlength: a length) or -errno; anything else counts as -EIO.
-/// It must not throw, longjmp or call back into the handle (-EBUSY).
+/// It must not throw, longjmp, end its thread or call back into the handle (-EBUSY).
 #[repr(C)]
 pub struct Qcow2IoOps {
     /// sizeof(Qcow2IoOps). New members come at the end only, so a table compiled against an
@@ -139,7 +143,9 @@ pub struct Qcow2IoOps {
     /// Set the length to `length` bytes; growing adds zeros.
     pub truncate: Option<unsafe extern "C" fn(opaque: *mut c_void, length: u64) -> c_int>,
     /// Give back the space of `bytes` bytes at `offset`, which read as zeros from then on;
-    /// the length stays. May be NULL: nothing is given back.
+    /// the length stays. May be NULL: nothing is given back. A hint: freed clusters equal
+    /// those that qemu-img leaves only if they read as zeros, and the meaning of the image
+    /// does not depend on it.
     pub discard:
         Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, bytes: u64) -> c_int>,
     /// The handle is closed: the last call, exactly once. Not called if qcow2_open_io()

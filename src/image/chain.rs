@@ -9,6 +9,7 @@ use super::Image;
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::io::file::FileStorage;
+use crate::words::printable;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -71,7 +72,7 @@ impl Image {
                     if seen.contains(&id) {
                         return Err(Error::Invalid(format!(
                             "The backing chain is a loop: '{}' stands in it twice",
-                            String::from_utf8_lossy(&namer.backing_file)
+                            printable(&namer.backing_file)
                         )));
                     }
                     seen.push(id);
@@ -112,7 +113,7 @@ impl Image {
     /// file's to the image's (`path_combine`), but to the current one with `file:` before it; a data
     /// file's always to the current one.
     fn resolve(&self, name: &[u8], what: &str) -> Result<PathBuf> {
-        let shown = String::from_utf8_lossy(name);
+        let shown = printable(name);
         let Some(own) = &self.path else {
             return Err(Error::Unsupported(format!(
                 "The {what} '{shown}' is needed, which an image opened through callbacks without open_file cannot reach"
@@ -148,7 +149,7 @@ impl Image {
         what: &str,
     ) -> Result<(Device, Option<PathBuf>)> {
         let context = format!("Could not open {what}");
-        let shown = String::from_utf8_lossy(name);
+        let shown = printable(name);
         if self.flags.has(OpenFlags::NO_BACKING) {
             return Err(Error::Unsupported(format!(
                 "The {what} '{shown}' is needed, which QCOW2_O_NO_BACKING forbids"
@@ -175,7 +176,7 @@ impl Image {
         if !known.contains(&format.as_slice()) {
             return Err(Error::Unsupported(format!(
                 "Backing files of format '{}' are not supported",
-                String::from_utf8_lossy(&format)
+                printable(&format)
             )));
         }
         let (mut dev, path) = self.open_named(&name, &format, BACKING_FILE)?;

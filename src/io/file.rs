@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::lock::{self, FileKind, ImageLock};
 use super::{discard_unsupported, FlushState, Run, Storage};
 use crate::error::{Error, Result};
+use crate::words::printable;
 
 pub use super::lock::LockMode;
 
@@ -50,7 +52,7 @@ impl FileStorage {
     /// `Invalid` for anything else that is not a regular file, `InUse` when the locks of
     /// somebody else forbid it.
     pub fn open_path(path: &Path, options: &FileOptions) -> Result<FileStorage> {
-        let name = path.display().to_string();
+        let name = printable(path.as_os_str().as_bytes());
         let context = format!("Could not open '{name}'");
         // O_NONBLOCK: opening a FIFO must not wait for its other end; it means nothing for a
         // regular file. O_NOCTTY: opening a terminal must not make it the controlling one.
@@ -158,22 +160,24 @@ impl Storage for FileStorage {
         // Before the attempt: a write that fails may have written something.
         self.flush.changed();
         let file = self.file()?;
-        let mut at = offset;
-        while !data.is_empty() {
-            if at >= i64::MAX as u64 {
-                return Err(raw(libc::EFBIG));
-            }
-            match file.write_at(data, at) {
-                Ok(0) => return Err(raw(libc::EIO)),
-                Ok(n) => {
-                    at += n as u64;
-                    data = data.get(n..).unwrap_or_default();
+        lock::without_sigxfsz(|| {
+            let mut at = offset;
+            while !data.is_empty() {
+                if at >= i64::MAX as u64 {
+                    return Err(raw(libc::EFBIG));
                 }
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
+                match file.write_at(data, at) {
+                    Ok(0) => return Err(raw(libc::EIO)),
+                    Ok(n) => {
+                        at += n as u64;
+                        data = data.get(n..).unwrap_or_default();
+                    }
+                    Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                    Err(e) => return Err(e),
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn truncate(&mut self, length: u64) -> io::Result<()> {
@@ -182,7 +186,8 @@ impl Storage for FileStorage {
             return Err(raw(libc::EFBIG));
         }
         self.flush.changed();
-        self.file()?.set_len(length)
+        let file = self.file()?;
+        lock::without_sigxfsz(|| file.set_len(length))
     }
 
     fn discard(&mut self, offset: u64, bytes: u64) -> io::Result<()> {

@@ -327,6 +327,46 @@ pub(super) fn close(fd: OwnedFd) -> io::Result<()> {
     Err(e)
 }
 
+/// Make a request that may grow a file past the process's limit (`ulimit -f`): it fails with
+/// EFBIG, and the SIGXFSZ that would end the program does not come.
+///
+/// The kernel sends that signal to the thread that writes. It is blocked during the request, and
+/// taken away again before anybody can see it. One that was there before stays.
+pub(super) fn without_sigxfsz<T>(request: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    // SAFETY: signal sets are integers, for which all zeros is a value.
+    let (mut only, mut before, mut pending): (libc::sigset_t, libc::sigset_t, libc::sigset_t) =
+        unsafe { std::mem::zeroed() };
+    // SAFETY: the three sets are ours to read and to write. Only what was blocked can be pending.
+    let theirs = unsafe {
+        libc::sigemptyset(&mut only);
+        libc::sigaddset(&mut only, libc::SIGXFSZ);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &only, &mut before);
+        libc::sigismember(&before, libc::SIGXFSZ) == 1
+            && libc::sigpending(&mut pending) == 0
+            && libc::sigismember(&pending, libc::SIGXFSZ) == 1
+    };
+    let result = request();
+    if !theirs && matches!(&result, Err(e) if e.raw_os_error() == Some(libc::EFBIG)) {
+        let now = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // Nothing to take is an answer as well: EFBIG has other causes.
+        // SAFETY: a set and a time to read; nobody wants to know more of the signal.
+        let _ = retry(|| unsafe { libc::sigtimedwait(&only, std::ptr::null_mut(), &now) });
+    }
+    // SAFETY: the set was filled in by the first call.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut()) };
+    result
+}
+
+/// Does the program run with rights that its caller does not have (set-uid, file capabilities)?
+/// This is what `secure_getenv()` asks.
+pub(super) fn has_foreign_rights() -> bool {
+    // SAFETY: no precondition.
+    unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
+}
+
 /// Our limit for the helpers of one call. QEMU unpacks on four threads.
 const MOST_HELPERS: usize = 3;
 

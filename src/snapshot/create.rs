@@ -13,6 +13,7 @@ use crate::image::resize::shared_but_copied;
 use crate::image::update::{L1Change, Plan};
 use crate::image::walk::{set_copied, Counts, Flags};
 use crate::image::Image;
+use crate::words::printable;
 
 impl Image {
     /// Create a snapshot of the active disk. Returns its ID.
@@ -95,7 +96,7 @@ impl Image {
         } else if entries.iter().any(|s| s.id == new.id) {
             return Err(Error::Exists(format!(
                 "A snapshot with the ID '{}' exists already",
-                String::from_utf8_lossy(&new.id)
+                printable(&new.id)
             )));
         } else {
             new.id.clone()

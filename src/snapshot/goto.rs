@@ -141,7 +141,9 @@ impl Image {
         } else {
             let entries = replay.g.l1_entries_for(new);
             // The one case in which a verb needs the backing file, for its length.
-            let backing = self.backing_length()?;
+            let backing = self
+                .backing_length()
+                .map_err(|e| e.context("Could not learn the length of the backing file"))?;
             replay.grow_l1(&mut self.dev, entries)?;
             if backing > old {
                 replay.cover_backing(&mut self.dev, old, new)?;

@@ -2,6 +2,9 @@
 
 use std::io::Write;
 
+/// The English words for an errno, and for a failed request.
+pub(crate) use qcow2_snapshot::{os_words as without_number, strerror};
+
 /// Every way out but success.
 #[derive(Debug)]
 pub(crate) enum Stop {
@@ -31,20 +34,6 @@ impl Stop {
 impl From<clap::Error> for Stop {
     fn from(e: clap::Error) -> Stop {
         Stop::Clap(e)
-    }
-}
-
-/// The system's words for an errno.
-pub(crate) fn strerror(errno: i32) -> String {
-    without_number(&std::io::Error::from_raw_os_error(errno))
-}
-
-/// The system's words without Rust's "(os error N)".
-pub(crate) fn without_number(e: &std::io::Error) -> String {
-    let text = e.to_string();
-    match text.rfind(" (os error ") {
-        Some(at) => text.get(..at).unwrap_or_default().to_owned(),
-        None => text,
     }
 }
 

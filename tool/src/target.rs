@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use qcow2_snapshot::{Error, Image, OpenFlags};
+use qcow2_snapshot::{printable, Error, Image, OpenFlags};
 
 use crate::cli::Request;
 use crate::stop::Stop;
@@ -92,7 +92,10 @@ impl Target {
         let text = match error {
             Error::Os { .. } => text.as_str(),
             _ => text
-                .strip_prefix(&format!("Could not open '{}': ", self.path.display()))
+                .strip_prefix(&format!(
+                    "Could not open '{}': ",
+                    printable(self.path.as_os_str().as_bytes())
+                ))
                 .unwrap_or(&text),
         };
         match error {
