@@ -51,7 +51,7 @@ library:
 	    { CC='$(CC)' tools/link-shared build/libqcow2_snapshot.a build/libqcow2_snapshot.so && \
 	    rm -f build/.relink; }
 	@ln -sf libqcow2_snapshot.so build/$(SONAME)
-	@$(call pc_file,$${pcfiledir},$${pcfiledir}/../include) > build/qcow2_snapshot.pc
+	@$(call pc_file,$${pcfiledir}/..,$${pcfiledir},$${prefix}/include) > build/qcow2_snapshot.pc
 
 # The tool is Rust through and through: it does not need the shared library.
 tool:
@@ -63,18 +63,19 @@ tool:
 	@build/qcow2-snapshot completions zsh > build/completions/_qcow2-snapshot
 	@build/qcow2-snapshot completions fish > build/completions/qcow2-snapshot.fish
 
-# $(call pc_file,LIBDIR,INCLUDEDIR). The private libraries are what rustc names for a static
+# $(call pc_file,PREFIX,LIBDIR,INCLUDEDIR), the folders by ${prefix} where they are below it. The private libraries are what rustc names for a static
 # library (--print native-static-libs), without two that every C compiler adds itself, last and
 # in the right form: -lc and -lgcc_s (which does not exist for "cc -static": there it is
 # -lgcc_eh). tests/install.sh compares.
 pc_file = printf '%s\n' \
-	'libdir=$(1)' 'includedir=$(2)' '' \
+	'prefix=$(1)' 'libdir=$(call below,$(1),$(2))' 'includedir=$(call below,$(1),$(3))' '' \
 	'Name: qcow2_snapshot' \
 	'Description: internal snapshots of qcow2 images, as QEMU makes them' \
 	'Version: $(VERSION)' \
 	'Cflags: -I$${includedir}' \
 	'Libs: -L$${libdir} -lqcow2_snapshot' \
 	'Libs.private: $(PRIVATE_LIBS)'
+below = $(patsubst $(1)/%,$${prefix}/%,$(2))
 PRIVATE_LIBS := -lutil -lrt -lpthread -lm -ldl
 
 build/demo build/list build/export-snapshot: build/%: examples/%.c $(HEADER) | library
@@ -82,12 +83,15 @@ build/demo build/list build/export-snapshot: build/%: examples/%.c $(HEADER) | l
 	    -Lbuild -lqcow2_snapshot -Wl,-rpath,'$$ORIGIN'
 
 # The program is linked against the library by name, so a new library needs no new program.
-demo: library build/demo build/list build/export-snapshot
+demo: all build/demo build/list build/export-snapshot
 	@echo
 	@build/demo build/demo.qcow2
 	@echo
 	@echo '$$ build/list build/demo.qcow2'
 	@build/list build/demo.qcow2
+	@echo
+	@echo '$$ build/qcow2-snapshot diff build/demo.qcow2 1'
+	@build/qcow2-snapshot diff build/demo.qcow2 1
 
 check: setup all
 	@CARGO='$(CARGO)' TARGET='$(TARGET)' MAKE='$(MAKE)' tools/check
@@ -156,7 +160,7 @@ install:
 	ln -sf libqcow2_snapshot.so.$(VERSION) '$(DESTDIR)$(LIBDIR)/$(SONAME)'
 	ln -sf $(SONAME) '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so'
 	install -m 644 build/libqcow2_snapshot.a '$(DESTDIR)$(LIBDIR)'
-	@$(call pc_file,$(LIBDIR),$(INCLUDEDIR)) > '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
+	@$(call pc_file,$(PREFIX),$(LIBDIR),$(INCLUDEDIR)) > '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
 	chmod 644 '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
 	install -m 644 $(HEADER) '$(DESTDIR)$(INCLUDEDIR)'
 	install -m 755 build/qcow2-snapshot '$(DESTDIR)$(BINDIR)'

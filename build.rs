@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 8] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
     "src/capi/verbs.rs",
+    "src/capi/changes.rs",
     "src/capi/progress.rs",
     "src/capi/layout.rs",
     "src/capi/error.rs",
@@ -151,6 +152,7 @@ fn flag_in_hex(line: &str) -> String {
         ("#define QCOW2_O_", 10),
         ("#define QCOW2_BLOCK_", 4),
         ("#define QCOW2_CHANGED_", 3),
+        ("#define QCOW2_CHANGE_", 3),
     ] {
         let flag = line
             .strip_prefix(prefix)

@@ -247,6 +247,24 @@ int64_t bytes_with_data(BlockDriverState *bs)
 }
 /* END */
 
+/* EXAMPLE qcow2_snapshot_next_change */
+/* Bytes that an incremental copy of the disk, as it is now, must take since the snapshot `since`. */
+int64_t bytes_changed(BlockDriverState *bs, const char *since)
+{
+    int64_t at = 0, sum = 0;
+    Qcow2Change c;
+
+    do {
+        int ret = qcow2_snapshot_next_change(bs, since, NULL, at, INT64_MAX, QCOW2_CHANGE_COMPARE, &c, NULL);
+        if (ret < 0)
+            return ret;
+        sum += (int64_t)c.length;
+        at = (int64_t)(c.start + c.length);
+    } while (c.length > 0);
+    return sum;
+}
+/* END */
+
 /* EXAMPLE qcow2_load_vmstate */
 int has_vm_state(BlockDriverState *bs, const QEMUSnapshotInfo *sn)
 {
@@ -373,6 +391,7 @@ int main(int argc, char **argv)
     uint64_t l1[1] = {0};
     must(revert_beside_a_cache(bs, "manual", l1, 1) == 0 && l1[0], "revert_beside_a_cache");
     must(bytes_with_data(bs) > 0, "bytes_with_data");
+    must(bytes_changed(bs, "manual") == 0 && bytes_changed(bs, "no such") == -ENOENT, "bytes_changed");
     must(qcow2_close(bs) == 0, "close");
 
     bs = open_image(argv[1], 0);

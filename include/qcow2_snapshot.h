@@ -70,6 +70,10 @@
  *   "File too large". SIGXFSZ, which would end the program, is kept from the calling thread
  *   during the library's own writes; in the caller's own I/O functions it is theirs to ignore.
  *
+ * The process. No descriptor of the library is 0, 1 or 2. Names of files, relative ones of an
+ *   image's backing and data files too, mean what they mean when the image is opened, whatever
+ *   chdir() does later.
+ *
  * Units. Sizes and offsets are bytes. Texts are bytes ending in NUL, taken as they are.
  *
  * Macros, to be defined before the include:
@@ -110,12 +114,16 @@
 
 /**
  * Read beside a running guest, as "qemu-img -U": read-only opens only, claims nothing
- * exclusive. What is read while the guest writes may be torn.
+ * exclusive. What is read while the guest writes may be torn. When the image file was changed
+ * a call that reads looks at header, tables and list of snapshots again first (not behind the
+ * caller's own I/O functions: there qcow2_reload() does it); if the snapshot that
+ * qcow2_snapshot_load_tmp() shows is gone then, reading is -ENOENT until another is shown.
  */
 #define QCOW2_O_FORCE_SHARE 0x01000000
 
 /**
- * Take no image lock at all: keeping others out is then the caller's duty.
+ * Take no image lock at all: keeping others out is then the caller's duty. For file systems that
+ * refuse locks (where they have none at all, none are taken without this flag either).
  */
 #define QCOW2_O_NO_LOCK 0x02000000
 
@@ -170,6 +178,17 @@
  * Qcow2Extent.flags: the bytes are stored compressed (QEMU's BDRV_BLOCK_COMPRESSED).
  */
 #define QCOW2_BLOCK_COMPRESSED 0x80
+
+/**
+ * Qcow2Change.from_flags: the older state of the disk ends before.
+ */
+#define QCOW2_BLOCK_BEYOND 0x100
+
+/**
+ * qcow2_snapshot_next_change(): read what may differ, and report what does, to a sector of 512
+ * bytes.
+ */
+#define QCOW2_CHANGE_COMPARE 0x1
 
 /* ---- What a verb did to the image ---------------------------------------------------- */
 
@@ -294,8 +313,8 @@ typedef struct Qcow2IoOps {
      */
     int (*discard)(void *opaque, uint64_t offset, uint64_t bytes);
     /**
-     * The handle is closed: the last call, exactly once. Not called if qcow2_open_io()
-     * failed. May be NULL.
+     * The handle is closed: the last call, exactly once, after those of the files that open_file
+     * opened, the last of a chain first. Not called if qcow2_open_io() failed. May be NULL.
      */
     void (*close)(void *opaque);
     /**
@@ -399,7 +418,8 @@ typedef struct Qcow2Extent {
     uint32_t depth;
     /**
      * The file that host_offset refers to: of that depth the image or backing file itself,
-     * or its external data file. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
+     * or its external data file. A relative name is relative to the folder that was the current
+     * one at open. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
      * not known (the caller's own I/O functions). Belongs to the handle, lives as long as it.
      */
     const char *filename;
@@ -408,6 +428,35 @@ typedef struct Qcow2Extent {
      */
     uint64_t reserved[3];
 } Qcow2Extent;
+
+/**
+ * A run of a disk's bytes that changed between two states, or may have changed, from
+ * qcow2_snapshot_next_change().
+ */
+typedef struct Qcow2Change {
+    /**
+     * First byte, from the start of the disk.
+     */
+    uint64_t start;
+    /**
+     * Bytes; 0: there is no (further) change in the range that was asked for.
+     */
+    uint64_t length;
+    /**
+     * What the older state has there: QCOW2_BLOCK values joined by "|", as the image itself
+     * maps it in the whole run: DATA, ZERO, COMPRESSED, ALLOCATED; 0 where nothing is allocated
+     * and the backing file shows through, or zeros; BEYOND past the end of that disk.
+     */
+    uint32_t from_flags;
+    /**
+     * What the newer state has there, never BEYOND.
+     */
+    uint32_t to_flags;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[4];
+} Qcow2Change;
 
 /**
  * The caller's function for qcow2_set_progress(): how far is the verb, and shall it go on?
@@ -428,7 +477,8 @@ typedef struct Qcow2SnapshotLayout {
     /**
      * The ID in full length, text ending in NUL. As all pointers here it belongs to the handle
      * and lives until the list changes: until the next changing verb, qcow2_read_snapshots(),
-     * qcow2_free_snapshots(), qcow2_reload() or qcow2_close().
+     * qcow2_free_snapshots(), qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until the next
+     * call.
      */
     const char *id;
     /**
@@ -534,7 +584,8 @@ typedef struct Qcow2ImageLayout {
     uint32_t reserved32;
     /**
      * The active L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
-     * lives until the next changing verb, qcow2_reload() or qcow2_close().
+     * lives until the next changing verb, qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until
+     * the next call.
      */
     const uint64_t *l1_table;
     /**
@@ -908,6 +959,7 @@ int64_t qcow2_getlength(const struct Qcow2Image *bs);
  *                          behind the image; the words say which
  *                -EINVAL   likewise, if the backing chain is a loop
  *                -ENOENT, -EACCES and the like if a backing file cannot be opened
+ *                -ENOENT   the snapshot that is shown was deleted (QCOW2_O_FORCE_SHARE)
  *                -EBUSY, and what the I/O functions return
  *
  * QEMU: bdrv_pread()
@@ -982,6 +1034,68 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
                        void *buf,
                        size_t bytes,
                        struct Qcow2Error **errp);
+
+/**
+ * Find the next run of bytes in which the disk in the state `to` differs, or may differ, from
+ * the disk in the state `from`. To see all changes:
+ *
+ *   for (at = 0; ; at = c.start + c.length)
+ *       if (qcow2_snapshot_next_change(bs, from, to, at, INT64_MAX, 0, &c, NULL) < 0
+ *           || c.length == 0) break; else ...
+ *
+ * What is in no run is equal for certain. Without QCOW2_CHANGE_COMPARE only tables are read: a
+ * run is made of clusters (subclusters, with extended L2 entries) that the two states map
+ * differently; the data in them may still be the same. Where both states have the same L2
+ * table nothing is read, so that the cost follows the difference and not the disk. With
+ * QCOW2_CHANGE_COMPARE the data of these clusters is read and compared, and runs are exact,
+ * in sectors of 512 bytes.
+ *
+ * Bytes past the end of `from` are changed (QCOW2_BLOCK_BEYOND in from_flags); what lies past
+ * the end of `to` is never reported, nor is VM state. Zeros on both sides are equal: zero
+ * clusters and, in an image without a backing file, what is not allocated. The flags hold for
+ * a whole run: where they change a new one begins.
+ *
+ * Any state can be asked for, whatever qcow2_snapshot_load_tmp() shows, and that stays as it
+ * is. The handle keeps up to 4 MiB of tables of the two states, and their L1 tables, so that a
+ * loop in order reads each once. A changing verb, qcow2_read_snapshots() and a call with other
+ * states drop them; until then, with QCOW2_O_FORCE_SHARE, they may be older than what a running
+ * guest has written.
+ *
+ * @param bs      the handle, read-only or not
+ * @param from    the older state: the ID of a snapshot or, if none has this ID, its name (of
+ *                several the first); NULL for the active disk
+ * @param to      the newer state, likewise. It need not be newer: the other way round the
+ *                call tells what going back would change.
+ * @param offset  where to begin, in bytes from the start of the disk; any alignment. At the
+ *                end of `to` and past it there is no change.
+ * @param bytes   look at no more than this many; INT64_MAX for as far as it goes. With
+ *                QCOW2_CHANGE_COMPARE a call reads until it finds a sector that differs: a
+ *                smaller number bounds how long it takes.
+ * @param flags   0 or QCOW2_CHANGE_COMPARE, which opens backing files where their data shows
+ *                through in one of the two states only
+ * @param change  where to put the answer: with a length of 0 (and start = offset) if there is
+ *                no change in the range; cleared if the call fails
+ * @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+ *                failure, then owned by the caller (qcow2_error_free())
+ * @return        0, also if there is no change, or -errno:
+ *                -EINVAL   bs or change is NULL; offset or bytes is negative; unknown flags;
+ *                          or a snapshot's L1 table is not where one can be
+ *                -ENOENT   no such snapshot; the message names it
+ *                -EFBIG    a snapshot's L1 table exceeds QEMU's limit
+ *                -ENOTSUP  QCOW2_CHANGE_COMPARE on an encrypted image, or with a backing
+ *                          file that cannot or must not be opened; an external data file
+ *                -EIO      the image is damaged there or cannot be read; or an earlier
+ *                          failure spent the handle
+ *                -ENOMEM, -EBUSY, and what the I/O functions and opening a backing file return
+ */
+int qcow2_snapshot_next_change(struct Qcow2Image *bs,
+                               const char *from,
+                               const char *to,
+                               int64_t offset,
+                               int64_t bytes,
+                               int flags,
+                               struct Qcow2Change *change,
+                               struct Qcow2Error **errp);
 
 /* ---- Progress ------------------------------------------------------------------------ */
 

@@ -63,6 +63,7 @@ mod flags;
 pub mod format;
 pub mod image;
 pub mod io;
+pub mod read;
 pub mod snapshot;
 mod words;
 
@@ -72,5 +73,6 @@ pub mod capi;
 pub use error::{Error, Result};
 pub use flags::OpenFlags;
 pub use image::{BlockStatus, Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
+pub use read::{Change, Changes, Mapping};
 pub use snapshot::{NewSnapshot, Snapshot};
 pub use words::{os_words, printable, strerror};

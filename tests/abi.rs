@@ -237,6 +237,12 @@ int main(void)
     MEMBER(Qcow2ImageLayout, reserved32);
     MEMBER(Qcow2ImageLayout, l1_table);
     MEMBER(Qcow2ImageLayout, reserved);
+    SIZE(Qcow2Change);
+    MEMBER(Qcow2Change, start);
+    MEMBER(Qcow2Change, length);
+    MEMBER(Qcow2Change, from_flags);
+    MEMBER(Qcow2Change, to_flags);
+    MEMBER(Qcow2Change, reserved);
     CONSTANT(QCOW2_O_RDWR);
     CONSTANT(QCOW2_O_NO_FLUSH);
     CONSTANT(QCOW2_O_FORCE_SHARE);
@@ -249,6 +255,8 @@ int main(void)
     CONSTANT(QCOW2_BLOCK_OFFSET_VALID);
     CONSTANT(QCOW2_BLOCK_ALLOCATED);
     CONSTANT(QCOW2_BLOCK_COMPRESSED);
+    CONSTANT(QCOW2_BLOCK_BEYOND);
+    CONSTANT(QCOW2_CHANGE_COMPARE);
     CONSTANT(QCOW2_OUTCOME_NONE);
     CONSTANT(QCOW2_OUTCOME_UNCHANGED);
     CONSTANT(QCOW2_OUTCOME_DONE);

@@ -22,7 +22,8 @@ pub const QCOW2_CHANGED_SNAPSHOTS: u32 = 0x8;
 pub struct Qcow2SnapshotLayout {
     /// The ID in full length, text ending in NUL. As all pointers here it belongs to the handle
     /// and lives until the list changes: until the next changing verb, qcow2_read_snapshots(),
-    /// qcow2_free_snapshots(), qcow2_reload() or qcow2_close().
+    /// qcow2_free_snapshots(), qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until the next
+    /// call.
     pub id: *const c_char,
     /// The name in full length, text ending in NUL.
     pub name: *const c_char,
@@ -79,7 +80,8 @@ pub struct Qcow2ImageLayout {
     /// Zero.
     pub reserved32: u32,
     /// The active L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
-    /// lives until the next changing verb, qcow2_reload() or qcow2_close().
+    /// lives until the next changing verb, qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until
+    /// the next call.
     pub l1_table: *const u64,
     /// Zeros. Later versions of the library may tell more here.
     pub reserved: [u64; 4],

@@ -362,6 +362,7 @@ pub unsafe extern "C" fn qcow2_getlength(bs: *const Qcow2Image) -> i64 {
 ///                          behind the image; the words say which
 ///                -EINVAL   likewise, if the backing chain is a loop
 ///                -ENOENT, -EACCES and the like if a backing file cannot be opened
+///                -ENOENT   the snapshot that is shown was deleted (QCOW2_O_FORCE_SHARE)
 ///                -EBUSY, and what the I/O functions return
 ///
 /// QEMU: bdrv_pread()
@@ -540,7 +541,7 @@ fn no_such(words: &str) -> Error {
 ///
 /// # Safety
 /// `text` is null or a NUL-terminated string that lives as long as the result is used.
-unsafe fn bytes<'a>(text: *const c_char) -> Option<&'a [u8]> {
+pub(super) unsafe fn bytes<'a>(text: *const c_char) -> Option<&'a [u8]> {
     if text.is_null() {
         return None;
     }

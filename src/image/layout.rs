@@ -28,12 +28,12 @@ pub struct ImageLayout<'a> {
 }
 
 impl Image {
-    /// Where the image's tables are, as they are after the last verb.
+    /// Where the image's tables are, as they are after the last verb, or when others may change the image.
     ///
     /// # Errors
     /// `Spent` when an earlier failure left the state of the image unknown.
-    pub fn layout(&self) -> Result<ImageLayout<'_>> {
-        self.usable()?;
+    pub fn layout(&mut self) -> Result<ImageLayout<'_>> {
+        self.begin_look()?;
         Ok(ImageLayout {
             header: &self.header,
             l1: &self.l1,
@@ -47,7 +47,7 @@ impl Image {
     /// Those of opening the image. The handle is spent then: what it knows is not the image any more.
     pub fn reload(&mut self) -> Result<()> {
         self.usable()?;
-        let loaded = self.dev.refresh().and_then(|()| self.load());
+        let loaded = self.dev.length_now().and_then(|_| self.load());
         if loaded.is_err() {
             self.poison();
         }

@@ -1,12 +1,15 @@
 //! An open image: its state in memory, and what every verb shares.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::format::features;
 use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Extensions, Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
-use crate::io::Storage;
+use crate::io::{Stamp, Storage};
+use crate::read::changes::Pair;
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
@@ -19,12 +22,13 @@ mod counts;
 mod damage;
 pub(crate) mod device;
 mod layout;
-mod mapping;
+pub(crate) mod mapping;
 pub(crate) mod overlap;
 pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
 pub(crate) mod resize;
+pub(crate) mod room;
 mod status;
 pub(crate) mod update;
 pub(crate) mod walk;
@@ -61,6 +65,9 @@ enum Standing {
 pub(crate) struct View {
     pub(crate) l1: Vec<u64>,
     pub(crate) size: u64,
+    pub(crate) of: Snapshot,
+    /// It was deleted by somebody else.
+    pub(crate) gone: bool,
 }
 
 /// The snapshot table in memory.
@@ -76,7 +83,12 @@ pub(crate) struct SnapshotList {
 }
 
 /// One open image.
+///
+/// The order of the first members is that of dropping them: what was opened through a caller's
+/// functions is closed before these are.
 pub struct Image {
+    chain: Option<chain::Chain>,
+    data_file: Option<Device>,
     pub(crate) dev: Device,
     pub(crate) flags: OpenFlags,
     pub(crate) header: Header,
@@ -88,12 +100,14 @@ pub struct Image {
     pub(crate) view: Option<View>,
     l2_cache: mapping::L2Cache,
     unpacked: Option<mapping::Unpacked>,
+    /// The two states last compared.
+    pub(crate) compared: Option<Box<Pair>>,
     /// Where the image is, for names in it that are relative; unknown behind callbacks.
-    path: Option<std::path::PathBuf>,
-    chain: Option<Vec<chain::Layer>>,
-    data_file: Option<Device>,
-    /// Names of the files of the chain for C callers, made when first asked for.
-    host_names: Vec<Option<std::ffi::CString>>,
+    place: Option<chain::Place>,
+    /// Names of the files of the chain that C callers were given.
+    host_names: Vec<std::ffi::CString>,
+    /// What the file's stamp was when header and tables were read, if a later change shows in it.
+    seen: Option<Stamp>,
     /// Were clusters allocated ahead? Found out on first use.
     preallocated: Option<bool>,
     standing: Standing,
@@ -137,7 +151,7 @@ impl Tables {
         Ok(Tables {
             reftable: device::words(&reftable)?,
             extensions: header.extensions(&first)?,
-            backing_file: header.backing_file(&first)?.to_vec(),
+            backing_file: room::copy_of(header.backing_file(&first)?)?,
             l1,
             header,
         })
@@ -151,10 +165,12 @@ impl Image {
     /// # Errors
     /// The system's, `InUse` when a guest, qemu-img or another handle has the image open, and those
     /// of [`Image::open_storage`].
+    #[allow(clippy::disallowed_methods)] // one box
     pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> {
+        let place = chain::Place::new(path.to_owned());
         let storage = FileStorage::open_path(path, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
-        image.path = Some(path.to_owned());
+        image.place = Some(place);
         Ok(image)
     }
 
@@ -162,13 +178,15 @@ impl Image {
     ///
     /// # Errors
     /// Those of [`FileStorage::open_fd`] and [`Image::open_storage`].
+    #[allow(clippy::disallowed_methods)] // one box
     pub fn open_fd(fd: std::os::fd::RawFd, flags: OpenFlags) -> Result<Image> {
         let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
         // Names in the image are relative to the folder that the file is in, if it still has one.
-        image.path = std::fs::read_link(format!("/proc/self/fd/{fd}"))
+        image.place = std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
             .ok()
-            .filter(|p| p.is_absolute());
+            .filter(|p| p.is_absolute())
+            .map(chain::Place::new);
         Ok(image)
     }
 
@@ -202,8 +220,11 @@ impl Image {
     }
 
     fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
+        let seen = dev.stamp().filter(Stamp::is_settled);
         let tables = Tables::read(&mut dev, flags)?;
         let mut image = Image {
+            chain: None,
+            data_file: None,
             dev,
             flags,
             header: tables.header,
@@ -215,10 +236,10 @@ impl Image {
             view: None,
             l2_cache: mapping::L2Cache::default(),
             unpacked: None,
-            path: None,
-            chain: None,
-            data_file: None,
+            place: None,
+            compared: None,
             host_names: Vec::new(),
+            seen,
             preallocated: None,
             standing: Standing::Good,
             outcome: Outcome::None,
@@ -233,6 +254,9 @@ impl Image {
 
     /// Read header and tables into memory again, and forget what was read by the old ones.
     fn load(&mut self) -> Result<()> {
+        // Until all is read nothing is known.
+        self.seen = None;
+        let stamp = self.dev.stamp();
         let tables = Tables::read(&mut self.dev, self.flags)?;
         self.header = tables.header;
         self.extensions = tables.extensions;
@@ -242,6 +266,7 @@ impl Image {
         self.forget_reads();
         (self.view, self.chain, self.data_file) = (None, None, None);
         self.load_snapshots()?;
+        self.seen = stamp.filter(Stamp::is_settled);
         self.refuse_dirty()
     }
 
@@ -259,7 +284,9 @@ impl Image {
     ///
     /// # Errors
     /// Those of closing or unlocking the file only; the handle is gone in any case.
-    pub fn close(self) -> Result<()> {
+    pub fn close(mut self) -> Result<()> {
+        self.chain = None;
+        self.data_file = None;
         self.dev.close()
     }
 
@@ -281,7 +308,7 @@ impl Image {
     }
 
     pub(crate) fn set_remark(&mut self, text: &str) {
-        self.remark = Some(text.to_owned());
+        self.remark = Some(text.into());
     }
 
     /// Tell `hook` how far a changing verb is, and let it cancel the verb; `None` takes it away.
@@ -316,6 +343,61 @@ impl Image {
         Ok(())
     }
 
+    /// Begin a call that reads what is seen of the disk.
+    pub(crate) fn begin_read(&mut self) -> Result<()> {
+        self.begin_look()?;
+        if self.view.as_ref().is_some_and(|v| v.gone) {
+            return Err(Error::NotFound(
+                "The snapshot that is read from was deleted by somebody else".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Begin a call that looks at the image. Where others may change it meanwhile (`FORCE_SHARE`), and have,
+    /// everything is read again: by the tables of before, bytes of another place would be found.
+    pub(crate) fn begin_look(&mut self) -> Result<()> {
+        self.usable()?;
+        if !self.flags.has(OpenFlags::FORCE_SHARE) {
+            return Ok(());
+        }
+        let mut changed = self.has_changed();
+        for layer in self.chain.iter_mut().flat_map(|c| c.iter_mut()) {
+            if let chain::Layer::Qcow2(image) = layer {
+                changed |= image.has_changed();
+            }
+        }
+        if changed {
+            self.load_again()?;
+        }
+        Ok(())
+    }
+
+    /// May somebody have changed the file since its tables were read?
+    fn has_changed(&mut self) -> bool {
+        let stamp = self.dev.stamp();
+        stamp.is_some() && stamp != self.seen
+    }
+
+    fn load_again(&mut self) -> Result<()> {
+        let (view, wanted) = (self.view.take(), self.snapshots.loaded);
+        let loaded = self.dev.length_now().and_then(|_| self.load());
+        // An ID is given again when it is free; a moment is not.
+        let same = |s: &Snapshot, of: &Snapshot| {
+            (&s.id, s.l1_table_offset) == (&of.id, of.l1_table_offset)
+                && (s.date_sec, s.date_nsec) == (of.date_sec, of.date_nsec)
+        };
+        self.view = view.map(|mut view| {
+            let entries = &self.snapshots.entries;
+            view.gone = !entries.iter().any(|s| same(s, &view.of));
+            view
+        });
+        if !wanted {
+            self.free_snapshots();
+        }
+        loaded
+    }
+
     /// Begin a changing verb: may this handle change the image at all?
     pub(crate) fn begin_change(&mut self) -> Result<()> {
         self.usable()?;
@@ -347,35 +429,36 @@ impl Image {
     }
 
     /// The state that a verb replays on.
-    pub(crate) fn replay(&self) -> Result<Replay> {
+    pub(crate) fn replay(&mut self) -> Result<Replay> {
+        self.check_snapshots_inside()?;
         let h = &self.header;
-        let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable);
+        let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
         overlap.protect(
             Kind::ActiveL1,
             h.l1_offset,
             u64::from(h.l1_size) * TABLE_ENTRY,
-        );
+        )?;
         overlap.protect(
             Kind::Reftable,
             h.reftable_offset,
             u64::from(h.reftable_clusters) << h.geometry.cluster_bits,
-        );
-        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size);
+        )?;
+        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size)?;
         for s in &self.snapshots.entries {
             overlap.protect(
                 Kind::InactiveL1,
                 s.l1_table_offset,
                 u64::from(s.l1_size) * TABLE_ENTRY,
-            );
+            )?;
         }
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
-            overlap.protect(Kind::BitmapDirectory, offset, bytes);
+            overlap.protect(Kind::BitmapDirectory, offset, bytes)?;
         }
         Ok(Replay::new(
             h,
-            self.l1.clone(),
-            self.reftable.clone(),
+            room::copy_of(&self.l1)?,
+            room::copy_of(&self.reftable)?,
             overlap,
             !self.backing_file.is_empty(),
             self.dev.length(),
@@ -410,6 +493,9 @@ impl Image {
                 (_, true) => Standing::NoChanges,
                 _ => self.standing,
             };
+        } else {
+            // A verb that had to begin anew is done after all.
+            self.standing = Standing::Good;
         }
         if outcome == Outcome::Done {
             let (h, table) = (&mut self.header, replay.refs.table());
@@ -429,7 +515,7 @@ impl Image {
             if let Some(bits) = autoclear {
                 h.autoclear = bits;
             }
-            self.reftable = table.entries.clone();
+            self.reftable = replay.refs.take_entries();
             self.l1 = replay.l1;
             self.snapshots = crate::image::SnapshotList {
                 entries: list,
@@ -445,6 +531,7 @@ impl Image {
     pub(crate) fn forget_reads(&mut self) {
         (self.l2_cache, self.unpacked) = (mapping::L2Cache::default(), None);
         self.preallocated = None;
+        self.compared = None;
     }
 
     /// Does the image have valid persistent bitmaps?

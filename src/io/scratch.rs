@@ -20,12 +20,10 @@ impl Scratch {
     /// # Errors
     /// The system's, where there is no such folder or it is on a file system without `O_TMPFILE`.
     pub(crate) fn new() -> Result<Scratch> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .custom_flags(libc::O_TMPFILE)
-            .open(folder())?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).mode(0o600);
+        options.custom_flags(libc::O_TMPFILE);
+        let file = super::lock::open(&options, &folder())?;
         Ok(Scratch { file })
     }
 

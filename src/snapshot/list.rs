@@ -10,7 +10,7 @@ impl Image {
     /// # Errors
     /// `Unsupported` for images with an external data file, as QEMU answers.
     pub fn snapshot_list(&mut self) -> Result<&[Snapshot]> {
-        self.usable()?;
+        self.begin_look()?;
         if self.header.has_data_file() {
             return Err(Error::Unsupported(
                 "Internal snapshots are not supported on images with an external data file".into(),
