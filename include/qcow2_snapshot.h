@@ -1035,6 +1035,8 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
                        size_t bytes,
                        struct Qcow2Error **errp);
 
+/* ---- What changed between two states ------------------------------------------------- */
+
 /**
  * Find the next run of bytes in which the disk in the state `to` differs, or may differ, from
  * the disk in the state `from`. To see all changes:
@@ -1057,9 +1059,8 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
  *
  * Any state can be asked for, whatever qcow2_snapshot_load_tmp() shows, and that stays as it
  * is. The handle keeps up to 4 MiB of tables of the two states, and their L1 tables, so that a
- * loop in order reads each once. A changing verb, qcow2_read_snapshots() and a call with other
- * states drop them; until then, with QCOW2_O_FORCE_SHARE, they may be older than what a running
- * guest has written.
+ * loop in order reads each once. A changing verb, qcow2_reload(), qcow2_read_snapshots() and a
+ * call with other states drop them, and with QCOW2_O_FORCE_SHARE a change of the image file.
  *
  * @param bs      the handle, read-only or not
  * @param from    the older state: the ID of a snapshot or, if none has this ID, its name (of

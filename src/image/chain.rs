@@ -160,7 +160,7 @@ impl Image {
     }
 
     /// A name from the image as a path, relative to the folder that QEMU takes it from: a backing
-    /// file's to the image's (`path_combine`), but to the current one with `file:` before it; a data
+    /// file's to the image's (`path_combine`), but to the current one with a protocol before it; a data
     /// file's always to the current one.
     fn resolve(&self, name: &[u8], what: &str) -> Result<PathBuf> {
         let shown = printable(name);
@@ -169,7 +169,10 @@ impl Image {
                 "The {what} '{shown}' is needed, which an image opened through callbacks without open_file cannot reach"
             )));
         };
-        let plain = name.strip_prefix(b"file:").unwrap_or(name);
+        let plain = [&b"file:"[..], b"host_device:"]
+            .into_iter()
+            .find_map(|protocol| name.strip_prefix(protocol))
+            .unwrap_or(name);
         let head = plain.split(|b| *b == b'/').next().unwrap_or_default();
         if head.contains(&b':') {
             return Err(Error::Unsupported(format!(
@@ -260,7 +263,7 @@ impl Image {
     /// Can a backing file in this format be read here?
     fn require_readable(&self, format: &[u8]) -> Result<()> {
         match format {
-            b"qcow2" | b"raw" | b"file" => Ok(()),
+            b"qcow2" | b"raw" | b"file" | b"host_device" => Ok(()),
             _ => Err(Error::Unsupported(format!(
                 "The backing file '{}' is in format '{}', which is not supported: only qcow2 and raw are",
                 printable(&self.backing_file),

@@ -9,6 +9,7 @@ use crate::io::{Run, Stamp, Storage, MAX_REQUEST};
 pub(crate) struct Device {
     storage: Box<dyn Storage>,
     length: u64,
+    fixed_length: bool,
     /// A change has been asked for since this was last set to false.
     pub(crate) changed: bool,
     /// It is here because whatever takes time has the device at hand.
@@ -18,6 +19,7 @@ pub(crate) struct Device {
 impl Device {
     pub(crate) fn new(storage: Box<dyn Storage>) -> Result<Device> {
         let mut dev = Device {
+            fixed_length: storage.fixed_length(),
             storage,
             length: 0,
             changed: false,
@@ -40,6 +42,25 @@ impl Device {
     /// Length of the file in bytes.
     pub(crate) fn length(&self) -> u64 {
         self.length
+    }
+
+    /// Does the length stay as it is?
+    pub(crate) fn fixed_length(&self) -> bool {
+        self.fixed_length
+    }
+
+    /// Is there room for all that will be written up to `end`?
+    pub(crate) fn check_room(&mut self, end: u64) -> Result<()> {
+        if !self.fixed_length || end <= self.length || end <= self.length_now()? {
+            return Ok(());
+        }
+        Err(Error::Os {
+            context: format!(
+                "The image would have to grow to {end} bytes, but its block device ends at {}",
+                self.length
+            ),
+            source: std::io::Error::from_raw_os_error(libc::ENOSPC),
+        })
     }
 
     /// Is there nothing at `offset` and behind it?
@@ -102,6 +123,12 @@ impl Device {
     /// Write `data` at `offset`. `label` says which structure it is.
     pub(crate) fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
         let mut at = offset;
+        self.check_room(offset.saturating_add(data.len() as u64))
+            .map_err(|_| Error::Io {
+                op: label,
+                offset,
+                source: std::io::Error::from_raw_os_error(libc::ENOSPC),
+            })?;
         self.changed = true;
         for part in data.chunks(MAX_REQUEST) {
             self.storage
@@ -117,7 +144,7 @@ impl Device {
         Ok(())
     }
 
-    /// Set the file's length.
+    /// Set the file's length, where it can be set.
     pub(crate) fn truncate(&mut self, length: u64) -> Result<()> {
         self.changed = true;
         self.storage.truncate(length).map_err(|source| Error::Io {
@@ -125,7 +152,9 @@ impl Device {
             offset: length,
             source,
         })?;
-        self.length = length;
+        if !self.fixed_length {
+            self.length = length;
+        }
         Ok(())
     }
 

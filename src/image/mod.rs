@@ -476,6 +476,7 @@ impl Image {
     ) -> Result<()> {
         self.check_damage(&mut replay, plan, &list, table_size)?;
         replay.refs.check_overwrites()?;
+        self.dev.check_room(update::final_length(&replay))?;
         let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
         self.dev.changed = false;

@@ -72,7 +72,7 @@ impl Replay {
         let length = self.length();
         let last = self.refs.last_cluster(dev, length)?;
         let wanted = (last + 1) << g.cluster_bits;
-        if wanted < length {
+        if wanted < length && !dev.fixed_length() {
             self.truncate(wanted);
         }
         // What QEMU's cache still holds of tables that are free by now makes the file longer again.

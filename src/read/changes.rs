@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::Geometry;
 use crate::image::mapping::Extent;
-use crate::image::{device, walk, Image};
+use crate::image::{device, room, walk, Image};
 use byteorder::{BigEndian, ByteOrder};
 
 /// What is compared in one go, in bytes of each side.
@@ -173,16 +173,10 @@ impl Image {
             self.load_snapshots()?;
         }
         let state = match name {
-            None => {
-                let mut l1 = Vec::new();
-                l1.try_reserve_exact(self.l1.len())
-                    .map_err(|_| Error::NoMemory(size_of_val(self.l1.as_slice()) as u64))?;
-                l1.extend_from_slice(&self.l1);
-                State {
-                    l1,
-                    size: self.header.disk_size(),
-                }
-            }
+            None => State {
+                l1: room::copy_of(&self.l1)?,
+                size: self.header.disk_size(),
+            },
             Some(name) => {
                 let found = self
                     .find(Some(name), None)
@@ -367,10 +361,10 @@ impl Image {
         pair.sectors.start = start;
         pair.sectors.differ.clear();
         if old == new {
-            pair.sectors.differ.resize((bytes / SECTOR) as usize, false);
+            room::resize(&mut pair.sectors.differ, (bytes / SECTOR) as usize, false)?;
         } else {
             let sectors = old.chunks(SECTOR as usize).zip(new.chunks(SECTOR as usize));
-            pair.sectors.differ.extend(sectors.map(|(a, b)| a != b));
+            pair.sectors.differ = room::collected(sectors.map(|(a, b)| a != b))?;
         }
         known(&pair.sectors).ok_or_else(|| Error::Corrupt("No sector was compared".into()))
     }

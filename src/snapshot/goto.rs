@@ -54,7 +54,9 @@ impl Image {
         let stored_l1 = self.snapshot_l1(snapshot.l1_table_offset, snapshot.l1_size)?;
         self.check_apart_from_active(&snapshot)?;
 
-        for room in [Room::Anywhere, Room::InFile] {
+        // Behind the end of a device that does not grow there is no room.
+        let within = usize::from(self.dev.fixed_length());
+        for room in [Room::Anywhere, Room::InFile].into_iter().skip(within) {
             match self.replace_disk(&snapshot, &stored_l1, room) {
                 Err(e) if no_room(&e) => self.dev.progress.again(),
                 result => return result,

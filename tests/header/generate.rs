@@ -64,6 +64,10 @@ const SECTIONS: &[(&str, &str)] = &[
     ("int qcow2_open(", "Opening and closing"),
     ("int qcow2_read_snapshots(", "Snapshots: QEMU's functions"),
     ("int64_t qcow2_getlength(", "Reading disks and VM state"),
+    (
+        "int qcow2_snapshot_next_change(",
+        "What changed between two states",
+    ),
     ("int qcow2_set_progress(", "Progress"),
     (
         "int qcow2_snapshot_layout(",
