@@ -275,6 +275,35 @@ impl Header {
         Ok(())
     }
 
+    /// Where the tables stand.
+    pub fn places(&self) -> Places {
+        Places {
+            l1_offset: self.l1_offset,
+            l1_size: self.l1_size,
+            reftable_offset: self.reftable_offset,
+            reftable_clusters: self.reftable_clusters,
+        }
+    }
+
+    /// What a reader is told.
+    pub fn meaning(&self) -> Meaning {
+        Meaning {
+            size: self.size,
+            nb_snapshots: self.nb_snapshots,
+            snapshots_offset: self.snapshots_offset,
+        }
+    }
+
+    /// The header as a publish leaves it.
+    pub fn switch(&mut self, places: Places, meaning: Meaning) {
+        (self.l1_offset, self.l1_size) = (places.l1_offset, places.l1_size);
+        self.reftable_offset = places.reftable_offset;
+        self.reftable_clusters = places.reftable_clusters;
+        self.size = meaning.size;
+        self.nb_snapshots = meaning.nb_snapshots;
+        self.snapshots_offset = meaning.snapshots_offset;
+    }
+
     /// The virtual disk size as QEMU uses it: whole 512-byte sectors.
     pub fn disk_size(&self) -> u64 {
         self.size & !511
@@ -530,27 +559,50 @@ fn for_each_extension(
     Ok(())
 }
 
-/// Bytes 36 to 47: entries and offset of the L1 table.
-pub fn encode_l1(l1_size: u32, l1_offset: u64) -> [u8; 12] {
-    let mut b = [0; 12];
-    let (size, offset) = b.split_at_mut(4);
-    BigEndian::write_u32(size, l1_size);
-    BigEndian::write_u64(offset, l1_offset);
-    b
+/// Where the tables stand that the header names. One that moves with its contents changes nothing
+/// that a reader sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// Offset of the active L1 table.
+    pub l1_offset: u64,
+    /// Entries of the active L1 table.
+    pub l1_size: u32,
+    /// Offset of the refcount table.
+    pub reftable_offset: u64,
+    /// Clusters of the refcount table.
+    pub reftable_clusters: u32,
 }
 
-/// Bytes 48 to 59: offset and clusters of the refcount table.
-pub fn encode_reftable(offset: u64, clusters: u32) -> [u8; 12] {
-    let mut b = [0; 12];
-    let (o, c) = b.split_at_mut(8);
-    BigEndian::write_u64(o, offset);
-    BigEndian::write_u32(c, clusters);
-    b
+/// What the header tells a reader: how large the disk is, and which snapshots there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Meaning {
+    /// Virtual disk size in bytes.
+    pub size: u64,
+    /// Snapshots in the table.
+    pub nb_snapshots: u32,
+    /// Offset of the snapshot table.
+    pub snapshots_offset: u64,
 }
 
-/// Bytes 60 to 71: number of snapshots and offset of their table.
-pub fn encode_snapshots(nb: u32, offset: u64) -> [u8; 12] {
-    encode_l1(nb, offset)
+/// Bytes from [`AT_SIZE`] on that a publish can switch.
+pub const SWITCHED: usize = 48;
+
+/// Bytes 24 to 71: all that a publish can switch, and the encryption method among it.
+pub fn encode_switched(places: Places, meaning: Meaning, crypt_method: u32) -> [u8; SWITCHED] {
+    let mut b = [0; SWITCHED];
+    let words: [&[u8]; 8] = [
+        &meaning.size.to_be_bytes(),
+        &crypt_method.to_be_bytes(),
+        &places.l1_size.to_be_bytes(),
+        &places.l1_offset.to_be_bytes(),
+        &places.reftable_offset.to_be_bytes(),
+        &places.reftable_clusters.to_be_bytes(),
+        &meaning.nb_snapshots.to_be_bytes(),
+        &meaning.snapshots_offset.to_be_bytes(),
+    ];
+    let bytes = words.into_iter().flatten();
+    b.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    b
 }
 
 #[cfg(test)]
@@ -578,6 +630,22 @@ mod tests {
         let h = Header::parse(&v3(), true).unwrap();
         assert_eq!((h.size, h.l1_size, h.reftable_clusters), (1 << 20, 1, 1));
         assert!(!h.extensions(&v3()).unwrap().has_bitmaps);
+    }
+
+    #[test]
+    fn what_a_publish_writes_is_what_a_header_says() {
+        let h = Header::parse(&v3(), true).unwrap();
+        let bytes = encode_switched(h.places(), h.meaning(), h.crypt_method);
+        assert_eq!(bytes, v3()[24..72]);
+        let (mut places, mut meaning) = (h.places(), h.meaning());
+        (places.l1_offset, places.l1_size, places.reftable_clusters) = (0x50000, 7, 2);
+        (meaning.size, meaning.nb_snapshots, meaning.snapshots_offset) = (2 << 20, 1, 0x60000);
+        let mut b = v3();
+        b[24..72].copy_from_slice(&encode_switched(places, meaning, 0));
+        let again = Header::parse(&b, true).unwrap();
+        let mut switched = h;
+        switched.switch(places, meaning);
+        assert_eq!(again, switched);
     }
 
     #[test]

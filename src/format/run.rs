@@ -12,7 +12,7 @@ use byteorder::{BigEndian, ByteOrder};
 
 /// What is done to each count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum Tally {
     /// One more.
     Up,
     /// One less.
@@ -23,7 +23,7 @@ pub enum Step {
 
 /// What a run of entries came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Run {
+pub struct Tallied {
     /// Entries that were dealt with; the one behind them is not for this loop.
     pub entries: usize,
     /// Behind the last entry whose bit 63 does not say whether its count is one; 0 for none.
@@ -102,12 +102,12 @@ pub fn count<const WIDTH: u32>(
     table: &[u8],
     counts: &mut [u8],
     block: u64,
-    step: Step,
-) -> Run {
+    tally: Tally,
+) -> Tallied {
     let fields = with_width::<WIDTH>(g);
     let max = fields.refcount_max();
     let size = g.l2_entry_size();
-    let (mut run, mut one_by_one) = (Run::default(), 0);
+    let (mut run, mut one_by_one) = (Tallied::default(), 0);
     let mut rest = table;
     while let Some(word) = rest.get(..size) {
         let entry = BigEndian::read_u64(word);
@@ -122,9 +122,9 @@ pub fn count<const WIDTH: u32>(
                 let n = in_order(g, rest, entry, index);
                 let at = index.wrapping_mul(2);
                 let these = counts.get_mut(at..at.wrapping_add(n.wrapping_mul(2)));
-                match these.filter(|_| n > 1).and_then(|c| count_all(c, step)) {
+                match these.filter(|_| n > 1).and_then(|c| count_all(c, tally)) {
                     Some(all) => {
-                        run.add(all, n, index, entry & COPIED != 0, step);
+                        run.add(all, n, index, entry & COPIED != 0, tally);
                         rest = rest.get(n.wrapping_mul(size)..).unwrap_or_default();
                         continue;
                     }
@@ -133,19 +133,19 @@ pub fn count<const WIDTH: u32>(
                 }
             }
             let old = refblock::get(fields, counts, index);
-            let new = match step {
-                Step::Up if old == max => break,
-                Step::Up => old.wrapping_add(1),
-                Step::Down if old == 0 => break,
-                Step::Down => old.wrapping_sub(1),
-                Step::Look => old,
+            let new = match tally {
+                Tally::Up if old == max => break,
+                Tally::Up => old.wrapping_add(1),
+                Tally::Down if old == 0 => break,
+                Tally::Down => old.wrapping_sub(1),
+                Tally::Look => old,
             };
-            if step != Step::Look {
+            if tally != Tally::Look {
                 refblock::set(fields, counts, index, new);
             }
             run.ones |= new == 1;
-            run.others |= step == Step::Look && new != 1;
-            if step == Step::Down && new == 0 && run.freed.is_none_or(|f| index < f) {
+            run.others |= tally == Tally::Look && new != 1;
+            if tally == Tally::Down && new == 0 && run.freed.is_none_or(|f| index < f) {
                 run.freed = Some(index);
             }
             if (entry & COPIED != 0) != (new == 1) {
@@ -184,13 +184,13 @@ struct All<'a> {
     zeros: usize,
 }
 
-/// Do `step` to all of these 16-bit counts; none if one of them is at its bound.
+/// Do `tally` to all of these 16-bit counts; none if one of them is at its bound.
 #[inline(always)]
-fn count_all(counts: &mut [u8], step: Step) -> Option<All<'_>> {
-    let bound = match step {
-        Step::Up => Some([0xff, 0xff]),
-        Step::Down => Some([0, 0]),
-        Step::Look => None,
+fn count_all(counts: &mut [u8], tally: Tally) -> Option<All<'_>> {
+    let bound = match tally {
+        Tally::Up => Some([0xff, 0xff]),
+        Tally::Down => Some([0, 0]),
+        Tally::Look => None,
     };
     if bound.is_some_and(|b| counts.chunks_exact(2).any(|c| c == b)) {
         return None;
@@ -198,12 +198,12 @@ fn count_all(counts: &mut [u8], step: Step) -> Option<All<'_>> {
     let (mut ones, mut zeros) = (0usize, 0usize);
     for c in counts.chunks_exact_mut(2) {
         let old = BigEndian::read_u16(c);
-        let new = match step {
-            Step::Up => old.wrapping_add(1),
-            Step::Down => old.wrapping_sub(1),
-            Step::Look => old,
+        let new = match tally {
+            Tally::Up => old.wrapping_add(1),
+            Tally::Down => old.wrapping_sub(1),
+            Tally::Look => old,
         };
-        if step != Step::Look {
+        if tally != Tally::Look {
             BigEndian::write_u16(c, new);
         }
         ones = ones.wrapping_add(usize::from(new == 1));
@@ -216,14 +216,14 @@ fn count_all(counts: &mut [u8], step: Step) -> Option<All<'_>> {
     })
 }
 
-impl Run {
+impl Tallied {
     /// Take in `n` entries, all with the same bit 63, whose counts begin at `index` of the block.
     #[inline(always)]
-    fn add(&mut self, all: All<'_>, n: usize, index: usize, copied: bool, step: Step) {
+    fn add(&mut self, all: All<'_>, n: usize, index: usize, copied: bool, tally: Tally) {
         self.ones |= all.ones != 0;
-        self.others |= step == Step::Look && all.ones != n;
+        self.others |= tally == Tally::Look && all.ones != n;
         let mut counts = all.counts.chunks_exact(2);
-        if step == Step::Down && all.zeros != 0 {
+        if tally == Tally::Down && all.zeros != 0 {
             let first = counts.clone().position(|c| c == [0, 0]).unwrap_or(0);
             let freed = index.wrapping_add(first);
             self.freed = Some(self.freed.map_or(freed, |f| f.min(freed)));
@@ -270,11 +270,11 @@ pub fn set_copied<const WIDTH: u32>(
 #[cfg(test)]
 mod tests {
     #![allow(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
-    use super::{refblock, Geometry, Run, Step, COMPRESSED, COPIED, ZERO};
+    use super::{refblock, Geometry, Tallied, Tally, COMPRESSED, COPIED, ZERO};
     use byteorder::{BigEndian, ByteOrder};
 
-    fn count(g: Geometry, table: &[u8], counts: &mut [u8], block: u64, step: Step) -> Run {
-        by_refcount_width!(g, W => super::count::<W>(g, table, counts, block, step))
+    fn count(g: Geometry, table: &[u8], counts: &mut [u8], block: u64, tally: Tally) -> Tallied {
+        by_refcount_width!(g, W => super::count::<W>(g, table, counts, block, tally))
     }
 
     fn set_copied(
@@ -308,17 +308,17 @@ mod tests {
                 let t = table(g, 5);
                 let mut counts = vec![0u8; g.cluster_len()];
                 let all = t.len() / g.l2_entry_size();
-                let up = count(g, &t, &mut counts, 0, Step::Up);
+                let up = count(g, &t, &mut counts, 0, Tally::Up);
                 assert_eq!((up.entries, up.changed, up.freed), (all, 0, None));
-                let look = count(g, &t, &mut counts, 0, Step::Look);
+                let look = count(g, &t, &mut counts, 0, Tally::Look);
                 assert_eq!((look.entries, look.changed), (all, 0));
                 refblock::set(g, &mut counts, 3, g.refcount_max());
                 assert_eq!(
-                    count(g, &t, &mut counts, 0, Step::Up).entries,
+                    count(g, &t, &mut counts, 0, Tally::Up).entries,
                     if order == 0 { 0 } else { 2 }
                 );
                 refblock::set(g, &mut counts, 3, 0);
-                let down = count(g, &t, &mut counts, 0, Step::Down);
+                let down = count(g, &t, &mut counts, 0, Tally::Down);
                 assert_eq!(down.entries, 2);
             }
         }
@@ -353,11 +353,11 @@ mod tests {
                     [1, 1, 1, 2, 0, 0xffff][random(if round % 2 == 0 { 4 } else { 6 }) as usize];
                 BigEndian::write_u16(c, count);
             }
-            for step in [Step::Up, Step::Look, Step::Down] {
+            for tally in [Tally::Up, Tally::Look, Tally::Down] {
                 let mut one_by_one = counts.clone();
-                let mut want = Run::default();
+                let mut want = Tallied::default();
                 for word in t.chunks_exact(g.l2_entry_size()) {
-                    let one = count(g, word, &mut one_by_one, 0, step);
+                    let one = count(g, word, &mut one_by_one, 0, tally);
                     if one.entries == 0 {
                         break;
                     }
@@ -371,11 +371,11 @@ mod tests {
                 }
                 let mut together = counts.clone();
                 assert_eq!(
-                    count(g, &t, &mut together, 0, step),
+                    count(g, &t, &mut together, 0, tally),
                     want,
-                    "{round} {step:?}"
+                    "{round} {tally:?}"
                 );
-                assert_eq!(together, one_by_one, "{round} {step:?}");
+                assert_eq!(together, one_by_one, "{round} {tally:?}");
             }
         }
     }
@@ -395,7 +395,7 @@ mod tests {
             let mut t = table(g, 3);
             BigEndian::write_u64(&mut t[16..], odd);
             assert_eq!(
-                count(g, &t, &mut counts, 0, Step::Look).entries,
+                count(g, &t, &mut counts, 0, Tally::Look).entries,
                 2,
                 "{odd:#x}"
             );

@@ -6,9 +6,9 @@
 //! ever fails.
 
 use super::overlap::Kind;
+use super::plan::Plan;
 use super::replay::Replay;
 use super::room;
-use super::update::{self, Plan};
 use super::Image;
 use crate::error::{Error, Result};
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
@@ -26,23 +26,24 @@ impl Image {
     ) -> Result<()> {
         let g = replay.g;
         let own = self.header.l1_offset;
-        for (offset, before, _) in &plan.copied {
-            let kind = if *offset == own {
+        for edit in &plan.copied {
+            let kind = if edit.offset == own {
                 Kind::ActiveL1
             } else {
                 Kind::InactiveL1
             };
-            let bytes = before.len() as u64 * TABLE_ENTRY;
-            replay.overlap.check(*offset, bytes, Some(kind))?;
+            replay
+                .overlap
+                .check(edit.offset, edit.bytes(), Some(kind))?;
         }
         // QEMU enters what it makes for a resize in the table that it leaves in the end.
-        if let Some((offset, before, after)) = &plan.left {
+        if let Some(edit) = &plan.left {
             let mut checked = None;
             for (i, _) in (0u64..)
-                .zip(before.iter().zip(after))
+                .zip(edit.before.iter().zip(&edit.after))
                 .filter(|(_, (b, a))| b != a)
             {
-                let at = offset.saturating_add(i * TABLE_ENTRY);
+                let at = edit.offset.saturating_add(i * TABLE_ENTRY);
                 // Whole clusters are checked.
                 if checked.replace(g.cluster_of(at)) == Some(g.cluster_of(at)) {
                     continue;
@@ -53,17 +54,17 @@ impl Image {
             }
         }
         for offset in plan.clear.iter().chain(&plan.set).map(|t| &t.offset) {
-            if replay.refs.taken.contains(g.cluster_of(*offset).0) {
+            if replay.refs.fates.is_taken(g.cluster_of(*offset).0) {
                 return Err(Error::Corrupt(format!(
                     "L2 table {offset:#x} is in use but counted as free"
                 )));
             }
         }
 
-        let (h, was) = (replay.header, &self.header);
+        let (l1, meaning, was) = (replay.l1_place(), replay.meaning, &self.header);
         let table = replay.refs.table();
-        let born = replay.refs.loaded().filter(|(_, b)| b.born.is_some());
-        let dropped = replay.refs.dropped.iter().map(|d| d.index);
+        let born = replay.refs.loaded().filter(|(_, b)| b.made_in().is_some());
+        let dropped = replay.refs.dropped().iter().map(|d| d.index);
         for index in born.map(|(index, _)| index).chain(dropped) {
             let at = table.offset.saturating_add(index * TABLE_ENTRY);
             replay
@@ -73,14 +74,14 @@ impl Image {
         let mut needed = vec![
             (0, 1, false),
             (
-                h.l1_offset,
-                u64::from(h.l1_size) * TABLE_ENTRY,
-                h.l1_offset != was.l1_offset,
+                l1.offset,
+                u64::from(l1.entries) * TABLE_ENTRY,
+                l1.offset != was.l1_offset,
             ),
             (
-                h.snapshots_offset,
+                meaning.snapshots_offset,
                 table_size,
-                h.snapshots_offset != was.snapshots_offset,
+                meaning.snapshots_offset != was.snapshots_offset,
             ),
             (
                 table.offset,
@@ -95,7 +96,7 @@ impl Image {
             room::push(&mut needed, (s.l1_table_offset, bytes, i >= old))?;
         }
         for i in 0..table.entries.len() as u64 {
-            let born = replay.refs.block(i).is_some_and(|b| b.born.is_some());
+            let born = replay.refs.block(i).is_some_and(|b| b.made_in().is_some());
             room::push(&mut needed, (replay.refs.entry(i), 1, born))?;
         }
         self.check_kept(replay, needed)
@@ -107,7 +108,7 @@ impl Image {
         let g = replay.g;
         ranges.retain(|(_, bytes, _)| *bytes != 0);
         // What a shrink cuts off holds nothing, say the counts.
-        let (cut, end) = (update::final_length(replay), self.dev.length());
+        let (cut, end) = (replay.final_length(), self.dev.length());
         let lost = |(offset, bytes, _): &&(u64, u64, bool)| {
             cut.max(*offset) < end.min(offset.saturating_add(*bytes))
         };

@@ -13,24 +13,24 @@ use crate::read::changes::Pair;
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
+use plan::Plan;
 use progress::Progress;
 use replay::Replay;
-use update::{Plan, Update};
 
 mod chain;
-mod counts;
 mod damage;
 pub(crate) mod device;
 mod layout;
 pub(crate) mod mapping;
 pub(crate) mod overlap;
+pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
 pub(crate) mod resize;
 pub(crate) mod room;
 mod status;
-pub(crate) mod update;
+mod tables;
 pub(crate) mod walk;
 
 pub use layout::{Changed, ImageLayout};
@@ -116,6 +116,9 @@ pub struct Image {
     remark: Option<String>,
     /// Bytes that refcounts may take in memory.
     refcount_memory: u64,
+    /// The steps of the last verb, as text.
+    #[cfg(test)]
+    steps: String,
 }
 
 /// What an image says of itself, as it is on the disk.
@@ -245,7 +248,9 @@ impl Image {
             outcome: Outcome::None,
             changed: Changed::default(),
             remark: None,
-            refcount_memory: counts::MOST,
+            refcount_memory: refcount::packed::MOST,
+            #[cfg(test)]
+            steps: String::new(),
         };
         image.load_snapshots()?;
         image.refuse_dirty()?;
@@ -470,26 +475,21 @@ impl Image {
     pub(crate) fn commit(
         &mut self,
         mut replay: Replay,
-        plan: &Plan,
+        plan: Plan,
         list: Vec<Snapshot>,
         table_size: u64,
     ) -> Result<()> {
-        self.check_damage(&mut replay, plan, &list, table_size)?;
+        self.check_damage(&mut replay, &plan, &list, table_size)?;
         replay.refs.check_overwrites()?;
-        self.dev.check_room(update::final_length(&replay))?;
+        self.dev.check_room(replay.final_length())?;
         let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
         self.dev.changed = false;
-        let mut update = Update {
-            dev: &mut self.dev,
-            outcome: Outcome::Unchanged,
-        };
-        let result = update.commit(&mut replay, plan, autoclear);
-        let (outcome, started) = (update.outcome, self.dev.changed);
+        let (outcome, result) = plan.carry_out(&mut self.dev, &self.header, autoclear, &mut replay);
         self.outcome = outcome;
         self.forget_reads();
         if result.is_err() {
-            self.standing = match (outcome, started) {
+            self.standing = match (outcome, self.dev.changed) {
                 (Outcome::Unknown, _) => Standing::Spent,
                 (_, true) => Standing::NoChanges,
                 _ => self.standing,
@@ -499,33 +499,32 @@ impl Image {
             self.standing = Standing::Good;
         }
         if outcome == Outcome::Done {
-            let (h, table) = (&mut self.header, replay.refs.table());
+            let (was, places, meaning) = (&self.header, replay.places(), replay.meaning);
+            let table = replay.refs.take_table();
             self.changed = Changed {
-                size: h.size != replay.header.size,
-                l1: h.l1_offset != replay.header.l1_offset || self.l1 != replay.l1,
-                reftable: h.reftable_offset != table.offset || self.reftable != table.entries,
-                snapshots: h.snapshots_offset != replay.header.snapshots_offset,
+                size: meaning.size != was.size,
+                l1: places.l1_offset != was.l1_offset || self.l1 != replay.l1,
+                reftable: places.reftable_offset != was.reftable_offset || self.reftable != table,
+                snapshots: meaning.snapshots_offset != was.snapshots_offset,
             };
-            h.size = replay.header.size;
-            h.l1_size = replay.header.l1_size;
-            h.l1_offset = replay.header.l1_offset;
-            h.nb_snapshots = replay.header.nb_snapshots;
-            h.snapshots_offset = replay.header.snapshots_offset;
-            h.reftable_offset = table.offset;
-            h.reftable_clusters = table.clusters as u32;
+            self.header.switch(places, meaning);
             if let Some(bits) = autoclear {
-                h.autoclear = bits;
+                self.header.autoclear = bits;
             }
-            self.reftable = replay.refs.take_entries();
+            self.reftable = table;
             self.l1 = replay.l1;
-            self.snapshots = crate::image::SnapshotList {
+            self.snapshots = SnapshotList {
                 entries: list,
                 size: table_size,
                 loaded: true,
                 texts: Default::default(),
             };
         }
-        result
+        #[cfg(test)]
+        if let Ok(steps) = &result {
+            self.steps = plan::text(steps);
+        }
+        result.map(drop)
     }
 
     /// Drop what was cached of the disk seen so far.

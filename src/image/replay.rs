@@ -2,22 +2,22 @@
 
 use super::device::{self, Device};
 use super::overlap::{Kind, Overlap};
-use super::refcount::{Freed, Refcounts};
+use super::refcount::{Forgotten, Freed, Refcounts};
 use super::room::{self, Clusters, Known};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
+use crate::format::features;
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
-use crate::format::{features, header::Header};
+use crate::format::header::{Header, Meaning, Places};
 use byteorder::{BigEndian, ByteOrder};
 
-/// The fields in bytes 24 to 71 of the header that verbs switch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Switched {
-    pub(crate) size: u64,
-    pub(crate) l1_size: u32,
-    pub(crate) l1_offset: u64,
-    pub(crate) nb_snapshots: u32,
-    pub(crate) snapshots_offset: u64,
+/// One place where the active L1 table has been during the verb.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct L1Place {
+    pub(crate) offset: u64,
+    pub(crate) entries: u32,
+    /// `None`: where it was before the verb; else the epoch that made it.
+    pub(crate) born: Option<usize>,
 }
 
 /// New contents for clusters that nothing published refers to.
@@ -35,12 +35,10 @@ pub(crate) struct Replay {
     pub(crate) g: Geometry,
     pub(crate) refs: Refcounts,
     pub(crate) overlap: Overlap,
-    /// The header before the verb.
-    pub(crate) before: Switched,
-    /// The header as it is at this point of the replay.
-    pub(crate) header: Switched,
-    /// The header at the end of each finished epoch.
-    pub(crate) epoch_headers: Vec<Switched>,
+    /// What the image means in the end, as far as the replay has come.
+    pub(crate) meaning: Meaning,
+    /// Places of the active L1 table, the current one last.
+    pub(crate) l1_places: Vec<L1Place>,
     /// The active L1 in memory.
     pub(crate) l1: Vec<u64>,
     /// L2 tables whose contents the replay has changed, by offset. An empty one is all zeros.
@@ -90,13 +88,6 @@ impl Replay {
         memory: u64,
     ) -> Replay {
         let g = header.geometry;
-        let before = Switched {
-            size: header.size,
-            l1_size: header.l1_size,
-            l1_offset: header.l1_offset,
-            nb_snapshots: header.nb_snapshots,
-            snapshots_offset: header.snapshots_offset,
-        };
         overlap.seal();
         Replay {
             g,
@@ -108,9 +99,12 @@ impl Replay {
                 memory,
             ),
             overlap,
-            before,
-            header: before,
-            epoch_headers: Vec::new(),
+            meaning: header.meaning(),
+            l1_places: vec![L1Place {
+                offset: header.l1_offset,
+                entries: header.l1_size,
+                born: None,
+            }],
             l1,
             tables: Known::default(),
             temporary: Clusters::default(),
@@ -124,25 +118,18 @@ impl Replay {
         }
     }
 
-    /// Change header fields; they become visible with the publish of the current epoch.
-    pub(crate) fn switch(&mut self, change: impl FnOnce(&mut Switched)) {
-        self.close_epochs();
-        change(&mut self.header);
+    /// Where the active L1 table is now.
+    pub(crate) fn l1_place(&self) -> L1Place {
+        // `l1_places` is never empty: made with one, only pushed to.
+        self.l1_places[self.l1_places.len() - 1]
     }
 
-    /// Keep the header of epochs that have ended.
-    #[allow(clippy::disallowed_methods)] // a verb has a handful of epochs
-    pub(crate) fn close_epochs(&mut self) {
-        while self.epoch_headers.len() < self.refs.epoch {
-            self.epoch_headers.push(self.header);
-        }
-    }
-
-    /// What follows is written after everything so far is published.
-    pub(crate) fn next_epoch(&mut self) -> Result<()> {
-        self.refs.next_epoch()?;
-        self.close_epochs();
-        Ok(())
+    /// Contents of the active L1 table, if it was made in the epoch that is not over: the header
+    /// names it when all of that is written.
+    pub(crate) fn unpublished_l1(&mut self) -> Option<&mut NewData> {
+        let (place, epoch) = (self.l1_place(), self.refs.epoch());
+        let mut made = self.new_data.iter_mut();
+        made.find(|w| place.born == Some(epoch) && w.offset == place.offset && w.epoch == epoch)
     }
 
     /// QEMU protects the refcount table where it is now.
@@ -180,17 +167,16 @@ impl Replay {
         let end = offset.saturating_add(data.len() as u64);
         self.refs
             .forget_before_writing(dev, offset, data.len() as u64)?;
-        self.close_epochs();
         let last = g.cluster_of(end - 1).0;
-        if self.refs.punched.contains(last) {
+        if self.refs.fates.is_punched(last) {
             let zeros_end = g.round_up(end).min(self.reach.max(end));
             room::resize(&mut data, (zeros_end - offset) as usize, 0)?;
         }
         for c in g.cluster_of(offset).0..=last {
-            self.refs.punched.remove(c);
+            self.refs.fates.rewrite(c)?;
         }
         self.reach = self.reach.max(end);
-        let epoch = self.refs.epoch;
+        let epoch = self.refs.epoch();
         let new = NewData {
             label,
             offset,
@@ -202,7 +188,7 @@ impl Replay {
 
     /// Has QEMU punched the cluster at `offset` in this verb?
     pub(crate) fn is_punched(&self, offset: u64) -> bool {
-        self.refs.punched.contains(self.g.cluster_of(offset).0)
+        self.refs.fates.is_punched(self.g.cluster_of(offset).0)
     }
 
     /// QEMU's `qcow2_grow_l1_table(exact)`: the L1 table moves to a place with room for `entries`.
@@ -222,22 +208,31 @@ impl Replay {
         self.check_new(offset, bytes)?;
         self.write_new(dev, "L1 table", offset, device::bytes_of(&l1)?)?;
 
-        let (old_offset, old_bytes) = (self.header.l1_offset, self.l1.len() as u64 * TABLE_ENTRY);
         // What a resize has entered in the table since stays in it when it is left. A table that an
         // epoch before this one publishes is the old disk's until then.
+        let (old_offset, old_bytes) = (self.l1_place().offset, self.l1.len() as u64 * TABLE_ENTRY);
         let left = device::bytes_of(&self.l1)?;
-        let epoch = self.refs.epoch;
-        let unpublished = |w: &&mut NewData| w.offset == old_offset && w.epoch == epoch;
-        match self.new_data.iter_mut().find(unpublished) {
+        match self.unpublished_l1() {
             Some(made) => made
                 .data
                 .splice(..left.len().min(made.data.len()), left)
                 .for_each(drop),
             None => self.left_l1 = Some((old_offset, room::copy_of(&self.l1)?)),
         }
-        self.switch(|h| (h.l1_offset, h.l1_size) = (offset, entries as u32));
-        self.refs
-            .free(dev, old_offset, old_bytes, Freed::Kept, epoch)?;
+        let epoch = self.refs.epoch();
+        let place = L1Place {
+            offset,
+            entries: entries as u32,
+            born: Some(epoch),
+        };
+        room::push(&mut self.l1_places, place)?;
+        self.refs.free(
+            dev,
+            old_offset,
+            old_bytes,
+            Freed::Kept,
+            Forgotten::With(epoch),
+        )?;
         self.overlap.release(Kind::ActiveL1, old_offset);
         self.overlap.protect(Kind::ActiveL1, offset, bytes)?;
         self.overlap.seal();
@@ -256,13 +251,6 @@ impl Replay {
         self.temporary.insert(cluster)
     }
 
-    /// The active L1 table, if it is made in the last epoch: the header names it when all is done.
-    pub(crate) fn grown_l1(&mut self) -> Option<&mut NewData> {
-        let (offset, epoch) = (self.header.l1_offset, self.refs.epoch);
-        let mut made = self.new_data.iter_mut();
-        made.find(|w| w.offset == offset && w.epoch == epoch)
-    }
-
     /// The contents of an L2 table at this point of the replay; none for zeros.
     fn read_table(&self, dev: &mut Device, offset: u64) -> Result<Vec<u8>> {
         match changed_table(self.g, &self.tables, &self.zero_tables, offset) {
@@ -274,12 +262,12 @@ impl Replay {
 
     /// QEMU's `get_cluster_table`: the active L2 table at `l1_index`, made or copied if the L1 does
     /// not own it. Returns its offset and contents, none for zeros: millions of tables may be made.
-    /// `forgotten_in`: the epoch whose publish makes the disk forget the table that is left.
+    /// `forgotten`: the epoch whose publish makes the disk forget the table that is left.
     pub(crate) fn own_table(
         &mut self,
         dev: &mut Device,
         l1_index: u64,
-        forgotten_in: usize,
+        forgotten: Forgotten,
     ) -> Result<(u64, Vec<u8>)> {
         let g = self.g;
         let old = self.l1.get(l1_index as usize).copied().unwrap_or(0);
@@ -314,7 +302,7 @@ impl Replay {
         }
         if offset != 0 {
             self.refs
-                .free(dev, offset, g.cluster_size(), Freed::Kept, forgotten_in)?;
+                .free(dev, offset, g.cluster_size(), Freed::Kept, forgotten)?;
         }
         Ok((new, table))
     }
@@ -340,21 +328,20 @@ impl Replay {
     }
 
     /// Take the active disk's reference from what an L2 entry refers to; the bytes stay (QEMU's
-    /// `qcow2_free_any_cluster(NEVER)`), as the publish of epoch `forgotten_in` makes the disk do.
+    /// `qcow2_free_any_cluster(NEVER)`), as the publish of epoch `forgotten` makes the disk do.
     pub(crate) fn forget_cluster(
         &mut self,
         dev: &mut Device,
         word: &[u8],
-        forgotten_in: usize,
+        forgotten: Forgotten,
     ) -> Result<()> {
         let g = self.g;
         match entry::cluster(g, BigEndian::read_u64(word)) {
             Cluster::Standard(at) | Cluster::ZeroAllocated(at) if g.in_cluster(at) == 0 => self
                 .refs
-                .free(dev, at, g.cluster_size(), Freed::Kept, forgotten_in),
+                .free(dev, at, g.cluster_size(), Freed::Kept, forgotten),
             Cluster::Compressed { offset, length } => {
-                self.refs
-                    .free(dev, offset, length, Freed::Kept, forgotten_in)
+                self.refs.free(dev, offset, length, Freed::Kept, forgotten)
             }
             _ => Ok(()),
         }
@@ -363,12 +350,33 @@ impl Replay {
     /// Set the length that QEMU's own truncate leaves.
     pub(crate) fn truncate(&mut self, length: u64) {
         self.reach = length;
-        self.refs.reach = 0;
+        self.refs.forget_reach();
+    }
+
+    /// Where the tables stand in the end.
+    pub(crate) fn places(&self) -> Places {
+        let (l1, table) = (self.l1_place(), self.refs.table());
+        Places {
+            l1_offset: l1.offset,
+            l1_size: l1.entries,
+            reftable_offset: table.offset,
+            reftable_clusters: table.clusters as u32,
+        }
+    }
+
+    /// The file's length in the end.
+    pub(crate) fn final_length(&self) -> u64 {
+        let blocks = self.refs.loaded().filter(|(_, b)| b.is_qemus());
+        let end = blocks
+            .map(|(_, b)| b.offset.saturating_add(self.g.cluster_size()))
+            .max()
+            .unwrap_or(0);
+        self.length().max(end)
     }
 
     /// The file's length so far, refcount structures included.
     pub(crate) fn length(&self) -> u64 {
-        self.reach.max(self.refs.reach)
+        self.reach.max(self.refs.reach())
     }
 
     /// Does the image have valid bitmaps, which a change of the guest's data would break?

@@ -1,7 +1,7 @@
 //! Resizing the disk in the middle of a goto (QEMU's `qcow2_co_truncate`), in memory.
 
 use super::device::{self, Device};
-use super::refcount::{Freed, NEVER};
+use super::refcount::{Forgotten, Freed};
 use super::replay::Replay;
 use super::room;
 use super::walk::check_repeats;
@@ -39,8 +39,8 @@ impl Replay {
         let keep = g.l1_entries_for(new_size) as usize;
         if keep < self.l1.len() {
             let end = self
-                .header
-                .l1_offset
+                .l1_place()
+                .offset
                 .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
             self.reach = self.reach.max(end);
         }
@@ -49,8 +49,13 @@ impl Replay {
             dev.progress.pass(TABLE_ENTRY)?;
             let offset = self.l1[index] & OFFSET_MASK;
             if offset != 0 {
-                self.refs
-                    .free(dev, offset, g.cluster_size(), Freed::Punched, NEVER)?;
+                self.refs.free(
+                    dev,
+                    offset,
+                    g.cluster_size(),
+                    Freed::Punched,
+                    Forgotten::Never,
+                )?;
                 self.tables.remove(offset);
                 self.l1[index] = 0;
                 let emptied = index.checked_sub(discarded.first);
@@ -99,7 +104,7 @@ impl Replay {
                 .l1
                 .get(l1_index as usize)
                 .is_some_and(|e| e & COPIED != 0);
-            let (offset, mut table) = self.own_table(dev, l1_index, NEVER)?;
+            let (offset, mut table) = self.own_table(dev, l1_index, Forgotten::Never)?;
             if !owned {
                 self.take_for_a_while(offset, false)?;
                 unwritten = 0;
@@ -218,7 +223,7 @@ impl Replay {
     /// Own the table at `l1_index`; if it had to be made, remember what is in it until it is freed.
     fn own_temporary_table(&mut self, dev: &mut Device, l1_index: u64) -> Result<Vec<u8>> {
         let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
-        let (offset, table) = self.own_table(dev, l1_index, NEVER)?;
+        let (offset, table) = self.own_table(dev, l1_index, Forgotten::Never)?;
         if entry & COPIED == 0 {
             self.take_for_a_while(offset, table.is_empty())?;
             if table.is_empty() {
@@ -274,7 +279,7 @@ impl Replay {
         if let Some(word) = table.get_mut(at..at + 8) {
             let old_word = old.to_be_bytes();
             BigEndian::write_u64(word, new | COPIED);
-            self.forget_cluster(dev, &old_word, NEVER)?;
+            self.forget_cluster(dev, &old_word, Forgotten::Never)?;
         }
         self.tables.insert(offset, table)
     }

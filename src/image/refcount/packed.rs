@@ -11,19 +11,16 @@
 //!
 //! What even so takes more than [`MOST`] is put *away* in a temporary file. A walk that jumps about
 //! then goes over its tables several times, each time counting in a part of the blocks
-//! (`refcount::memory`).
+//! (`residency`).
 
-use super::room;
 use crate::error::{Error, Result};
 use crate::format::geometry::Geometry;
 use crate::format::refblock;
+use crate::image::room;
 use crate::io::scratch::Scratch;
 use std::borrow::Cow;
-use std::collections::VecDeque;
 use std::sync::Arc;
 
-/// What open blocks may take at first, in bytes.
-const FEW: u64 = 24 << 20;
 /// What counts may take at most, in bytes. (Little for tests of what happens beyond.)
 pub(crate) const MOST: u64 = if cfg!(qcow2_little_memory) {
     1000
@@ -36,7 +33,7 @@ const NARROWEST: u32 = 1;
 
 /// The counts of a block.
 #[derive(Debug)]
-pub(crate) enum Counts {
+pub(crate) enum BlockCounts {
     /// Fields of `1 << order` bits, laid out as in a refcount block of that width.
     Open { order: u32, bytes: Vec<u8> },
     /// Runs of equal 8-byte words of the block.
@@ -45,7 +42,7 @@ pub(crate) enum Counts {
     Away(Away),
 }
 
-/// Fields as in [`Counts::Open`], at this place of a temporary file.
+/// Fields as in [`BlockCounts::Open`], at this place of a temporary file.
 #[derive(Debug)]
 pub(crate) struct Away {
     order: u32,
@@ -58,7 +55,8 @@ pub(crate) struct Away {
 impl Away {
     /// The bytes of the fields.
     fn fetch(&self, g: Geometry) -> Result<Vec<u8>> {
-        let mut bytes = super::device::zeroed(g.cluster_size() >> (g.refcount_order - self.order))?;
+        let mut bytes =
+            crate::image::device::zeroed(g.cluster_size() >> (g.refcount_order - self.order))?;
         let error = |context: &str, source| Error::Os {
             context: context.into(),
             source,
@@ -92,22 +90,24 @@ fn of_order(g: Geometry, order: u32) -> Geometry {
     }
 }
 
-impl Counts {
-    /// Counts as the bytes of a block.
-    pub(crate) fn new(g: Geometry, bytes: Vec<u8>) -> Counts {
+impl BlockCounts {
+    /// BlockCounts as the bytes of a block.
+    pub(crate) fn new(g: Geometry, bytes: Vec<u8>) -> BlockCounts {
         let order = g.refcount_order;
-        Counts::Open { order, bytes }
+        BlockCounts::Open { order, bytes }
     }
 
     /// The bytes of the block.
     pub(crate) fn bytes(&self, g: Geometry) -> Result<Cow<'_, [u8]>> {
         Ok(match self {
-            Counts::Open { order, bytes } if *order == g.refcount_order => Cow::Borrowed(bytes),
-            Counts::Open { order, bytes } => {
+            BlockCounts::Open { order, bytes } if *order == g.refcount_order => {
+                Cow::Borrowed(bytes)
+            }
+            BlockCounts::Open { order, bytes } => {
                 Cow::Owned(refblock::converted(of_order(g, *order), bytes, g)?)
             }
-            Counts::Packed(runs) => Cow::Owned(unpacked(runs)?),
-            Counts::Away(away) => {
+            BlockCounts::Packed(runs) => Cow::Owned(unpacked(runs)?),
+            BlockCounts::Away(away) => {
                 let bytes = away.fetch(g)?;
                 Cow::Owned(if away.order == g.refcount_order {
                     bytes
@@ -118,20 +118,37 @@ impl Counts {
         })
     }
 
+    /// Put the bytes of the block into `to`, which is as long.
+    pub(super) fn put(&self, g: Geometry, to: &mut [u8]) -> Result<()> {
+        match self {
+            BlockCounts::Packed(runs) => {
+                let mut rest = to;
+                for (n, value) in runs {
+                    let (run, behind) = rest.split_at_mut((*n as usize * 8).min(rest.len()));
+                    run.chunks_exact_mut(8)
+                        .for_each(|w| w.copy_from_slice(value));
+                    rest = behind;
+                }
+            }
+            _ => to.copy_from_slice(&self.bytes(g)?),
+        }
+        Ok(())
+    }
+
     /// The width of the fields, if the counts are open.
     #[inline]
     pub(crate) fn order(&self) -> Option<u32> {
         match self {
-            Counts::Open { order, .. } => Some(*order),
-            Counts::Packed(_) | Counts::Away(_) => None,
+            BlockCounts::Open { order, .. } => Some(*order),
+            BlockCounts::Packed(_) | BlockCounts::Away(_) => None,
         }
     }
 
     /// The width of the fields, or of those that would do, as a refcount order.
     pub(crate) fn fields_needed(&self, g: Geometry) -> u32 {
         match self {
-            Counts::Open { order, .. } | Counts::Away(Away { order, .. }) => *order,
-            Counts::Packed(runs) => {
+            BlockCounts::Open { order, .. } | BlockCounts::Away(Away { order, .. }) => *order,
+            BlockCounts::Packed(runs) => {
                 let highest = runs
                     .iter()
                     .map(|(_, word)| refblock::highest(g, word))
@@ -143,23 +160,23 @@ impl Counts {
 
     /// Are the counts in the temporary file?
     pub(crate) fn is_away(&self) -> bool {
-        matches!(self, Counts::Away(_))
+        matches!(self, BlockCounts::Away(_))
     }
 
     /// The fields, if they have this width.
     #[inline(always)]
     pub(crate) fn fields<const WIDTH: u32>(&self) -> Option<&[u8]> {
         match self {
-            Counts::Open { order, bytes } if *order == WIDTH => Some(bytes),
+            BlockCounts::Open { order, bytes } if *order == WIDTH => Some(bytes),
             _ => None,
         }
     }
 
-    /// [`Counts::fields`], to be changed.
+    /// [`BlockCounts::fields`], to be changed.
     #[inline(always)]
     pub(crate) fn fields_mut<const WIDTH: u32>(&mut self) -> Option<&mut [u8]> {
         match self {
-            Counts::Open { order, bytes } if *order == WIDTH => Some(bytes),
+            BlockCounts::Open { order, bytes } if *order == WIDTH => Some(bytes),
             _ => None,
         }
     }
@@ -167,8 +184,8 @@ impl Counts {
     /// The count at `index`.
     pub(crate) fn get(&self, g: Geometry, index: usize) -> Result<u64> {
         Ok(match self {
-            Counts::Open { order, bytes } => refblock::get(of_order(g, *order), bytes, index),
-            Counts::Packed(runs) => {
+            BlockCounts::Open { order, bytes } => refblock::get(of_order(g, *order), bytes, index),
+            BlockCounts::Packed(runs) => {
                 let (mut word, within) = g.refcount_in_word(index);
                 let run = runs.iter().find(|(n, _)| {
                     let here = word < *n as usize;
@@ -177,14 +194,16 @@ impl Counts {
                 });
                 run.map_or(0, |(_, value)| refblock::get(g, value, within))
             }
-            Counts::Away(away) => refblock::get(of_order(g, away.order), &away.fetch(g)?, index),
+            BlockCounts::Away(away) => {
+                refblock::get(of_order(g, away.order), &away.fetch(g)?, index)
+            }
         })
     }
 
     /// Store a count, which the block's own width can hold.
     pub(crate) fn set(&mut self, g: Geometry, index: usize, count: u64) -> Result<()> {
         self.open(g)?;
-        if let Counts::Open { order, bytes } = self {
+        if let BlockCounts::Open { order, bytes } = self {
             if count > of_order(g, *order).refcount_max() {
                 let wider = order_for(g, count);
                 *bytes = refblock::converted(of_order(g, *order), bytes, of_order(g, wider))?;
@@ -198,11 +217,11 @@ impl Counts {
     /// Unpack, or read from the temporary file.
     pub(crate) fn open(&mut self, g: Geometry) -> Result<()> {
         match self {
-            Counts::Open { .. } => {}
-            Counts::Packed(runs) => *self = Counts::new(g, unpacked(runs)?),
-            Counts::Away(away) => {
+            BlockCounts::Open { .. } => {}
+            BlockCounts::Packed(runs) => *self = BlockCounts::new(g, unpacked(runs)?),
+            BlockCounts::Away(away) => {
                 let (order, bytes) = (away.order, away.fetch(g)?);
-                *self = Counts::Open { order, bytes };
+                *self = BlockCounts::Open { order, bytes };
             }
         }
         Ok(())
@@ -215,12 +234,12 @@ impl Counts {
         }
         self.open(g)?;
         self.narrow(g);
-        if let Counts::Open { order, bytes } = self {
+        if let BlockCounts::Open { order, bytes } = self {
             scratch.write(at, bytes).map_err(|source| Error::Os {
                 context: "Could not write a temporary file".into(),
                 source,
             })?;
-            *self = Counts::Away(Away {
+            *self = BlockCounts::Away(Away {
                 order: *order,
                 at,
                 sum: sum(bytes),
@@ -233,7 +252,7 @@ impl Counts {
 
     /// Keep the counts in the narrowest fields that have room for one more of each.
     pub(crate) fn narrow(&mut self, g: Geometry) {
-        if let Counts::Open { order, bytes } = self {
+        if let BlockCounts::Open { order, bytes } = self {
             if *order == g.refcount_order {
                 let fit = order_for(g, refblock::highest(g, bytes).saturating_add(1));
                 if fit < *order {
@@ -249,15 +268,15 @@ impl Counts {
     /// What the counts take, in bytes.
     pub(crate) fn size(&self) -> u64 {
         match self {
-            Counts::Open { bytes, .. } => bytes.len() as u64,
-            Counts::Packed(runs) => size_of_val(runs.as_slice()) as u64,
-            Counts::Away(_) => 0,
+            BlockCounts::Open { bytes, .. } => bytes.len() as u64,
+            BlockCounts::Packed(runs) => size_of_val(runs.as_slice()) as u64,
+            BlockCounts::Away(_) => 0,
         }
     }
 
     /// Keep the counts as runs, if that saves most of the memory, else in narrow fields.
     pub(crate) fn pack(&mut self, g: Geometry) {
-        let Counts::Open { order, bytes } = self else {
+        let BlockCounts::Open { order, bytes } = self else {
             return;
         };
         let runs = if *order == g.refcount_order {
@@ -267,7 +286,7 @@ impl Counts {
             wide.ok().and_then(|wide| packed(&wide))
         };
         match runs {
-            Some(runs) => *self = Counts::Packed(runs),
+            Some(runs) => *self = BlockCounts::Packed(runs),
             None => self.narrow(g),
         }
     }
@@ -311,107 +330,6 @@ fn unpacked(runs: &[(u32, [u8; 8])]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Which blocks are open, oldest first, and what all may take.
-#[derive(Debug)]
-pub(crate) struct Residents {
-    open: VecDeque<(u64, u64)>,
-    /// Bytes that they take, and may take.
-    held: u64,
-    limit: u64,
-    /// Bytes that all other counts take.
-    pub(crate) kept: u64,
-    /// Bytes that all counts may take.
-    cap: u64,
-    /// Loads so far, and for each block the number of them when it was last left.
-    now: u64,
-    left: Vec<u64>,
-}
-
-impl Residents {
-    /// `cap`: bytes that counts may take, [`MOST`] but in tests.
-    pub(crate) fn new(cap: u64) -> Residents {
-        Residents {
-            open: VecDeque::new(),
-            held: 0,
-            limit: FEW.min(cap / 4 * 3),
-            kept: 0,
-            cap,
-            now: 0,
-            left: Vec::new(),
-        }
-    }
-
-    /// Bytes that open blocks take.
-    pub(crate) fn held(&self) -> u64 {
-        self.held
-    }
-
-    /// Do the counts take too much?
-    pub(crate) fn over(&self) -> bool {
-        self.held + self.kept > self.cap
-    }
-
-    /// What open blocks may take at most, in bytes.
-    pub(crate) fn room(&self) -> u64 {
-        self.cap / 4 * 3
-    }
-
-    /// Block `index` has been opened and takes `bytes`. True: it was left a short while ago, and more
-    /// than now cannot stay.
-    pub(crate) fn enter(&mut self, index: u64, bytes: u64) -> Result<bool> {
-        self.now += 1;
-        let left = self.left.get(index as usize).copied().unwrap_or(0);
-        let (soon, most) = (self.now - left < 2 * self.open.len() as u64, self.room());
-        let back = left != 0 && soon;
-        let full = self.limit >= most;
-        if back && !full {
-            // The walk jumps about, and more blocks must stay.
-            self.limit = (self.limit + self.limit / 8 + 1).min(most);
-        }
-        // Leaving needs no memory.
-        if self.left.len() <= index as usize {
-            room::resize(&mut self.left, index as usize + 1, 0)?;
-        }
-        let entries = self.open.len() as u64;
-        self.open
-            .try_reserve(1)
-            .map_err(|_| Error::NoMemory(entries * 16))?;
-        #[allow(clippy::disallowed_methods)] // there is room
-        self.open.push_back((index, bytes));
-        self.held += bytes;
-        Ok(back && full)
-    }
-
-    /// A block that should be left, as long as the open ones take too much.
-    pub(crate) fn leave(&mut self) -> Option<u64> {
-        if self.held <= self.limit || self.open.len() < 2 {
-            return None;
-        }
-        self.oldest()
-    }
-
-    /// The block that was opened first, or second if the first is `but`, to be left.
-    pub(crate) fn oldest_but(&mut self, but: u64) -> Option<u64> {
-        if self.open.front().is_some_and(|(index, _)| *index == but) {
-            self.open.rotate_left(1);
-        }
-        match self.open.front() {
-            Some((index, _)) if *index != but => self.oldest(),
-            _ => None,
-        }
-    }
-
-    /// The block that was opened first, to be left.
-    pub(crate) fn oldest(&mut self) -> Option<u64> {
-        let (oldest, bytes) = self.open.pop_front()?;
-        self.held -= bytes;
-        if let Some(slot) = self.left.get_mut(oldest as usize) {
-            *slot = self.now;
-        }
-        Some(oldest)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -428,7 +346,7 @@ mod tests {
             .chunks_exact_mut(2)
             .take(30_000)
             .for_each(|c| c.copy_from_slice(&[0, 2]));
-        let mut counts = Counts::new(g(), bytes.clone());
+        let mut counts = BlockCounts::new(g(), bytes.clone());
         counts.pack(g());
         assert_eq!(counts.order(), None);
         assert_eq!(counts.bytes(g()).unwrap(), bytes);
@@ -439,7 +357,7 @@ mod tests {
         let noise: Vec<u8> = (0..65536u32)
             .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
             .collect();
-        let mut counts = Counts::new(g(), noise.clone());
+        let mut counts = BlockCounts::new(g(), noise.clone());
         counts.pack(g());
         assert_eq!(counts.order(), Some(4));
         assert_eq!(counts.bytes(g()).unwrap(), noise);
@@ -451,7 +369,7 @@ mod tests {
         for order in if cfg!(miri) { 4 } else { 0 }..=6 {
             let g = Geometry::new(9, order, false);
             let entries = g.refblock_entries() as usize;
-            let mut counts = Counts::new(g, vec![0; 512]);
+            let mut counts = BlockCounts::new(g, vec![0; 512]);
             let mut want = vec![0u64; entries];
             for (i, count) in want.iter_mut().enumerate() {
                 *count = (i as u64 * 7 % 3).min(g.refcount_max());
@@ -479,7 +397,7 @@ mod tests {
         let noise: Vec<u8> = (0..65536u32)
             .map(|i| u8::from(i % 2 == 1) * (i.wrapping_mul(2_654_435_761) >> 30) as u8)
             .collect();
-        let mut counts = Counts::new(g(), noise.clone());
+        let mut counts = BlockCounts::new(g(), noise.clone());
         counts.put_away(g(), &scratch, 1 << 20).unwrap();
         assert!(counts.is_away() && counts.size() == 0);
         assert_eq!(counts.bytes(g()).unwrap(), noise);
@@ -489,28 +407,5 @@ mod tests {
         assert_eq!(counts.bytes(g()).unwrap_err().errno(), libc::EIO);
         assert_eq!(counts.open(g()).unwrap_err().errno(), libc::EIO);
         assert_eq!(counts.get(g(), 3).unwrap_err().errno(), libc::EIO);
-    }
-
-    #[test]
-    #[cfg_attr(miri, ignore = "an hour there, and nothing in it that Miri could find")]
-    #[cfg_attr(qcow2_little_memory, ignore = "it is about much memory")]
-    fn a_walk_in_order_keeps_few_blocks_and_one_that_jumps_keeps_more() {
-        let mut r = Residents::new(MOST);
-        for pass in 0..3 {
-            for i in 0..10_000 {
-                r.enter(i, 65536).unwrap();
-                while r.leave().is_some() {}
-            }
-            assert_eq!((r.limit, r.held), (FEW, FEW), "pass {pass}");
-        }
-        let mut r = Residents::new(MOST);
-        for i in 0..20_000u64 {
-            let index = i.wrapping_mul(7919) % 600;
-            if !r.open.iter().any(|(i, _)| *i == index) {
-                r.enter(index, 65536).unwrap();
-                while r.leave().is_some() {}
-            }
-        }
-        assert!(r.open.len() == 600 && r.limit >= 600 << 16 && r.limit <= r.room());
     }
 }
