@@ -4,6 +4,11 @@ use std::env;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    // cargo-c links by rustc, whose own version script leaves no room for ours: a library under the
+    // same SONAME whose symbols have no versions.
+    if env::var_os("CARGO_FEATURE_CAPI").is_some() {
+        panic!("cargo-c would make a library without symbol versions: use make install (CONTRIBUTING.md)");
+    }
     // `qcow2_compat_2_1`: only cbindgen sees it, and makes an #ifdef of it.
     println!("cargo::rustc-check-cfg=cfg(qcow2_compat_2_1, qcow2_little_memory)");
 
