@@ -1,9 +1,9 @@
 //! The C header: it is what cbindgen makes today, and every C and C++ program can include it.
 
-#[path = "abi/toolbox.rs"]
-mod toolbox;
 #[path = "header/generate.rs"]
 mod generate;
+#[path = "abi/toolbox.rs"]
+mod toolbox;
 
 use std::ffi::CStr;
 use toolbox::{compare_with_golden, compiler, root, run};
