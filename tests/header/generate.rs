@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 9] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
@@ -15,6 +15,7 @@ const SOURCES: [&str; 8] = [
     "src/capi/progress.rs",
     "src/capi/layout.rs",
     "src/capi/error.rs",
+    "src/capi/api.rs",
 ];
 
 /// The header as it is to be.
@@ -43,7 +44,7 @@ pub fn header() -> String {
         .lines()
         .map(|line| for_c89(&flag_in_hex(line)) + "\n")
         .collect();
-    with_sections(lines).concat()
+    guard_prototypes(&with_sections(lines).concat())
 }
 
 /// The parts of the header: what the first declaration of each begins with, and its title.
@@ -74,6 +75,10 @@ const SECTIONS: &[(&str, &str)] = &[
         "Embedding: where the tables are",
     ),
     ("const char *qcow2_error_get_pretty(", "Errors and outcomes"),
+    (
+        "const struct Qcow2Api *qcow2_api(",
+        "All functions in one table",
+    ),
 ];
 
 /// A comment before the documentation of the first declaration of each part.
@@ -91,6 +96,20 @@ fn with_sections(mut lines: Vec<String>) -> Vec<String> {
         );
     }
     lines
+}
+
+/// Functions can be left out: for a program whose own have the same names.
+fn guard_prototypes(text: &str) -> String {
+    let (begin, end) = (
+        "extern \"C\" {\n#endif /* __cplusplus */\n",
+        "#ifdef __cplusplus\n} /* extern \"C\" */",
+    );
+    let guarded = format!("{begin}\n#ifndef QCOW2_SNAPSHOT_NO_PROTOTYPES\n");
+    assert!(text.contains(begin) && text.contains(end), "C++ guards");
+    text.replace(begin, &guarded).replace(
+        end,
+        &format!("#endif /* QCOW2_SNAPSHOT_NO_PROTOTYPES */\n\n{end}"),
+    )
 }
 
 /// cbindgen ends its C++ guards with "// ...", which is not C before C99.
