@@ -82,7 +82,7 @@ impl Image {
         }
         let what = "Could not read a compressed cluster";
         image.dev.read(what, host, packed)?;
-        let used = Unpacker::new(kind)
+        let used = Unpacker::new(kind)?
             .unpack(packed, data)
             .map_err(|e| match e {
                 Error::Corrupt(text) => {
