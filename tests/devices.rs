@@ -176,6 +176,10 @@ fn every_counted_cluster_equals_qemus_after_each_verb() {
     if !have("qemu-img", what) || !have("qemu-io", what) || !have_devices(what) {
         return;
     }
+    let discards = LoopDevice::new(&[], 1 << 16).discards();
+    if !discards {
+        println!("SKIPPED: loop devices do not discard here: that freed clusters are discarded was not tested");
+    }
     for options in [
         "cluster_size=64k",
         "cluster_size=4k,refcount_bits=64",
@@ -236,8 +240,8 @@ fn every_counted_cluster_equals_qemus_after_each_verb() {
             }
             let (a, b) = (theirs.bytes(), ours.bytes());
             assert_same(&a, &b, &step);
-            // These devices discard, and then read as zeros.
-            assert!(a == b, "{step}: other clusters differ");
+            // What was discarded reads as zeros on these.
+            assert!(a == b || !discards, "{step}: other clusters differ");
             assert_eq!(list(&theirs.path), list(&ours.path), "{step}");
         }
         must("qemu-img", &["check", "-q", ours.name()]);
@@ -419,6 +423,7 @@ fn storage_that_does_not_grow_is_never_written_behind_its_end() {
         "resize-512",
         "resize-shrink-reftable",
         "l1-growth-goto-512",
+        "l1-growth-shrink",
         "refblock-growth-delete",
         "reftable-growth-1",
         "vm-state-512",

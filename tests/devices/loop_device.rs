@@ -42,6 +42,13 @@ impl LoopDevice {
         }
     }
 
+    /// Does it discard? Not where the file system of the file makes no holes.
+    pub fn discards(&self) -> bool {
+        let name = self.path.file_name().unwrap().to_str().unwrap();
+        let file = format!("/sys/block/{name}/queue/discard_max_bytes");
+        std::fs::read_to_string(file).is_ok_and(|text| text.trim() != "0")
+    }
+
     pub fn name(&self) -> &str {
         self.path.to_str().unwrap()
     }
