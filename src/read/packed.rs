@@ -56,7 +56,11 @@ impl Image {
             None => self,
             Some(behind) => {
                 self.open_chain()?;
-                let layer = self.behind.chain.as_mut().and_then(|c| c.get_mut(behind as usize));
+                let layer = self
+                    .behind
+                    .chain
+                    .as_mut()
+                    .and_then(|c| c.get_mut(behind as usize));
                 match layer {
                     Some(Layer::Qcow2(image)) => &mut **image,
                     _ => return Ok(false),
