@@ -74,5 +74,5 @@ pub use error::{Error, Result};
 pub use flags::OpenFlags;
 pub use image::{BlockStatus, Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
 pub use read::{Change, Changes, Mapping};
-pub use snapshot::{NewSnapshot, Snapshot};
+pub use snapshot::{NewSnapshot, Snapshot, Usage};
 pub use words::{os_words, printable, strerror};

@@ -27,6 +27,7 @@ mod guard;
 mod layout;
 mod open;
 mod progress;
+mod space;
 mod types;
 mod verbs;
 
@@ -36,5 +37,6 @@ pub use guard::Qcow2Image;
 pub use layout::*;
 pub use open::*;
 pub use progress::*;
+pub use space::*;
 pub use types::*;
 pub use verbs::*;
