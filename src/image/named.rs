@@ -90,7 +90,11 @@ mod tests {
         for round in 0..9 {
             for table in 1..=4000u64 {
                 if (table + round) % 3 != 0 {
-                    let part = if table == 7 { Part::Before(3) } else { Part::All };
+                    let part = if table == 7 {
+                        Part::Before(3)
+                    } else {
+                        Part::All
+                    };
                     naming.add(g, table << 9 | 1 << 63, 0, part).unwrap();
                 }
             }
@@ -99,11 +103,30 @@ mod tests {
         let named = naming.named().unwrap();
         let Tables { words, shares } = named.tables();
         assert!(words.len() == 4001 && words.is_sorted());
-        let of_seven: Vec<_> = words.iter().zip(shares).filter(|(w, _)| **w == 7 << 9).collect();
+        let of_seven: Vec<_> = words
+            .iter()
+            .zip(shares)
+            .filter(|(w, _)| **w == 7 << 9)
+            .collect();
         assert_eq!(of_seven.len(), 2);
-        assert_eq!(*of_seven[0].1, Share { part: Part::Before(3), times: 6 });
-        assert_eq!(*of_seven[1].1, Share { part: Part::Behind(3), times: 9 });
-        assert!(shares.iter().filter(|s| s.part == Part::All).all(|s| s.times == 6));
+        assert_eq!(
+            *of_seven[0].1,
+            Share {
+                part: Part::Before(3),
+                times: 6
+            }
+        );
+        assert_eq!(
+            *of_seven[1].1,
+            Share {
+                part: Part::Behind(3),
+                times: 9
+            }
+        );
+        assert!(shares
+            .iter()
+            .filter(|s| s.part == Part::All)
+            .all(|s| s.times == 6));
     }
 
     #[test]

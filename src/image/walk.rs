@@ -177,8 +177,7 @@ impl Replay {
                 self.walk_in_windows(dev, named, index, tally, &mut out)?;
                 break;
             }
-            let counted =
-                self.count_table(dev, &mut tables, index, named.share(index), tally)?;
+            let counted = self.count_table(dev, &mut tables, index, named.share(index), tally)?;
             self.note(&mut out, index, counted, tally)?;
         }
         Ok(out)
