@@ -461,6 +461,40 @@ typedef struct Qcow2Change {
 } Qcow2Change;
 
 /**
+ * What a set of states of the disk holds, from qcow2_snapshot_usage(): bytes of whole clusters of
+ * the image file, each counted once however many of the set refer to it.
+ */
+typedef struct Qcow2Usage {
+    /**
+     * What the set refers to: data, VM state, and its L1 and L2 tables.
+     */
+    uint64_t referenced;
+    /**
+     * Of `referenced`: what nothing outside of the set refers to, which is what deleting the
+     * set would free.
+     */
+    uint64_t exclusive;
+    /**
+     * Of `exclusive`: L1 and L2 tables.
+     */
+    uint64_t tables;
+    /**
+     * Of `referenced`: data and L2 tables that are reached only behind the end of the disk, as
+     * each state has it.
+     */
+    uint64_t vm_state;
+    /**
+     * Of `referenced`: what the host's file system has really stored; holes are left out.
+     * Where it does not tell (block devices, the caller's I/O functions): all.
+     */
+    uint64_t allocated;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[3];
+} Qcow2Usage;
+
+/**
  * The caller's function for qcow2_set_progress(): how far is the verb, and shall it go on?
  *
  * @param opaque  as given to qcow2_set_progress()
@@ -1268,6 +1302,103 @@ int qcow2_snapshot_next_change(struct Qcow2Image *bs,
                                int flags,
                                struct Qcow2Change *change,
                                struct Qcow2Error **errp);
+
+/* ---- What snapshots hold; many at once ----------------------------------------------- */
+
+/**
+ * What snapshots hold, taken together, and what deleting them would free. The figure of a set is
+ * not the sum of its members': what two snapshots share with each other, and with nothing
+ * else, is freed only when both go.
+ *
+ * The figures come from the delete itself, short of writing it: after
+ * qcow2_snapshot_delete_many() of the same snapshots exactly `exclusive` bytes of clusters are
+ * free, and what the snapshot table has become shorter. Nothing is written. It takes about as
+ * long as the looking half of a delete: each L2 table of the set is read once, however many
+ * of the set share it. What load_tmp shows makes no difference.
+ *
+ * @param bs         the handle, read-only or not
+ * @param snapshots  `n` texts: for each the ID of a snapshot or, if none has this ID, its name
+ *                   (of several the first); NULL stands for the active disk. The same twice
+ *                   is the same once.
+ * @param n          how many; 0: the active disk alone, and `snapshots` may be NULL
+ * @param usage      where to put the answer; cleared if the call fails
+ * @param errp       NULL, or where to put the error: must hold NULL on entry, set only on
+ *                   failure, then owned by the caller (qcow2_error_free())
+ * @return           0, or -errno:
+ *                   -EINVAL   bs or usage is NULL; snapshots is NULL and n is not 0; a
+ *                             snapshot's L1 table is not where one can be; or a refcount is
+ *                             lower than the references of the set
+ *                   -ENOENT   no such snapshot; the message names it
+ *                   -EFBIG    a snapshot's L1 table exceeds QEMU's limit
+ *                   -ENOTSUP  the image was not closed properly (dirty bit), so that its
+ *                             refcounts say nothing; or an external data file
+ *                   -EIO      the image is damaged there or cannot be read; or an earlier
+ *                             failure spent the handle
+ *                   -ENOMEM, -EBUSY, and what the I/O functions return
+ */
+int qcow2_snapshot_usage(struct Qcow2Image *bs,
+                         const char *const *snapshots,
+                         size_t n,
+                         struct Qcow2Usage *usage,
+                         struct Qcow2Error **errp);
+
+/**
+ * Delete snapshots, all of them or none, in one verb: what several of them share is gone through
+ * once. When it returns 0 the change is complete and on stable storage. Afterwards list,
+ * disks and refcounts are what deleting them one after the other leaves.
+ *
+ * @param bs         the handle, opened with QCOW2_O_RDWR
+ * @param snapshots  `n` texts: for each the ID of a snapshot or, if none has this ID, its name
+ *                   (of several the first). All are looked up in the list as it is before the
+ *                   call, so that the same name twice is one snapshot: use IDs where names
+ *                   repeat.
+ * @param n          how many; 0: nothing is done, and `snapshots` may be NULL
+ * @param errp       NULL, or where to put the error: must hold NULL on entry, set only on
+ *                   failure, then owned by the caller (qcow2_error_free())
+ * @return           0, or -errno; on failure see qcow2_last_outcome():
+ *                   -EINVAL   bs, or one of the texts, is NULL; snapshots is NULL and n is not
+ *                             0; a snapshot's L1 table is not where one can be; or a refcount
+ *                             contradicts its use
+ *                   -ENOENT   no such snapshot; the message names it, and none is deleted
+ *                   -EACCES   the handle is read-only
+ *                   -EFBIG, -ENOTSUP, -ENOSPC, -EIO, -ECANCELED  as qcow2_snapshot_delete()
+ *                   -ENOMEM, -EBUSY, and what the I/O functions return
+ */
+int qcow2_snapshot_delete_many(struct Qcow2Image *bs,
+                               const char *const *snapshots,
+                               size_t n,
+                               struct Qcow2Error **errp);
+
+/**
+ * Give a snapshot another name. It keeps its ID, its date, everything else and its place in the
+ * list. Only the snapshot table is written, to a new place. When it returns 0 the change is
+ * complete and on stable storage.
+ *
+ * @param bs        the handle, opened with QCOW2_O_RDWR
+ * @param snapshot  the ID or, if no snapshot has this ID, the name; of several with the same
+ *                  name the first. Text ending in NUL, of any length.
+ * @param new_name  the name that it gets, at most 255 bytes; may be empty, and in use
+ * @param errp      NULL, or where to put the error: must hold NULL on entry, set only on
+ *                  failure, then owned by the caller (qcow2_error_free())
+ * @return          0, or -errno; on failure see qcow2_last_outcome():
+ *                  -EINVAL   bs, snapshot or new_name is NULL; the new name is too long; or a
+ *                            refcount contradicts its use
+ *                  -ENOENT   no such snapshot; the message names it
+ *                  -EACCES   the handle is read-only
+ *                  -EFBIG    the table would exceed QEMU's limit of 64 MiB, the image file or
+ *                            its refcount table what QEMU allows, or the file the process's
+ *                            limit
+ *                  -ENOTSUP  the image has a feature that rules this out; the words name it
+ *                  -ENOSPC   the disk is full; the image is unchanged
+ *                  -EIO      the image is damaged where the verb must go, or cannot be read
+ *                            or written, or an earlier failure spent the handle
+ *                  -ECANCELED  the progress function has cancelled it
+ *                  -ENOMEM, -EBUSY, and what the I/O functions return
+ */
+int qcow2_snapshot_rename(struct Qcow2Image *bs,
+                          const char *snapshot,
+                          const char *new_name,
+                          struct Qcow2Error **errp);
 
 /* ---- Progress ------------------------------------------------------------------------ */
 

@@ -30,6 +30,7 @@ mod last;
 mod layout;
 mod open;
 mod progress;
+mod space;
 mod types;
 mod verbs;
 
@@ -41,5 +42,6 @@ pub use last::*;
 pub use layout::*;
 pub use open::*;
 pub use progress::*;
+pub use space::*;
 pub use types::*;
 pub use verbs::*;

@@ -19,7 +19,9 @@ use replay::overlap::{Overlap, Protected};
 use replay::Replay;
 
 pub(crate) mod device;
+pub(crate) mod held;
 mod layout;
+pub(crate) mod named;
 pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod reading;

@@ -6,12 +6,13 @@ use std::fs;
 use std::path::Path;
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
     "src/capi/verbs.rs",
     "src/capi/changes.rs",
+    "src/capi/space.rs",
     "src/capi/progress.rs",
     "src/capi/layout.rs",
     "src/capi/error.rs",
@@ -69,6 +70,10 @@ const SECTIONS: &[(&str, &str)] = &[
     (
         "int qcow2_snapshot_next_change(",
         "What changed between two states",
+    ),
+    (
+        "int qcow2_snapshot_usage(",
+        "What snapshots hold; many at once",
     ),
     ("int qcow2_set_progress(", "Progress"),
     (
