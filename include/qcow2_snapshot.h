@@ -751,6 +751,28 @@ typedef struct Qcow2Api {
                                 struct Qcow2Change *change,
                                 struct Qcow2Error **errp);
     /**
+     * qcow2_snapshot_usage().
+     */
+    int (*snapshot_usage)(struct Qcow2Image *bs,
+                          const char *const *snapshots,
+                          size_t n,
+                          struct Qcow2Usage *usage,
+                          struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_delete_many().
+     */
+    int (*snapshot_delete_many)(struct Qcow2Image *bs,
+                                const char *const *snapshots,
+                                size_t n,
+                                struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_rename().
+     */
+    int (*snapshot_rename)(struct Qcow2Image *bs,
+                           const char *snapshot,
+                           const char *new_name,
+                           struct Qcow2Error **errp);
+    /**
      * qcow2_set_progress().
      */
     int (*set_progress)(struct Qcow2Image *bs, Qcow2ProgressFunc func, void *opaque);
