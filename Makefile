@@ -77,12 +77,12 @@ pc_file = printf '%s\n' \
 below = $(patsubst $(1)/%,$${prefix}/%,$(2))
 PRIVATE_LIBS := -lutil -lrt -lpthread -lm -ldl
 
-build/demo build/list build/export-snapshot: build/%: examples/%.c $(HEADER) | library
+build/demo build/list build/export-snapshot build/incremental: build/%: examples/%.c $(HEADER) | library
 	$(CC) -std=c99 -Wall -Wextra -Wpedantic $(CFLAGS) -Iinclude -o $@ $< \
 	    -Lbuild -lqcow2_snapshot -Wl,-rpath,'$$ORIGIN'
 
 # The program is linked against the library by name, so a new library needs no new program.
-demo: all build/demo build/list build/export-snapshot
+demo: all build/demo build/list build/export-snapshot build/incremental
 	@echo
 	@build/demo build/demo.qcow2
 	@echo

@@ -73,6 +73,6 @@ pub mod capi;
 pub use error::{Error, Result};
 pub use flags::OpenFlags;
 pub use image::{Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
-pub use read::{BlockStatus, Change, Changes, Mapping};
+pub use read::{BlockStatus, Change, Changes, Mapping, PackedCluster};
 pub use snapshot::{NewSnapshot, Snapshot};
 pub use words::{os_words, printable, strerror};

@@ -37,19 +37,16 @@ impl Unpacker {
     }
 
     /// Fill `out` from `packed`, whose end is known to a sector only
-    /// (`qcow2_zlib_decompress`, `qcow2_zstd_decompress`).
+    /// (`qcow2_zlib_decompress`, `qcow2_zstd_decompress`). Returns how many bytes of it were needed.
     ///
     /// # Errors
     /// `Corrupt` if the stream is damaged or ends before `out` is full.
-    pub fn unpack(&mut self, packed: &[u8], out: &mut [u8]) -> Result<()> {
-        let full = match self {
+    pub fn unpack(&mut self, packed: &[u8], out: &mut [u8]) -> Result<usize> {
+        let used = match self {
             Unpacker::Zlib(state) => inflate(state, packed, out),
             Unpacker::Zstd(decoder) => unpack_zstd(decoder, packed, out),
         };
-        if full {
-            return Ok(());
-        }
-        Err(Error::Corrupt("A compressed cluster is damaged".into()))
+        used.ok_or_else(|| Error::Corrupt("A compressed cluster is damaged".into()))
     }
 }
 
@@ -58,24 +55,30 @@ impl Unpacker {
 /// # Errors
 /// As there.
 pub fn unpack(kind: Compression, packed: &[u8], out: &mut [u8]) -> Result<()> {
-    Unpacker::new(kind).unpack(packed, out)
+    Unpacker::new(kind).unpack(packed, out).map(|_| ())
 }
 
-fn inflate(state: &mut DecompressorOxide, packed: &[u8], out: &mut [u8]) -> bool {
+fn inflate(state: &mut DecompressorOxide, packed: &[u8], out: &mut [u8]) -> Option<usize> {
     state.init();
     let flags = inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
-    let (status, _, written) = decompress(state, packed, out, 0, flags);
-    let good = matches!(status, TINFLStatus::Done | TINFLStatus::HasMoreOutput);
-    good && written == out.len()
+    let (status, used, written) = decompress(state, packed, out, 0, flags);
+    match status {
+        _ if written != out.len() => None,
+        TINFLStatus::Done => Some(used),
+        // Whatever of the rest it would need to end.
+        TINFLStatus::HasMoreOutput => Some(packed.len()),
+        _ => None,
+    }
 }
 
 /// Frames one behind the other until `out` is full. As in QEMU the last one must end there: a
 /// cluster never unpacks to more than a cluster. What a frame may claim for its window, and so
 /// the memory for it, is limited to 128 MiB by the decoder, as by QEMU's.
-fn unpack_zstd(frames: &mut FrameDecoder, mut packed: &[u8], mut out: &mut [u8]) -> bool {
+fn unpack_zstd(frames: &mut FrameDecoder, mut packed: &[u8], mut out: &mut [u8]) -> Option<usize> {
+    let all = packed.len();
     loop {
         let Ok(mut decoder) = StreamingDecoder::new_with_decoder(&mut packed, &mut *frames) else {
-            return false;
+            return None;
         };
         loop {
             // At the end one byte more is asked for, of which there must be none.
@@ -88,11 +91,11 @@ fn unpack_zstd(frames: &mut FrameDecoder, mut packed: &[u8], mut out: &mut [u8])
             match decoder.read(room) {
                 Ok(0) => break,
                 Ok(n) if n <= out.len() => out = out.split_at_mut(n).1,
-                _ => return false,
+                _ => return None,
             }
         }
         if out.is_empty() {
-            return true;
+            return all.checked_sub(packed.len());
         }
     }
 }

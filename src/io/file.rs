@@ -267,6 +267,10 @@ impl Storage for FileStorage {
         (!self.device).then_some(blocks.saturating_mul(512))
     }
 
+    fn host_file(&self) -> Option<File> {
+        self.file.as_ref()?.try_clone().ok()
+    }
+
     fn identity(&mut self) -> Option<(u64, u64)> {
         let kind = lock::file_kind(self.file().ok()?.as_raw_fd()).ok()?;
         Some((kind.device, kind.inode))

@@ -213,7 +213,7 @@ impl Image {
     }
 
     /// Where the bytes of a compressed cluster are; their end is known to a sector only.
-    fn packed(&self, entry: u64) -> Result<(u64, u64)> {
+    pub(super) fn packed(&self, entry: u64) -> Result<(u64, u64)> {
         let Cluster::Compressed { offset, length } = entry::cluster(self.header.geometry, entry)
         else {
             return Err(Error::Corrupt("Not a compressed cluster".into()));
@@ -294,7 +294,7 @@ impl Image {
             loop {
                 let job = left.lock().ok().and_then(|mut jobs| jobs.next());
                 let Some(job) = job else { break };
-                job.done = unpacker.unpack(job.packed, job.out);
+                job.done = unpacker.unpack(job.packed, job.out).map(|_| ());
             }
         };
         if many {

@@ -6,8 +6,10 @@
 mod chain;
 pub(crate) mod changes;
 mod mapping;
+mod packed;
 mod status;
 mod tables;
 
 pub use changes::{Change, Changes, Mapping};
+pub use packed::PackedCluster;
 pub use status::BlockStatus;

@@ -103,6 +103,29 @@ impl Image {
         }
     }
 
+    /// The open file itself that offsets at a depth are in, for reading by other means (sharing its blocks):
+    /// none where the data is encrypted or behind callbacks, or the file has not been needed yet.
+    pub fn host_file(&self, depth: u32) -> Option<std::fs::File> {
+        let layer = match depth.checked_sub(1) {
+            None => return self.own_file(),
+            Some(behind) => self.behind.chain.as_ref()?.get(behind as usize)?,
+        };
+        match layer {
+            Layer::Qcow2(image) => image.own_file(),
+            Layer::Raw(dev, _) => dev.host_file(),
+        }
+    }
+
+    fn own_file(&self) -> Option<std::fs::File> {
+        if self.header.crypt_method != 0 {
+            return None;
+        }
+        match self.header.has_data_file() {
+            true => self.behind.data_file.as_ref()?.host_file(),
+            false => self.dev.host_file(),
+        }
+    }
+
     /// [`Image::host_path`] as C text that lives as long as the image.
     pub(crate) fn host_name(&mut self, depth: u32) -> Option<&CStr> {
         let name = CString::new(self.host_path(depth)?.as_os_str().as_bytes()).ok()?;

@@ -7,11 +7,17 @@
 //!    ├── target         which file is meant, and what is in it
 //!    ├── actions        list, create, apply, delete: QEMU's messages
 //!    │    └── listing   the table and its JSON form
-//!    ├── export         a snapshot's disk as a raw file
+//!    ├── export         a snapshot's disk as a file
+//!    │    ├── thin      what of it goes into a qcow2 file: all, what changed, every snapshot
+//!    │    ├── qcow2     a new qcow2 file, from its first cluster to its last
+//!    │    ├── reflink   blocks shared with the image instead of copied
+//!    │    └── output    the file that is written, by a thread of its own
 //!    ├── diff           what changed between two snapshots
 //!    ├── complete       what the completion scripts of the shells ask for
 //!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
+
+#![forbid(unsafe_code)]
 
 mod actions;
 mod cli;
@@ -23,10 +29,14 @@ mod link;
 mod listing;
 #[cfg(test)]
 mod manual;
+mod output;
 mod progress;
+mod qcow2;
+mod reflink;
 mod signals;
 mod stop;
 mod target;
+mod thin;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
