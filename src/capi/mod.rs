@@ -21,6 +21,7 @@
 // The contract with the caller is in the C documentation of each function.
 #![allow(clippy::missing_safety_doc)]
 
+mod api;
 mod cancel;
 mod changes;
 mod error;
@@ -32,6 +33,7 @@ mod progress;
 mod types;
 mod verbs;
 
+pub use api::*;
 pub use changes::*;
 pub use error::*;
 pub use guard::Qcow2Image;

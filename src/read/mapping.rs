@@ -284,13 +284,15 @@ impl Image {
         let mut jobs = room::collected(places.map(|((place, bytes), out)| Job {
             packed: packed.get(*place..*place + *bytes).unwrap_or_default(),
             out,
-            done: Err(Error::Corrupt("A cluster was not unpacked".into())),
+            done: Err(Error::NoMemory(size)),
         }))?;
         let many = jobs.len() > 1 && jobs.len() as u64 * size >= WORTH_A_THREAD;
         let kind = self.header.compression;
         let left = Mutex::new(jobs.iter_mut());
         let work = || {
-            let mut unpacker = Unpacker::new(kind);
+            let Ok(mut unpacker) = Unpacker::new(kind) else {
+                return; // the others do it, or there is no memory for any
+            };
             loop {
                 let job = left.lock().ok().and_then(|mut jobs| jobs.next());
                 let Some(job) = job else { break };

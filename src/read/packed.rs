@@ -56,7 +56,11 @@ impl Image {
             None => self,
             Some(behind) => {
                 self.open_chain()?;
-                let layer = self.behind.chain.as_mut().and_then(|c| c.get_mut(behind as usize));
+                let layer = self
+                    .behind
+                    .chain
+                    .as_mut()
+                    .and_then(|c| c.get_mut(behind as usize));
                 match layer {
                     Some(Layer::Qcow2(image)) => &mut **image,
                     _ => return Ok(false),
@@ -82,7 +86,7 @@ impl Image {
         }
         let what = "Could not read a compressed cluster";
         image.dev.read(what, host, packed)?;
-        let used = Unpacker::new(kind)
+        let used = Unpacker::new(kind)?
             .unpack(packed, data)
             .map_err(|e| match e {
                 Error::Corrupt(text) => {

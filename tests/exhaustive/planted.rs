@@ -286,7 +286,10 @@ const ORDER: &[(&str, Plant)] = &[
 ];
 
 /// The faults in what the handle says after an error.
-const OUTCOMES: &[(&str, fn(Outcome) -> Outcome)] = &[
+/// What a library says that lies about itself.
+type Lie = fn(Outcome) -> Outcome;
+
+const OUTCOMES: &[(&str, Lie)] = &[
     ("unknown is called unchanged", |o| {
         if o == Outcome::Unknown {
             Outcome::Unchanged
