@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 8] = [
+const SOURCES: [&str; 9] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
     "src/capi/verbs.rs",
     "src/capi/changes.rs",
+    "src/capi/flatten.rs",
     "src/capi/progress.rs",
     "src/capi/layout.rs",
     "src/capi/error.rs",
@@ -90,6 +91,7 @@ const SECTIONS: &[(&str, &str)] = &[
         "int qcow2_snapshot_next_change(",
         "What changed between two states",
     ),
+    ("int qcow2_flatten(", "Letting go of the backing file"),
     ("int qcow2_set_progress(", "Progress"),
     (
         "int qcow2_snapshot_layout(",

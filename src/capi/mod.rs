@@ -23,6 +23,7 @@
 
 mod changes;
 mod error;
+mod flatten;
 mod guard;
 mod layout;
 mod open;
@@ -32,6 +33,7 @@ mod verbs;
 
 pub use changes::*;
 pub use error::*;
+pub use flatten::*;
 pub use guard::Qcow2Image;
 pub use layout::*;
 pub use open::*;

@@ -10,7 +10,7 @@ use crate::format::header::{Extensions, Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::{Stamp, Storage};
 use crate::read::changes::Pair;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{copies, Snapshot};
 use device::Device;
 use overlap::{Kind, Overlap};
 use plan::Plan;
@@ -525,6 +525,26 @@ impl Image {
             self.steps = plan::text(steps);
         }
         result.map(drop)
+    }
+
+    /// [`Image::commit`] for a part of a verb. All parts but the last leave the image meaning what it
+    /// meant. The verb's progress is told by the verb.
+    pub(crate) fn commit_part(&mut self, replay: Replay, plan: Plan, last: bool) -> Result<()> {
+        let (before, size) = (self.changed, self.snapshots.size);
+        let list = copies(&self.snapshots.entries)?;
+        let progress = std::mem::replace(&mut self.dev.progress, Progress::new(None));
+        let result = self.commit(replay, plan, list, size);
+        self.dev.progress = progress;
+        if self.outcome == Outcome::Done {
+            if !last {
+                self.outcome = Outcome::Unchanged;
+            }
+            self.changed.size |= before.size;
+            self.changed.l1 |= before.l1;
+            self.changed.reftable |= before.reftable;
+            self.changed.snapshots |= before.snapshots;
+        }
+        result
     }
 
     /// Drop what was cached of the disk seen so far.

@@ -13,7 +13,7 @@ mod load_tmp;
 mod table;
 
 /// A copy of a list whose entries take up to 64 MiB.
-fn copies(list: &[Snapshot]) -> Result<Vec<Snapshot>> {
+pub(crate) fn copies(list: &[Snapshot]) -> Result<Vec<Snapshot>> {
     let mut out = Vec::new();
     for s in list {
         let copy = Snapshot {
