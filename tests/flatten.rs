@@ -7,6 +7,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "flatten/crash.rs"]
+mod crash;
+#[allow(dead_code)]
+#[path = "crash/judge.rs"]
+mod judge;
 #[path = "flatten/overlays.rs"]
 mod overlays;
 #[allow(dead_code)]

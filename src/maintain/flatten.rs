@@ -109,8 +109,9 @@ struct Flatten<'a> {
     end: u64,
     zeros: Zeros,
     work: Work,
-    /// The most that is to be copied.
+    /// The most that is to be copied, in all and in one generation.
     bytes: u64,
+    most: u64,
     /// What is being put together.
     pending: Option<Generation>,
     /// How many were written, and where the last one's search for free clusters ended.
@@ -164,6 +165,12 @@ impl Image {
     /// their width; `Corrupt` for damaged tables. None of these changes a byte. Later ones leave every
     /// state as it was; another call goes on from there, after a failed write on a new handle.
     pub fn flatten(&mut self) -> Result<()> {
+        self.flatten_in(GENERATION)
+    }
+
+    /// [`Image::flatten`] in generations of at most so many bytes.
+    #[doc(hidden)]
+    pub fn flatten_in(&mut self, generation: u64) -> Result<()> {
         self.begin_change()?;
         if self.backing_file.is_empty() {
             return Ok(());
@@ -171,6 +178,7 @@ impl Image {
         let behind = self.lengths_behind()?;
         let marker = self.end_marker()?;
         let mut all = Flatten::new(self, behind.1, Work::Look)?;
+        all.most = generation;
         let entries = all.g.clusters_for(all.end) * all.g.l2_entry_size() as u64;
         all.image.dev.progress.begin(Stage::Check, || entries);
         all.go_over()?;
@@ -322,6 +330,7 @@ impl<'a> Flatten<'a> {
             zeros: Zeros::default(),
             work,
             bytes: 0,
+            most: GENERATION,
             pending: None,
             written: 0,
             searched: 0,
@@ -478,7 +487,7 @@ impl<'a> Flatten<'a> {
                     break;
                 }
                 let more = self.need(span, nodes, c + n)?;
-                if more == 0 || n > 0 && need + more > GENERATION {
+                if more == 0 || n > 0 && need + more > self.most {
                     break;
                 }
                 (n, need) = (n + 1, need + more);

@@ -233,3 +233,84 @@ pub fn virtual_size(dir: &Path, file: &str) -> u64 {
     let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
     digits.parse().unwrap()
 }
+
+/// Shapes that random ones seldom have: states that end at different places inside one L2 table or one
+/// cluster, VM state, and subclusters that states share.
+pub fn shaped() -> Vec<Overlay> {
+    let mut all = vec![];
+    let new = |story: &str, options: &str, size: &str| {
+        let dir = scratch();
+        let d = dir.path();
+        tool(
+            d,
+            "qemu-img",
+            &["create", "-q", "-f", "raw", "base", "160k"],
+        );
+        io_of(d, "raw", "base", &["write -P 9 0 160k".into()]);
+        let args = [
+            "create", "-q", "-f", "qcow2", "-o", options, "-b", "base", "-F", "raw", "o.qcow2",
+            size,
+        ];
+        tool(d, "qemu-img", &args);
+        let story = format!("{story}: {options}\n");
+        Overlay { dir, story }
+    };
+    let resize = |o: &Overlay, size: &str| {
+        let args = ["resize", "-q", "--shrink", "o.qcow2", size];
+        tool(o.dir.path(), "qemu-img", &args);
+    };
+    let snapshot = |o: &Overlay, name: &str| {
+        tool(
+            o.dir.path(),
+            "qemu-img",
+            &["snapshot", "-c", name, "o.qcow2"],
+        );
+    };
+    for options in [
+        "cluster_size=4k",
+        "cluster_size=4k,refcount_bits=4",
+        "cluster_size=16k,extended_l2=on",
+    ] {
+        // The table is shared, and its states end in it, two of them in one cluster.
+        let o = new("ends inside a table", options, "100k");
+        io(o.dir.path(), "o.qcow2", &["write -P 1 8k 2k".into()]);
+        snapshot(&o, "a");
+        resize(&o, "60416");
+        snapshot(&o, "b");
+        resize(&o, "58880");
+        snapshot(&o, "c");
+        resize(&o, "150k");
+        snapshot(&o, "d");
+        resize(&o, "130k");
+        all.push(o);
+        // The disk itself is the shortest.
+        let o = new("the disk ends first", options, "140k");
+        io(o.dir.path(), "o.qcow2", &["write -P 1 0 4k".into()]);
+        snapshot(&o, "a");
+        snapshot(&o, "b");
+        resize(&o, "50k");
+        all.push(o);
+    }
+    let o = new("VM state", "cluster_size=512", "64k");
+    io(
+        o.dir.path(),
+        "o.qcow2",
+        &["write -P 1 8k 2k".into(), "write -b -P 5 0 20k".into()],
+    );
+    snapshot(&o, "a");
+    io(o.dir.path(), "o.qcow2", &["write -P 2 20k 1k".into()]);
+    snapshot(&o, "b");
+    all.push(o);
+    // One cluster of which two states have different subclusters.
+    let o = new("subclusters", "cluster_size=16k,extended_l2=on", "96k");
+    io(
+        o.dir.path(),
+        "o.qcow2",
+        &["write -P 1 2k 1k".into(), "write -P 2 40k 512".into()],
+    );
+    snapshot(&o, "a");
+    io(o.dir.path(), "o.qcow2", &["write -P 3 41k 512".into()]);
+    snapshot(&o, "b");
+    all.push(o);
+    all
+}

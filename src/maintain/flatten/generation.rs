@@ -1,6 +1,6 @@
 //! One generation of a flatten: allocated and put together in memory, then written in order.
 
-use super::{is_zero, used, Flatten, Lack, Node, Span, GENERATION, SUBCLUSTERS};
+use super::{is_zero, used, Flatten, Lack, Node, Span, SUBCLUSTERS};
 use crate::error::{Error, Result};
 use crate::format::entry;
 use crate::format::entry::{Cluster, COPIED, OFFSET_MASK};
@@ -99,7 +99,8 @@ impl Flatten<'_> {
     pub(super) fn make_room(&mut self, need: u64, nodes: &[Node]) -> Result<()> {
         let holes = nodes.iter().filter(|n| n.table == 0).count() as u64;
         let need = need.saturating_add(holes << self.g.cluster_bits);
-        let full = |p: &Generation| p.bytes + need > GENERATION || p.patches.len() > MOST_PATCHES;
+        let most = self.most;
+        let full = |p: &Generation| p.bytes + need > most || p.patches.len() > MOST_PATCHES;
         if self.pending.as_ref().is_some_and(full) {
             self.write_generation()?;
         }
@@ -455,7 +456,7 @@ impl Flatten<'_> {
         let cluster = g.cluster_of(node.table);
         let mut count = generation.replay.refs.get(&mut self.image.dev, cluster)?;
         for group in moved {
-            if generation.bytes + g.cluster_size() > GENERATION {
+            if generation.bytes + g.cluster_size() > self.most {
                 self.pending = Some(generation);
                 self.write_generation()?;
                 generation = self.take()?;
