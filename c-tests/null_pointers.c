@@ -28,6 +28,10 @@ static void no_handle(void)
     take_message(&err);
     CHECK_RET(qcow2_snapshot_next_change(NULL, NULL, NULL, 0, 1, 0, NULL, &err), -EINVAL);
     take_message(&err);
+    CHECK_RET(qcow2_flatten(NULL, &err), -EINVAL);
+    take_message(&err);
+    CHECK_RET(qcow2_flatten_estimate(NULL, NULL, &err), -EINVAL);
+    take_message(&err);
     CHECK_RET(qcow2_last_outcome(NULL), -EINVAL);
     CHECK_RET(qcow2_set_progress(NULL, NULL, NULL), -EINVAL);
     qcow2_last_error(NULL);

@@ -139,6 +139,13 @@ fn every_state_of_random_overlays_reads_as_before_without_the_files_behind() {
     assert!(images > 0 && bytes > 0);
 }
 
+#[test]
+fn every_state_of_rare_shapes_reads_as_before_without_the_files_behind() {
+    if toolbox() {
+        overlays::shaped().iter().map(flattened).for_each(drop);
+    }
+}
+
 fn toolbox() -> bool {
     let there = |p: &str| {
         std::process::Command::new(p)

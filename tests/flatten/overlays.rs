@@ -301,6 +301,36 @@ pub fn shaped() -> Vec<Overlay> {
     io(o.dir.path(), "o.qcow2", &["write -P 2 20k 1k".into()]);
     snapshot(&o, "b");
     all.push(o);
+    // Two tables name one cluster, of which both lack the same; or one of them, a snapshot's or the disk's,
+    // lacks what the other has there.
+    for (which, clear) in [
+        (0, 0u64),
+        (1, 1 << 5),
+        (2, 1 << 5),
+        (1, 3 << 4),
+        (2, 3 << 4),
+    ] {
+        let story = format!("two tables, {clear:#x} cleared in {which}");
+        let o = new(&story, "cluster_size=16k,extended_l2=on", "96k");
+        io(o.dir.path(), "o.qcow2", &["write -P 1 2k 1k".into()]);
+        snapshot(&o, "a");
+        io(o.dir.path(), "o.qcow2", &["write -P 2 40k 512".into()]);
+        let mut image = std::fs::read(o.path()).unwrap();
+        let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+        let offset = |at: usize| word(at) as usize & 0x00ff_ffff_ffff_fe00;
+        // The L1 tables of the disk and of the snapshot.
+        let l1 = [offset(40), offset(offset(64))];
+        let tables = l1.map(offset);
+        assert!(tables[0] != tables[1] && offset(tables[0]) == offset(tables[1]));
+        if which > 0 {
+            let at = tables[which - 1] + 8;
+            let bitmap = word(at) & !clear;
+            assert_ne!(bitmap, word(at));
+            image[at..at + 8].copy_from_slice(&bitmap.to_be_bytes());
+            std::fs::write(o.path(), image).unwrap();
+        }
+        all.push(o);
+    }
     // One cluster of which two states have different subclusters.
     let o = new("subclusters", "cluster_size=16k,extended_l2=on", "96k");
     io(

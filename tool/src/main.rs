@@ -9,6 +9,7 @@
 //!    │    └── listing   the table and its JSON form
 //!    ├── export         a snapshot's disk as a raw file
 //!    ├── diff           what changed between two snapshots
+//!    ├── flatten        let go of the backing file
 //!    ├── complete       what the completion scripts of the shells ask for
 //!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
@@ -18,6 +19,7 @@ mod cli;
 mod complete;
 mod diff;
 mod export;
+mod flatten;
 mod getopt;
 mod link;
 mod listing;
@@ -85,7 +87,7 @@ fn meant(word: &str) -> Option<String> {
     (!Path::new(word).exists()).then_some(hint)
 }
 
-/// `export`, `diff` and `completions`: nothing that QEMU has, so clap's own words are good.
+/// `export`, `diff`, `flatten` and `completions`: nothing that QEMU has, so clap's own words are good.
 fn subcommand(args: &[OsString]) -> Result<(), Stop> {
     let name = OsString::from(cli::NAME);
     let words = std::iter::once(&name).chain(args);
@@ -93,6 +95,7 @@ fn subcommand(args: &[OsString]) -> Result<(), Stop> {
     match matches.subcommand() {
         Some(("export", m)) => export::run(m),
         Some(("diff", m)) => diff::run(m),
+        Some(("flatten", m)) => flatten::run(m),
         Some(("completions", m)) => stop::print(complete::script(m).as_bytes()),
         _ => Ok(()),
     }

@@ -3,7 +3,7 @@
 use super::{is_zero, used, Flatten, Lack, Node, Span, SUBCLUSTERS};
 use crate::error::{Error, Result};
 use crate::format::entry;
-use crate::format::entry::{Cluster, COPIED, OFFSET_MASK};
+use crate::format::entry::{Cluster, COPIED};
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
 use crate::image::device::zeroed;
 use crate::image::overlap::Kind;
@@ -45,6 +45,9 @@ struct Patch {
     label: &'static str,
 }
 
+/// A node, and what its entry lacks.
+type Lacking = (usize, Lack);
+
 /// A guest cluster of a run that gets a new host cluster.
 struct Job {
     /// Its number in the run.
@@ -54,7 +57,7 @@ struct Job {
     /// How many states get it.
     count: u64,
     /// The nodes that enter it, and what each of them lacks.
-    nodes: Vec<(usize, Lack)>,
+    nodes: Vec<Lacking>,
 }
 
 impl Flatten<'_> {
@@ -145,7 +148,7 @@ impl Flatten<'_> {
         self.image
             .read_backing(start, data.get_mut(..shown).unwrap_or_default())?;
 
-        let (mut jobs, mut held): (Vec<Job>, Vec<(usize, Vec<(usize, Lack)>)>) = Default::default();
+        let (mut jobs, mut held): (Vec<Job>, Vec<(usize, Vec<Lacking>)>) = Default::default();
         let first_end = nodes.iter().map(|n| n.ends.0).min().unwrap_or(0);
         let mut done = data.len() / cs;
         for (k, bytes) in data.chunks(cs).enumerate() {
@@ -162,8 +165,7 @@ impl Flatten<'_> {
                     room::push(&mut lacking, (i, lack))?;
                 }
             }
-            let apart =
-                |(i, _): &(usize, Lack)| nodes.get(*i).is_some_and(|n| n.must_part(at, len));
+            let apart = |(i, _): &Lacking| nodes.get(*i).is_some_and(|n| n.must_part(at, len));
             if lacking.iter().any(apart) {
                 if k == 0 {
                     return self.part(span, nodes, at, len).map(|()| 0);
@@ -171,7 +173,7 @@ impl Flatten<'_> {
                 done = k;
                 break;
             }
-            let (mut here, mut with_host): (Vec<Job>, Vec<(usize, Lack)>) = Default::default();
+            let (mut here, mut with_host): (Vec<Job>, Vec<Lacking>) = Default::default();
             for (i, mut lack) in lacking {
                 lack.len = lack.len.min(len);
                 let part = bytes.get(..lack.len).unwrap_or_default();
@@ -493,21 +495,16 @@ impl Flatten<'_> {
         nodes: &mut [Node],
         c: u64,
         bytes: &[u8],
-        mut lacking: Vec<(usize, Lack)>,
+        mut lacking: Vec<Lacking>,
     ) -> Result<()> {
         let g = self.g;
-        let ss = (g.cluster_size() / SUBCLUSTERS) as usize;
         lacking.sort_unstable_by_key(|(_, l)| (l.host, l.len, l.bitmap, l.missing));
         for same in lacking.chunk_by(|a, b| a.1.host == b.1.host) {
-            let host = same[0].1.host;
-            let names = |n: &Node| {
-                let (word, bitmap) = n.entry(g, c);
-                (entry::cluster(g, word) == Cluster::Standard(host)).then_some(bitmap as u32)
-            };
+            let (host, len) = (same[0].1.host, same[0].1.len);
             let (mut named, mut allocated) = (0, 0);
-            for (node, bits) in nodes.iter().filter_map(|n| Some((n, names(n)?))) {
+            for node in nodes.iter().filter(|n| n.names(g, c, host)) {
                 named += node.disks.len() as u64;
-                allocated |= bits;
+                allocated |= node.entry(g, c).1 as u32;
             }
             let missing = same.iter().fold(0, |all, (_, l)| all | l.missing);
             let cluster = g.cluster_of(host);
@@ -517,93 +514,70 @@ impl Flatten<'_> {
                     "The cluster at {host:#x} is named {named} times, but its refcount is {count}"
                 )));
             }
-            let alike = same.iter().all(|(_, l)| l.len == same[0].1.len);
-            if count == named && alike && allocated & missing == 0 {
-                generation.replay.check_new(host, g.cluster_size())?;
-                let mut contents = room::copy_of(bytes)?;
-                contents
-                    .get_mut(same[0].1.len..)
-                    .unwrap_or_default()
-                    .fill(0);
-                for run in runs(missing) {
-                    let run = run.start * ss..run.end * ss;
-                    let offset = host + run.start as u64;
-                    generation.bytes += run.len() as u64;
-                    let replay = &mut generation.replay;
-                    replay.reach = replay.reach.max(offset + run.len() as u64);
-                    // Free for the guest, not for the refcounts: it is in no epoch's way.
-                    let new = NewData {
-                        label: "guest data",
-                        offset,
-                        data: room::copy_of(contents.get(run).unwrap_or_default())?,
-                        epoch: replay.refs.epoch(),
-                    };
-                    room::push(&mut replay.new_data, new)?;
-                }
-                for (i, lack) in same {
-                    if let Some(node) = nodes.get_mut(*i) {
-                        let bitmap = lack.bitmap | u64::from(lack.missing);
-                        let word = lack.word & OFFSET_MASK;
-                        // What is COPIED stays so.
-                        let one = if lack.word & COPIED != 0 { 1 } else { 2 };
-                        self.enter(generation, span, node, c, word, one, bitmap)?;
-                    }
-                }
+            let alike = same.iter().all(|(_, l)| l.len == len);
+            if count != named || !alike || allocated & missing != 0 {
+                self.take_along(generation, span, nodes, c, bytes, same)?;
                 continue;
             }
-            let mut left = count;
-            let what = "Could not read guest data";
-            let old = self.image.dev.read_vec(what, host, g.cluster_size())?;
-            let key = |l: &Lack| (l.len, l.bitmap, l.missing);
-            for group in same.chunk_by(|a, b| key(&a.1) == key(&b.1)) {
-                let lack = group[0].1;
-                let mut contents = zeroed(g.cluster_size())?;
-                let take = |contents: &mut [u8], from: &[u8], bits: u32| {
-                    for run in runs(bits) {
-                        let end = (run.end * ss).min(from.len());
-                        let run = (run.start * ss).min(end)..end;
-                        if let (Some(to), Some(from)) =
-                            (contents.get_mut(run.clone()), from.get(run))
-                        {
-                            to.copy_from_slice(from);
-                        }
-                    }
-                };
-                take(&mut contents, &old, lack.bitmap as u32);
-                take(
-                    &mut contents,
-                    bytes.get(..lack.len).unwrap_or_default(),
-                    lack.missing,
-                );
-                let n = group
-                    .iter()
-                    .filter_map(|(i, _)| nodes.get(*i))
-                    .map(|n| n.disks.len() as u64)
-                    .sum();
-                let new = self.allocate(generation, 1)?;
-                generation
-                    .replay
-                    .refs
-                    .count_as(&mut self.image.dev, g.cluster_of(new), n)?;
-                let (replay, dev) = (&mut generation.replay, &mut self.image.dev);
-                replay.write_new(dev, "guest data", new, contents)?;
-                for (i, _) in group {
-                    if let Some(node) = nodes.get_mut(*i) {
-                        let bitmap = lack.bitmap | u64::from(lack.missing);
-                        self.enter(generation, span, node, c, new, n, bitmap)?;
-                    }
+            generation.fill_in_place(g, host, bytes.get(..len).unwrap_or_default(), missing)?;
+            for (i, lack) in same {
+                if let Some(node) = nodes.get_mut(*i) {
+                    let bitmap = lack.bitmap | u64::from(lack.missing);
+                    // What is COPIED stays so.
+                    let one = if lack.word & COPIED != 0 { 1 } else { 2 };
+                    self.enter(generation, span, node, c, host, one, bitmap)?;
                 }
-                room::push(&mut generation.lower, (cluster, n))?;
-                left -= n;
             }
-            // Who is left alone with the old cluster may write to it.
-            let mut rest = nodes.iter().filter(|n| names(n).is_some());
-            if let (1, Some(node), None) = (left, rest.next(), rest.next()) {
-                if node.active {
-                    let at = node.table + (span.first + c) * g.l2_entry_size() as u64;
-                    generation.check_table(g, node.table)?;
-                    room::push(&mut generation.flags, patch(at, host | COPIED, L2))?;
+        }
+        Ok(())
+    }
+
+    /// Nodes leave a cluster, in which others have what they lack: for new ones with the subclusters that
+    /// they have there.
+    fn take_along(
+        &mut self,
+        generation: &mut Generation,
+        span: &Span,
+        nodes: &mut [Node],
+        c: u64,
+        bytes: &[u8],
+        same: &[Lacking],
+    ) -> Result<()> {
+        let g = self.g;
+        let host = same[0].1.host;
+        let cluster = g.cluster_of(host);
+        let dev = &mut self.image.dev;
+        let mut left = generation.replay.refs.get(dev, cluster)?;
+        let old = dev.read_vec("Could not read guest data", host, g.cluster_size())?;
+        let key = |l: &Lack| (l.len, l.bitmap, l.missing);
+        for group in same.chunk_by(|a, b| key(&a.1) == key(&b.1)) {
+            let lack = group[0].1;
+            let mut contents = zeroed(g.cluster_size())?;
+            take(g, &mut contents, &old, lack.bitmap as u32);
+            let new = bytes.get(..lack.len).unwrap_or_default();
+            take(g, &mut contents, new, lack.missing);
+            let these = group.iter().filter_map(|(i, _)| nodes.get(*i));
+            let n = these.map(|n| n.disks.len() as u64).sum();
+            let to = self.allocate(generation, 1)?;
+            let (replay, dev) = (&mut generation.replay, &mut self.image.dev);
+            replay.refs.count_as(dev, g.cluster_of(to), n)?;
+            replay.write_new(dev, "guest data", to, contents)?;
+            for (i, _) in group {
+                if let Some(node) = nodes.get_mut(*i) {
+                    let bitmap = lack.bitmap | u64::from(lack.missing);
+                    self.enter(generation, span, node, c, to, n, bitmap)?;
                 }
+            }
+            room::push(&mut generation.lower, (cluster, n))?;
+            left -= n;
+        }
+        // Who is left alone with the old cluster may write to it.
+        let mut rest = nodes.iter().filter(|n| n.names(g, c, host));
+        if let (1, Some(node), None) = (left, rest.next(), rest.next()) {
+            if node.active {
+                let at = node.table + (span.first + c) * g.l2_entry_size() as u64;
+                generation.check_table(g, node.table)?;
+                room::push(&mut generation.flags, patch(at, host | COPIED, L2))?;
             }
         }
         Ok(())
@@ -611,6 +585,11 @@ impl Flatten<'_> {
 }
 
 impl Node {
+    /// Does its entry for a cluster of the span name this host cluster?
+    fn names(&self, g: Geometry, c: u64, host: u64) -> bool {
+        entry::cluster(g, self.entry(g, c).0) == Cluster::Standard(host)
+    }
+
     /// Must its states get tables of their own, before a cluster is entered of which `len` bytes are not
     /// zero?
     fn must_part(&self, at: u64, len: usize) -> bool {
@@ -621,6 +600,28 @@ impl Node {
 }
 
 impl Generation {
+    /// New contents for subclusters of a cluster that is in use: no entry reads them.
+    fn fill_in_place(&mut self, g: Geometry, host: u64, bytes: &[u8], missing: u32) -> Result<()> {
+        let replay = &mut self.replay;
+        replay.check_new(host, g.cluster_size())?;
+        let mut contents = zeroed(g.cluster_size())?;
+        take(g, &mut contents, bytes, missing);
+        for run in runs(g, missing) {
+            let offset = host + run.start as u64;
+            let data = room::copy_of(contents.get(run).unwrap_or_default())?;
+            self.bytes += data.len() as u64;
+            replay.reach = replay.reach.max(offset + data.len() as u64);
+            let new = NewData {
+                label: "guest data",
+                offset,
+                data,
+                epoch: replay.refs.epoch(),
+            };
+            room::push(&mut replay.new_data, new)?;
+        }
+        Ok(())
+    }
+
     /// May entries be written to this L2 table?
     fn check_table(&mut self, g: Geometry, table: u64) -> Result<()> {
         if self.checked == table {
@@ -677,8 +678,9 @@ fn writes(mut patches: Vec<Patch>) -> Result<Vec<Write>> {
     Ok(all)
 }
 
-/// Runs of bits that are set.
-fn runs(bits: u32) -> impl Iterator<Item = Range<usize>> {
+/// Runs of subclusters, as bytes of the cluster.
+fn runs(g: Geometry, bits: u32) -> impl Iterator<Item = Range<usize>> {
+    let size = (g.cluster_size() / SUBCLUSTERS) as usize;
     let mut at = 0;
     std::iter::from_fn(move || {
         let rest = u64::from(bits) >> at;
@@ -688,8 +690,19 @@ fn runs(bits: u32) -> impl Iterator<Item = Range<usize>> {
         let start = at + rest.trailing_zeros() as usize;
         let n = (u64::from(bits) >> start).trailing_ones() as usize;
         at = start + n;
-        Some(start..at)
+        Some(start * size..at * size)
     })
+}
+
+/// Take these subclusters of `from`, as far as it goes.
+fn take(g: Geometry, to: &mut [u8], from: &[u8], bits: u32) {
+    for run in runs(g, bits) {
+        let parts = to.get_mut(run.start..).zip(from.get(run.start..));
+        if let Some((to, from)) = parts {
+            let pairs = to.iter_mut().zip(from).take(run.len());
+            pairs.for_each(|(to, from)| *to = *from);
+        }
+    }
 }
 
 /// The subclusters in which these bytes of a cluster are not all zeros.
