@@ -21,7 +21,7 @@ static int watch(void *opaque, int stage, uint64_t done, uint64_t total)
 
 int main(void)
 {
-    Watch w = { 0, 100, 0 };
+    Watch w = { 0, 50, 0 };
     uint64_t before, left;
     Qcow2Image *bs;
 

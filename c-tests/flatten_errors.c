@@ -8,7 +8,7 @@ static void refused(const char *make, int flags, int want, const char *words)
     Qcow2Image *bs;
     Bytes before;
 
-    CHECK_RET(shell("rm -f base o.qcow2 data; %s", make), 0);
+    CHECK_RET(shell("rm -f base o.qcow2 data itself; %s", make), 0);
     before = slurp("o.qcow2");
     bs = must_open("o.qcow2", flags);
     CHECK_RET(qcow2_flatten(bs, &err), want);
@@ -32,7 +32,7 @@ int main(void)
     refused(BASE "qemu-img create -q " OVER, 0, -EACCES, "read-only");
     refused(BASE "qemu-img create -q " OVER, QCOW2_O_RDWR | QCOW2_O_NO_BACKING, -ENOTSUP, "NO_BACKING");
     refused(BASE "qemu-img create -q " OVER " && rm base", QCOW2_O_RDWR, -ENOENT, "base");
-    refused("qemu-img create -q -f qcow2 -u -b o.qcow2 -F qcow2 o.qcow2 1M",
+    refused("qemu-img create -q -f qcow2 -u -b itself -F raw o.qcow2 1M && ln -sf o.qcow2 itself",
             QCOW2_O_RDWR | QCOW2_O_NO_LOCK, -EINVAL, "chain");
     refused(BASE "qemu-img create -q -o data_file=data " OVER, QCOW2_O_RDWR, -ENOTSUP, "data file");
     refused(BASE "qemu-img create -q -o refcount_bits=1 " OVER " && qemu-img snapshot -c one o.qcow2", QCOW2_O_RDWR,

@@ -7,8 +7,8 @@ use crate::format::run::Tally;
 use crate::image::plan::{Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
+use crate::image::replay::walk::Marked;
 use crate::image::room;
-use crate::image::walk::Marked;
 use crate::image::Image;
 use std::rc::Rc;
 
@@ -38,7 +38,7 @@ impl Image {
         let tables = || table_bytes(replay.g, &[&l1, &self.l1]);
         self.dev.progress.begin(Stage::Check, tables);
         replay.overlap.release(
-            crate::image::overlap::Kind::InactiveL1,
+            crate::image::replay::overlap::Protected::InactiveL1,
             gone.l1_table_offset,
         );
         let table_size = self
@@ -56,7 +56,7 @@ impl Image {
             epoch,
         )?;
         let active = replay
-            .walk(&mut self.dev, &self.l1, Tally::Look)
+            .look(&mut self.dev, &self.l1, &l1)
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
         if active.l1_changed {
             let end = self

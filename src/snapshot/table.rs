@@ -69,7 +69,7 @@ impl Image {
         }
         list.size = at - start;
         self.snapshots = list;
-        self.compared = None;
+        self.caches.compared = None;
         Ok(())
     }
 

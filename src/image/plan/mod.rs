@@ -26,6 +26,7 @@
 //! One of them is *decisive*: it alone changes what the image means. Counts are raised once, before
 //! the first publish, to the highest value that any epoch needs, and lowered once, after the last.
 
+mod damage;
 mod edit;
 mod epoch;
 mod execute;
@@ -36,9 +37,9 @@ mod rules;
 mod steps;
 
 use super::device::Device;
-use super::overlap::Kind;
+use super::replay::overlap::Protected;
+use super::replay::walk::Marked;
 use super::replay::Replay;
-use super::walk::Marked;
 use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::header::Header;
@@ -131,9 +132,11 @@ impl Plan {
 /// QEMU checks each refcount block that it writes against the other structures.
 fn check_blocks(replay: &Replay) -> Result<()> {
     for (_, block) in replay.refs.loaded().filter(|(_, b)| b.is_written()) {
-        replay
-            .overlap
-            .check(block.offset, replay.g.cluster_size(), Some(Kind::Refblock))?;
+        replay.overlap.check(
+            block.offset,
+            replay.g.cluster_size(),
+            Some(Protected::Refblock),
+        )?;
     }
     Ok(())
 }

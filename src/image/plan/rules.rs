@@ -2,7 +2,7 @@
 
 use super::steps::{Pass, Step, What, Write};
 #[cfg(test)]
-use crate::image::walk::Marked;
+use crate::image::replay::walk::Marked;
 
 /// The first rule that the steps break.
 pub(crate) fn broken_rule(steps: &[Step]) -> Option<&'static str> {

@@ -8,9 +8,9 @@ use crate::format::header::{encode_switched, Header, Meaning, Places, SWITCHED};
 use crate::format::header::{AT_AUTOCLEAR, AT_BACKING, AT_SIZE};
 use crate::image::progress::Stage;
 use crate::image::refcount::{Block, Refcounts};
+use crate::image::replay::walk::Marked;
 use crate::image::replay::Replay;
 use crate::image::room;
-use crate::image::walk::Marked;
 use std::ops::Range;
 use std::rc::Rc;
 

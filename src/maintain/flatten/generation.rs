@@ -6,8 +6,8 @@ use crate::format::entry;
 use crate::format::entry::{Cluster, COPIED};
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
 use crate::image::device::zeroed;
-use crate::image::overlap::Kind;
 use crate::image::plan::{Plan, What, Write};
+use crate::image::replay::overlap::Protected;
 use crate::image::replay::{NewData, Replay};
 use crate::image::room;
 use byteorder::{BigEndian, ByteOrder};
@@ -386,9 +386,9 @@ impl Flatten<'_> {
         };
         let at = disk.l1_offset + span.index * TABLE_ENTRY;
         let kind = if disk.active {
-            Kind::ActiveL1
+            Protected::ActiveL1
         } else {
-            Kind::InactiveL1
+            Protected::InactiveL1
         };
         generation
             .replay
@@ -627,7 +627,7 @@ impl Generation {
         if self.checked == table {
             return Ok(());
         }
-        let kind = Some(Kind::ActiveL2);
+        let kind = Some(Protected::ActiveL2);
         self.replay.overlap.check(table, g.cluster_size(), kind)?;
         if self.replay.refs.fates.is_taken(g.cluster_of(table).0) {
             return Err(Error::Corrupt(format!(
