@@ -300,6 +300,32 @@ int mark_as_good(BlockDriverState *bs, const char *id_or_name)
 }
 /* END */
 
+/* EXAMPLE qcow2_flatten */
+/* Make an overlay a whole image, its snapshots too. */
+int stand_alone(const char *file)
+{
+    BlockDriverState *bs;
+    int ret = qcow2_open(file, QCOW2_O_RDWR, &bs, NULL);
+
+    if (ret < 0)
+        return ret;
+    ret = qcow2_flatten(bs, NULL);
+    qcow2_close(bs);
+    return ret;
+}
+/* END */
+
+/* EXAMPLE qcow2_flatten_estimate */
+/* Will what flatten copies fit into `room` bytes? */
+int would_fit(BlockDriverState *bs, uint64_t room)
+{
+    uint64_t bytes;
+    int ret = qcow2_flatten_estimate(bs, &bytes, NULL);
+
+    return ret < 0 ? ret : bytes <= room;
+}
+/* END */
+
 /* EXAMPLE qcow2_load_vmstate */
 int has_vm_state(BlockDriverState *bs, const QEMUSnapshotInfo *sn)
 {

@@ -63,6 +63,7 @@ mod flags;
 pub mod format;
 pub mod image;
 pub mod io;
+pub mod maintain;
 pub mod read;
 pub mod snapshot;
 mod words;

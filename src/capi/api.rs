@@ -156,6 +156,17 @@ pub struct Qcow2Api {
             errp: *mut *mut Qcow2Error,
         ) -> c_int,
     >,
+    /// qcow2_flatten().
+    pub flatten:
+        Option<unsafe extern "C" fn(bs: *mut Qcow2Image, errp: *mut *mut Qcow2Error) -> c_int>,
+    /// qcow2_flatten_estimate().
+    pub flatten_estimate: Option<
+        unsafe extern "C" fn(
+            bs: *mut Qcow2Image,
+            bytes: *mut u64,
+            errp: *mut *mut Qcow2Error,
+        ) -> c_int,
+    >,
     /// qcow2_set_progress().
     pub set_progress: Option<
         unsafe extern "C" fn(
@@ -215,6 +226,8 @@ static API: Qcow2Api = Qcow2Api {
     snapshot_usage: Some(qcow2_snapshot_usage),
     snapshot_delete_many: Some(qcow2_snapshot_delete_many),
     snapshot_rename: Some(qcow2_snapshot_rename),
+    flatten: Some(qcow2_flatten),
+    flatten_estimate: Some(qcow2_flatten_estimate),
     set_progress: Some(qcow2_set_progress),
     snapshot_layout: Some(qcow2_snapshot_layout),
     image_layout: Some(qcow2_image_layout),

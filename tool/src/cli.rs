@@ -8,7 +8,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint};
 /// The program's own name.
 pub(crate) const NAME: &str = "qcow2-snapshot";
 /// First words that are no image.
-pub(crate) const SUBCOMMANDS: [&str; 3] = ["export", "diff", "completions"];
+pub(crate) const SUBCOMMANDS: [&str; 4] = ["export", "diff", "flatten", "completions"];
 /// Long options that QEMU does not have. An abbreviation that also fits options of QEMU means those.
 pub(crate) const EXTENSIONS: [&str; 3] = ["output", "no-lock", "version"];
 /// Shells with a completion script.
@@ -162,6 +162,7 @@ pub(crate) fn command() -> Command {
         .arg(flag("version", None, "Print the version and exit"))
         .subcommand(export_command())
         .subcommand(diff_command())
+        .subcommand(flatten_command())
         .subcommand(
             Command::new("completions")
                 .infer_long_args(true)
@@ -217,6 +218,21 @@ fn diff_command() -> Command {
             )
             .required(false),
         )
+}
+
+fn flatten_command() -> Command {
+    Command::new("flatten")
+        .infer_long_args(true)
+        .about("Copy in what the backing file shows in the disk and in each snapshot, and let go of it")
+        .arg(help())
+        .arg(flag(
+            "dry-run",
+            None,
+            "Only say how much would be copied at most",
+        ))
+        .arg(no_lock())
+        .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
+        .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
 }
 
 fn export_command() -> Command {

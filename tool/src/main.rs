@@ -13,6 +13,7 @@
 //!    │    ├── reflink   blocks shared with the image instead of copied
 //!    │    └── output    the file that is written, by a thread of its own
 //!    ├── diff           what changed between two snapshots
+//!    ├── flatten        let go of the backing file
 //!    ├── complete       what the completion scripts of the shells ask for
 //!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
@@ -24,6 +25,7 @@ mod cli;
 mod complete;
 mod diff;
 mod export;
+mod flatten;
 mod getopt;
 mod link;
 mod listing;
@@ -95,7 +97,7 @@ fn meant(word: &str) -> Option<String> {
     (!Path::new(word).exists()).then_some(hint)
 }
 
-/// `export`, `diff` and `completions`: nothing that QEMU has, so clap's own words are good.
+/// `export`, `diff`, `flatten` and `completions`: nothing that QEMU has, so clap's own words are good.
 fn subcommand(args: &[OsString]) -> Result<(), Stop> {
     let name = OsString::from(cli::NAME);
     let words = std::iter::once(&name).chain(args);
@@ -103,6 +105,7 @@ fn subcommand(args: &[OsString]) -> Result<(), Stop> {
     match matches.subcommand() {
         Some(("export", m)) => export::run(m),
         Some(("diff", m)) => diff::run(m),
+        Some(("flatten", m)) => flatten::run(m),
         Some(("completions", m)) => stop::print(complete::script(m).as_bytes()),
         _ => Ok(()),
     }

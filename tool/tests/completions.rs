@@ -78,6 +78,7 @@ const CALLS: &[(&[&str], &[&str])] = &[
     (&["diff", "image.qcow2", "tw"], &["two"]),
     (&["diff", "image.qcow2", "two", "on"], &["one"]),
     (&["diff", "--output", "j"], &["json"]),
+    (&["flatten", "ima"], &["image.qcow2"]),
     (
         &["--image-opts", "file.filename=image.qcow2", "-d", "tw"],
         &["two"],
