@@ -338,8 +338,8 @@ fn samples(bound: &Bound) -> Vec<Sample> {
 
 #[test]
 fn every_planted_fault_is_found() {
-    let samples = samples(&super::CHECK);
-    println!("{} verbs on {:?}", samples.len(), super::CHECK);
+    let samples = samples(&super::CHECK[0]);
+    println!("{} verbs on {:?}", samples.len(), super::CHECK[0]);
     let mut missed = vec![];
     for (name, plant) in ORDER {
         let (mut planted, mut found, mut first) = (0, 0, String::new());
