@@ -86,7 +86,7 @@ impl Sample {
         };
         let old = self.before.get(at as usize..at as usize + data.len());
         let others = |(i, (a, b)): (usize, (&u8, &u8))| {
-            (at as usize + i) % 8 == 0 && a ^ b == 0x80 || a == b
+            (at as usize + i).is_multiple_of(8) && a ^ b == 0x80 || a == b
         };
         !self.is_count(e)
             && old.is_some_and(|old| old != data && old.iter().zip(data).enumerate().all(others))
@@ -285,8 +285,10 @@ const ORDER: &[(&str, Plant)] = &[
     }),
 ];
 
+type Lie = fn(Outcome) -> Outcome;
+
 /// The faults in what the handle says after an error.
-const OUTCOMES: &[(&str, fn(Outcome) -> Outcome)] = &[
+const OUTCOMES: &[(&str, Lie)] = &[
     ("unknown is called unchanged", |o| {
         if o == Outcome::Unknown {
             Outcome::Unchanged
