@@ -86,7 +86,7 @@ impl Sample {
         };
         let old = self.before.get(at as usize..at as usize + data.len());
         let others = |(i, (a, b)): (usize, (&u8, &u8))| {
-            (at as usize + i) % 8 == 0 && a ^ b == 0x80 || a == b
+            (at as usize + i).is_multiple_of(8) && a ^ b == 0x80 || a == b
         };
         !self.is_count(e)
             && old.is_some_and(|old| old != data && old.iter().zip(data).enumerate().all(others))
@@ -285,10 +285,9 @@ const ORDER: &[(&str, Plant)] = &[
     }),
 ];
 
-/// The faults in what the handle says after an error.
-/// What a library says that lies about itself.
 type Lie = fn(Outcome) -> Outcome;
 
+/// The faults in what the handle says after an error.
 const OUTCOMES: &[(&str, Lie)] = &[
     ("unknown is called unchanged", |o| {
         if o == Outcome::Unknown {
@@ -341,8 +340,8 @@ fn samples(bound: &Bound) -> Vec<Sample> {
 
 #[test]
 fn every_planted_fault_is_found() {
-    let samples = samples(&super::CHECK);
-    println!("{} verbs on {:?}", samples.len(), super::CHECK);
+    let samples = samples(&super::CHECK[0]);
+    println!("{} verbs on {:?}", samples.len(), super::CHECK[0]);
     let mut missed = vec![];
     for (name, plant) in ORDER {
         let (mut planted, mut found, mut first) = (0, 0, String::new());
