@@ -163,7 +163,7 @@ pub(crate) fn json(snapshots: &[Snapshot]) -> String {
 }
 
 /// A JSON string in ASCII, as QEMU writes it.
-fn quoted(text: &[u8]) -> String {
+pub(crate) fn quoted(text: &[u8]) -> String {
     let mut out = String::from('"');
     let mut rest = text;
     while !rest.is_empty() {
