@@ -110,6 +110,8 @@ demo: all build/demo build/list build/export-snapshot build/incremental
 	@echo
 	@echo '$$ build/qcow2-snapshot diff build/demo.qcow2 1'
 	@build/qcow2-snapshot diff build/demo.qcow2 1
+	@echo '$$ build/qcow2-snapshot du build/demo.qcow2'
+	@build/qcow2-snapshot du build/demo.qcow2
 
 check: setup all
 	@CARGO='$(CARGO)' TARGET='$(TARGET)' MAKE='$(MAKE)' tools/check

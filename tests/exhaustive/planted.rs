@@ -86,7 +86,7 @@ impl Sample {
         };
         let old = self.before.get(at as usize..at as usize + data.len());
         let others = |(i, (a, b)): (usize, (&u8, &u8))| {
-            (at as usize + i).is_multiple_of(8) && a ^ b == 0x80 || a == b
+            (at as usize + i) % 8 == 0 && a ^ b == 0x80 || a == b
         };
         !self.is_count(e)
             && old.is_some_and(|old| old != data && old.iter().zip(data).enumerate().all(others))

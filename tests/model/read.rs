@@ -148,7 +148,7 @@ impl References {
     }
 
     fn structure(&mut self, what: Use, at: u64, bytes: u64) -> Result<(), String> {
-        if !at.is_multiple_of(self.cluster) {
+        if at % self.cluster != 0 {
             return Err(format!("{what:?} at {at:#x} is not at a cluster"));
         }
         self.add(what, at, bytes)

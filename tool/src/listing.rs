@@ -173,7 +173,7 @@ pub(crate) fn array(items: &[String]) -> String {
 }
 
 /// A JSON string in ASCII, as QEMU writes it.
-fn quoted(text: &[u8]) -> String {
+pub(crate) fn quoted(text: &[u8]) -> String {
     let mut out = String::from('"');
     let mut rest = text;
     while !rest.is_empty() {

@@ -7,6 +7,8 @@
 //!    ├── target         which file is meant, and what is in it
 //!    ├── actions        list, create, apply, delete: QEMU's messages
 //!    │    └── listing   the table and its JSON form
+//!    ├── delete, du     many snapshots: which (select), what they hold, what goes
+//!    ├── revert, rename
 //!    ├── export         a snapshot's disk as a file
 //!    │    ├── thin      what of it goes into a qcow2 file: all, what changed, every snapshot
 //!    │    ├── qcow2     a new qcow2 file, from its first cluster to its last
@@ -23,7 +25,9 @@
 mod actions;
 mod cli;
 mod complete;
+mod delete;
 mod diff;
+mod du;
 mod export;
 mod flatten;
 mod getopt;
@@ -35,6 +39,9 @@ mod output;
 mod progress;
 mod qcow2;
 mod reflink;
+mod rename;
+mod revert;
+mod select;
 mod signals;
 mod stop;
 mod target;
@@ -45,6 +52,7 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
+use cli::{Action, Request};
 use stop::Stop;
 
 fn main() -> ExitCode {
@@ -82,10 +90,9 @@ fn run(args: &[OsString]) -> Result<(), Stop> {
 /// What somebody may have meant by a first word that is neither an image nor a subcommand.
 fn meant(word: &str) -> Option<String> {
     let instead = match word {
-        "list" | "ls" => "-l FILE",
-        "create" => "-c SNAPSHOT FILE",
-        "apply" | "revert" | "goto" => "-a SNAPSHOT FILE",
-        "delete" | "remove" | "rm" => "-d SNAPSHOT FILE",
+        "ls" => "list IMAGE",
+        "apply" | "goto" => "revert IMAGE SNAPSHOT",
+        "remove" | "rm" => "delete IMAGE SNAPSHOT",
         // As in "qemu-img snapshot -l FILE".
         "snapshot" => "-l|-c|-a|-d ... FILE",
         _ => return None,
@@ -97,12 +104,21 @@ fn meant(word: &str) -> Option<String> {
     (!Path::new(word).exists()).then_some(hint)
 }
 
-/// `export`, `diff`, `flatten` and `completions`: nothing that QEMU has, so clap's own words are good.
+/// Words that `qemu-img snapshot` does not have, so clap's own messages are good.
 fn subcommand(args: &[OsString]) -> Result<(), Stop> {
     let name = OsString::from(cli::NAME);
     let words = std::iter::once(&name).chain(args);
     let matches = cli::command().try_get_matches_from(words)?;
     match matches.subcommand() {
+        Some(("list", m)) => actions::run(&Request::of(m, Action::List), false),
+        Some(("create", m)) => {
+            let name = m.get_one::<OsString>("NAME").map_or(OsStr::new(""), |n| n);
+            actions::run(&Request::of(m, Action::Create(name)), false)
+        }
+        Some(("revert", m)) => revert::run(m),
+        Some(("delete", m)) => delete::run(m),
+        Some(("rename", m)) => rename::run(m),
+        Some(("du", m)) => du::run(m),
         Some(("export", m)) => export::run(m),
         Some(("diff", m)) => diff::run(m),
         Some(("flatten", m)) => flatten::run(m),

@@ -79,6 +79,13 @@ const CALLS: &[(&[&str], &[&str])] = &[
     (&["diff", "image.qcow2", "two", "on"], &["one"]),
     (&["diff", "--output", "j"], &["json"]),
     (&["flatten", "ima"], &["image.qcow2"]),
+    (&["revert", "image.qcow2", "tw"], &["two"]),
+    (&["revert", "--save-as", "x", "image.qcow2", "tw"], &["two"]),
+    (&["rename", "image.qcow2", "two", "tw"], &[]),
+    (&["delete", "image.qcow2", "tw"], &["two"]),
+    (&["delete", "image.qcow2", "one", "two", "tw"], &["two"]),
+    (&["du", "-U", "image.qcow2", "one", "tw"], &["two"]),
+    (&["delete", "--keep"], &["--keep-last"]),
     (
         &["--image-opts", "file.filename=image.qcow2", "-d", "tw"],
         &["two"],
