@@ -42,6 +42,9 @@ pub enum Error {
     /// The handle or the image does not allow changes (-EACCES).
     #[error("{0}")]
     Access(String),
+    /// The handle is there to check the image, and the image is not good yet (-EPERM).
+    #[error("{0}")]
+    NotPermitted(String),
     /// The image is in use by somebody else (-EAGAIN).
     #[error("{0}")]
     InUse(String),
@@ -91,6 +94,7 @@ impl Error {
             Error::Exists(_) => libc::EEXIST,
             Error::Unsupported(_) => libc::ENOTSUP,
             Error::Access(_) => libc::EACCES,
+            Error::NotPermitted(_) => libc::EPERM,
             Error::InUse(_) => libc::EAGAIN,
             Error::Busy(_) => libc::EBUSY,
             Error::Cancelled(_) => libc::ECANCELED,
@@ -119,6 +123,7 @@ impl Error {
             Error::Exists(_) => Error::Exists(text),
             Error::Unsupported(_) => Error::Unsupported(text),
             Error::Access(_) => Error::Access(text),
+            Error::NotPermitted(_) => Error::NotPermitted(text),
             Error::InUse(_) => Error::InUse(text),
             Error::Busy(_) => Error::Busy(text),
             Error::Spent(_) => Error::Spent(text),

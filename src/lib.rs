@@ -63,6 +63,7 @@ mod flags;
 pub mod format;
 pub mod image;
 pub mod io;
+mod maintain;
 pub mod snapshot;
 
 #[doc(hidden)]
@@ -71,4 +72,5 @@ pub mod capi;
 pub use error::{Error, Result};
 pub use flags::OpenFlags;
 pub use image::{BlockStatus, Image, Outcome, ProgressHook, Stage};
+pub use maintain::{CheckResult, Fix};
 pub use snapshot::{NewSnapshot, Snapshot};

@@ -96,7 +96,9 @@ pub struct Image {
     outcome: Outcome,
     remark: Option<String>,
     /// Bytes that refcounts may take in memory.
-    refcount_memory: u64,
+    pub(crate) refcount_memory: u64,
+    /// Opened to be checked, and not found good yet: no verb may change it.
+    pub(crate) unchecked: bool,
 }
 
 impl Image {
@@ -164,7 +166,12 @@ impl Image {
         if (9..=21).contains(&bits) {
             first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
         }
-        let header = Header::parse(&first, read_write)?;
+        let check = flags.has(OpenFlags::CHECK);
+        let header = if check {
+            Header::parse_to_check(&first)?
+        } else {
+            Header::parse(&first, read_write)?
+        };
         let l1 = dev.read_vec(
             "Could not read L1 table",
             header.l1_offset,
@@ -202,9 +209,15 @@ impl Image {
             outcome: Outcome::None,
             remark: None,
             refcount_memory: counts::MOST,
+            unchecked: check,
         };
-        image.load_snapshots()?;
-        if read_write && image.header.incompatible & features::DIRTY != 0 {
+        match image.load_snapshots() {
+            Ok(()) => {}
+            Err(e @ Error::Io { .. }) => return Err(e),
+            Err(_) if check => image.snapshots = SnapshotList::default(),
+            Err(e) => return Err(e),
+        }
+        if read_write && !check && image.header.incompatible & features::DIRTY != 0 {
             return Err(Error::Unsupported(
                 "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qemu-img check -r all'"
                     .into(),
@@ -285,6 +298,12 @@ impl Image {
         if self.standing == Standing::NoChanges {
             return Err(Error::Spent(
                 "An earlier write failed; the image can be read but not changed until it is opened again".into(),
+            ));
+        }
+        if self.unchecked {
+            return Err(Error::NotPermitted(
+                "The image is opened to be checked; repair it first, or open it without that flag"
+                    .into(),
             ));
         }
         if self.header.has_data_file() {

@@ -19,6 +19,8 @@ const LONGEST_ENTRY: u64 = 256 << 10;
 impl Image {
     /// Load the snapshot table from the image (`qcow2_read_snapshots`).
     pub(crate) fn load_snapshots(&mut self) -> Result<()> {
+        // A handle that is to check the image has taken the header as it is.
+        self.header.validate_snapshots()?;
         let start = self.header.snapshots_offset;
         let mut list = SnapshotList {
             loaded: true,
