@@ -31,6 +31,8 @@ pub const AT_REFTABLE: u64 = 48;
 pub const AT_SNAPSHOTS: u64 = 60;
 /// Offset behind the last field that a verb switches.
 pub const AFTER_SNAPSHOTS: u64 = 72;
+/// Offset of the incompatible feature bits.
+pub const AT_INCOMPATIBLE: u64 = 72;
 /// Offset of the autoclear feature bits.
 pub const AT_AUTOCLEAR: u64 = 88;
 

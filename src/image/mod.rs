@@ -317,6 +317,40 @@ impl Image {
         Ok(())
     }
 
+    /// Begin a repair: as a verb, but whatever is wrong with the image.
+    pub(crate) fn begin_repair(&mut self) -> Result<()> {
+        self.usable()?;
+        self.remark = None;
+        self.outcome = Outcome::Unchanged;
+        if !self.flags.has(OpenFlags::RDWR) {
+            return Err(Error::Access("The image is opened read-only".into()));
+        }
+        if self.standing == Standing::NoChanges {
+            return Err(Error::Spent(
+                "An earlier write failed; the image can be read but not changed until it is opened again".into(),
+            ));
+        }
+        self.dev.changed = false;
+        Ok(())
+    }
+
+    /// What is true of the image should the next request of a repair fail.
+    pub(crate) fn repairing(&mut self, outcome: Outcome) {
+        self.outcome = outcome;
+    }
+
+    /// A repair is over.
+    pub(crate) fn end_repair(&mut self, ended: bool) {
+        self.forget_reads();
+        if ended {
+            self.outcome = Outcome::Done;
+        } else if self.outcome == Outcome::Unknown {
+            self.standing = Standing::Spent;
+        } else if self.dev.changed && self.standing == Standing::Good {
+            self.standing = Standing::NoChanges;
+        }
+    }
+
     /// Let refcounts take that many bytes of memory in a verb; the others go to a temporary file.
     #[doc(hidden)]
     pub fn limit_refcount_memory(&mut self, bytes: u64) {

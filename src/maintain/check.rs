@@ -35,6 +35,8 @@ const MAX_CLUSTERS: u64 = i32::MAX as u64;
 const MOST_NAMED: usize = 1 << 21;
 /// What is asked for ahead of the tables that are read, in bytes.
 const AHEAD: u64 = 4 << 20;
+/// So many ranges behind the end of the file are kept in mind.
+pub(super) const MOST_BEHIND: usize = 1 << 18;
 /// No window is smaller.
 const LEAST_WINDOW: u64 = 1 << 12;
 
@@ -50,7 +52,7 @@ pub(super) struct Subject<'a> {
 }
 
 /// What has been noticed besides the numbers.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Noticed {
     /// References may be missing: a table cannot be read. Then nothing may be freed.
     pub(super) blind: bool,
@@ -62,15 +64,36 @@ pub(super) struct Noticed {
     pub(super) highest: u64,
     /// Zero entries whose preallocated cluster is not aligned.
     pub(super) misplaced: u64,
+    /// Compressed clusters with COPIED.
+    pub(super) compressed_flags: u64,
+    /// Entries of the active disk whose COPIED is not as counted.
+    pub(super) wrong_flags: u64,
+    /// A cluster of the active L1 table has another use.
+    pub(super) l1_shared: bool,
+    /// Clusters behind the end of the file that something refers to.
+    pub(super) behind_end: Vec<Range<u64>>,
 }
 
 /// An L2 table, and how often it is named.
 #[derive(Clone, Copy)]
-struct Named {
-    offset: u64,
+pub(super) struct Named {
+    pub(super) offset: u64,
     /// By all L1 tables, and by the active one.
-    total: u64,
-    active: u64,
+    pub(super) total: u64,
+    pub(super) active: u64,
+}
+
+/// How references are counted this time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mode {
+    /// What the progress function is told; nothing if the stage has been begun before.
+    pub(super) stage: Option<Stage>,
+    /// The refcount table and its blocks are referred to.
+    pub(super) structures: bool,
+    /// Note L2 tables whose clusters have another use.
+    pub(super) overlaps: bool,
+    /// A table that cannot be read is an error, not a finding: what is counted is about to be relied on.
+    pub(super) strict: bool,
 }
 
 /// One check under way.
@@ -81,6 +104,7 @@ pub(super) struct Check<'a, 'f> {
     pub(super) found: Findings<'f>,
     pub(super) noticed: Noticed,
     pub(super) window: Window,
+    pub(super) mode: Mode,
 }
 
 /// The part of the file whose clusters are counted now.
@@ -93,6 +117,8 @@ pub(super) struct Window {
     bad: bool,
     /// The last window of the file.
     last: bool,
+    /// Names of L2 tables in the L1 tables.
+    named: u64,
 }
 
 impl Window {
@@ -103,11 +129,22 @@ impl Window {
             ones: Vec::new(),
             bad: false,
             last: false,
+            named: 0,
         })
     }
 
+    /// Note whether a count is one.
+    #[inline]
+    pub(super) fn set_one(&mut self, cluster: u64, one: bool) {
+        let i = cluster.wrapping_sub(self.clusters.start);
+        if let Some(word) = self.ones.get_mut((i >> 6) as usize) {
+            let bit = 1 << (i & 63);
+            *word = if one { *word | bit } else { *word & !bit };
+        }
+    }
+
     #[inline(always)]
-    fn is_one(&self, cluster: u64) -> bool {
+    pub(super) fn is_one(&self, cluster: u64) -> bool {
         let i = cluster.wrapping_sub(self.clusters.start);
         let word = self.ones.get((i >> 6) as usize).copied().unwrap_or(0);
         word >> (i & 63) & 1 != 0
@@ -120,6 +157,7 @@ impl<'a, 'f> Check<'a, 'f> {
         it: Subject<'a>,
         reftable: &'a [u64],
         found: Findings<'f>,
+        mode: Mode,
     ) -> Result<Check<'a, 'f>> {
         let g = it.header.geometry;
         let clusters = g.clusters_for(dev.length());
@@ -133,6 +171,7 @@ impl<'a, 'f> Check<'a, 'f> {
                 ..Noticed::default()
             },
             window: Window::none()?,
+            mode,
         };
         if clusters > MAX_CLUSTERS {
             check.found.result.check_errors = 1;
@@ -144,7 +183,7 @@ impl<'a, 'f> Check<'a, 'f> {
         Ok(check)
     }
 
-    fn g(&self) -> Geometry {
+    pub(super) fn g(&self) -> Geometry {
         self.it.header.geometry
     }
 
@@ -157,20 +196,28 @@ impl<'a, 'f> Check<'a, 'f> {
         // One cluster behind the end: something may reach into it.
         let end = self.g().clusters_for(self.dev.length()) + 1;
         let bits = Tally::bits_per_cluster(self.l1_tables());
+        // Whole refcount blocks, so that none has to be put together.
+        let block = self.g().refblock_entries();
         let len = (memory.saturating_mul(8) / bits).max(LEAST_WINDOW);
+        let len = (len / block).max(1) * block;
         (0..end.div_ceil(len))
             .map(|i| i * len..((i + 1) * len).min(end))
             .collect()
     }
 
     /// Look at everything.
-    pub(super) fn look(&mut self, windows: &[Range<u64>]) -> Result<()> {
-        let n = windows.len() as u64;
-        for (i, window) in windows.iter().enumerate() {
-            self.found.first = i == 0;
-            self.enter(window.clone(), i + 1 == windows.len(), n)?;
+    ///
+    /// Returns the L2 tables whose clusters have another use, if these are asked for.
+    pub(super) fn look(&mut self, windows: &[Range<u64>]) -> Result<Vec<u64>> {
+        let mut overlapped = Vec::new();
+        for index in 0..windows.len() {
+            self.enter(windows, index)?;
             self.compare()?;
+            if self.mode.overlaps {
+                self.note_overlaps(&mut overlapped)?;
+            }
         }
+        overlapped.sort_unstable();
         if let Some((offset, index)) = self.blocks.unaligned {
             self.found.tell(1, format_args!(
                 "qcow2: Image is corrupt: Refblock offset {offset:#x} unaligned (reftable index: {}); further non-fatal corruption events will be suppressed",
@@ -179,11 +226,15 @@ impl<'a, 'f> Check<'a, 'f> {
         }
         let end = self.noticed.highest.saturating_add(1);
         self.found.result.image_end_offset = self.g().offset_of(HostCluster(end));
-        Ok(())
+        Ok(overlapped)
     }
 
-    /// Count the references to the clusters of a window.
-    pub(super) fn enter(&mut self, clusters: Range<u64>, last: bool, windows: u64) -> Result<()> {
+    /// Count the references to the clusters of one of the windows.
+    pub(super) fn enter(&mut self, windows: &[Range<u64>], index: usize) -> Result<()> {
+        self.found.first = index == 0;
+        let last = index + 1 == windows.len();
+        let clusters = windows.get(index).cloned().unwrap_or(0..0);
+        // The memory of the window before is given back first.
         self.window = Window::none()?;
         let n = clusters.end.saturating_sub(clusters.start);
         self.window = Window {
@@ -192,19 +243,32 @@ impl<'a, 'f> Check<'a, 'f> {
             bad: false,
             clusters,
             last,
+            named: 0,
         };
         self.load_ones()?;
         self.reference(0, self.g().cluster_size(), 1)?;
-        self.tables(windows)?;
+        self.l1_tables_refer()?;
+        if let (Some(stage), 0) = (self.mode.stage, index) {
+            let blocks = self.blocks.reftable.iter().filter(|e| **e != 0).count() as u64;
+            let named = self.window.named + 2 * blocks;
+            let total = (named * windows.len() as u64) << self.g().cluster_bits;
+            self.dev.progress.begin(stage, || total);
+        }
+        self.each_batch(&mut |check, batch| check.count_tables(batch))?;
         let h = self.it.header;
         self.reference(h.snapshots_offset, self.it.table_bytes, 1)?;
-        let table = u64::from(h.reftable_clusters) << self.g().cluster_bits;
-        self.reference(h.reftable_offset, table, 1)?;
+        if self.mode.structures {
+            let table = u64::from(h.reftable_clusters) << self.g().cluster_bits;
+            self.reference(h.reftable_offset, table, 1)?;
+        }
         if let Some((offset, bytes)) = self.it.extensions.crypto_header {
             self.reference(offset, bytes, 1)?;
         }
         self.bitmaps()?;
-        self.refblocks()?;
+        if self.mode.structures {
+            self.refblocks()?;
+            self.look_at_clusters_of_tables();
+        }
         for (cluster, n) in self.window.tally.above(self.g().refcount_max()) {
             let too_many = n.saturating_sub(self.g().refcount_max());
             let offset = self.g().offset_of(HostCluster(cluster));
@@ -229,6 +293,9 @@ impl<'a, 'f> Check<'a, 'f> {
             self.found.corruption_once(n, format_args!(
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x{offset:x} size 0x{bytes:x}"
             ));
+            // What of it is in the file is not counted, but is in use.
+            self.noticed.blind |= offset < self.dev.length();
+            self.note_behind_end(g.cluster_of(offset).0..g.clusters_for(end))?;
             return Ok(());
         }
         let (first, last) = (g.cluster_of(offset).0, g.cluster_of(end - 1).0);
@@ -240,21 +307,36 @@ impl<'a, 'f> Check<'a, 'f> {
         Ok(())
     }
 
+    fn note_behind_end(&mut self, clusters: Range<u64>) -> Result<()> {
+        let behind = &mut self.noticed.behind_end;
+        if !self.found.first || behind.last() == Some(&clusters) {
+            return Ok(());
+        }
+        if behind.len() == MOST_BEHIND {
+            merge_ranges(behind);
+        }
+        if behind.len() < MOST_BEHIND {
+            behind
+                .try_reserve(1)
+                .map_err(|_| Error::NoMemory(behind.len() as u64 * 16))?;
+            behind.push(clusters);
+        }
+        Ok(())
+    }
+
     /// Is this table wholly in the file?
     fn in_file(&self, offset: u64, bytes: u64) -> bool {
         offset.saturating_add(bytes) <= self.g().round_up(self.dev.length())
     }
 
-    /// The L1 tables and what they lead to.
-    fn tables(&mut self, windows: u64) -> Result<()> {
-        let g = self.g();
+    /// The L1 tables: where they are, and what their entries say.
+    fn l1_tables_refer(&mut self) -> Result<()> {
         let h = self.it.header;
-        let mut named = Vec::new();
         let bytes = u64::from(h.l1_size) * TABLE_ENTRY;
         self.reference(h.l1_offset, bytes, 1)?;
         self.noticed.blind |= !self.in_file(h.l1_offset, bytes);
         for (index, l1_entry) in self.it.l1.iter().enumerate() {
-            self.name(&mut named, *l1_entry, 1, 1)?;
+            self.refer(*l1_entry, 1)?;
             self.check_l1_flag(index, *l1_entry)?;
         }
         if h.has_data_file() && !self.it.snapshots.is_empty() {
@@ -270,35 +352,121 @@ impl<'a, 'f> Check<'a, 'f> {
             let bytes = u64::from(entries) * TABLE_ENTRY;
             self.reference(offset, bytes, n)?;
             self.noticed.blind |= !self.in_file(offset, bytes);
-            if offset > MAX_LENGTH.saturating_sub(bytes) {
-                self.unreadable("check_refcounts_l1", "no such place in a file");
-                continue;
+            for l1_entry in self.read_l1(offset, bytes)? {
+                self.refer(l1_entry, n)?;
             }
-            let there = self.dev.length().saturating_sub(offset);
-            let there = there.min(bytes).next_multiple_of(TABLE_ENTRY);
-            let l1 = match self
-                .dev
-                .read_vec("Could not read an L1 table", offset, there)
-            {
-                Ok(bytes) => device::words(&bytes)?,
-                Err(e @ Error::Io { .. }) => {
-                    self.unreadable("check_refcounts_l1", &e.to_string());
-                    continue;
-                }
-                Err(e) => return Err(e),
-            };
-            for l1_entry in l1 {
-                self.name(&mut named, l1_entry, n, 0)?;
+        }
+        Ok(())
+    }
+
+    /// A snapshot's L1 table, as far as it can be read.
+    fn read_l1(&mut self, offset: u64, bytes: u64) -> Result<Vec<u64>> {
+        if offset > MAX_LENGTH.saturating_sub(bytes) {
+            self.unreadable("check_refcounts_l1", "no such place in a file");
+            return Ok(Vec::new());
+        }
+        let there = self.dev.length().saturating_sub(offset);
+        let there = there.min(bytes).next_multiple_of(TABLE_ENTRY);
+        let op = "Could not read an L1 table";
+        match self.dev.read_vec(op, offset, there) {
+            Ok(bytes) => device::words(&bytes),
+            Err(e @ Error::Io { .. }) if !self.mode.strict => {
+                self.unreadable("check_refcounts_l1", &e.to_string());
+                Ok(Vec::new())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Hand all L2 tables to `f`, each once with how often it is named, and in the order of the file:
+    /// in several parts if there are more than can be held.
+    pub(super) fn each_batch(
+        &mut self,
+        f: &mut dyn FnMut(&mut Self, &[Named]) -> Result<()>,
+    ) -> Result<()> {
+        // What there is to say of the L1 tables has been said.
+        let mute = std::mem::replace(&mut self.found.mute, true);
+        let inactive = self.inactive_l1s();
+        self.found.mute = mute;
+        let mut named = Vec::new();
+        for l1_entry in self.it.l1 {
+            self.name(&mut named, *l1_entry, 1, 1, f)?;
+        }
+        for (offset, entries, n) in inactive? {
+            let mute = std::mem::replace(&mut self.found.mute, true);
+            let l1 = self.read_l1(offset, u64::from(entries) * TABLE_ENTRY);
+            self.found.mute = mute;
+            for l1_entry in l1? {
+                self.name(&mut named, l1_entry, n, 0, f)?;
             }
         }
         merge(&mut named);
-        if self.window.clusters.start == 0 && !self.found.mute {
-            let blocks = self.blocks.reftable.iter().filter(|e| **e != 0).count();
-            let all = (named.len() + 2 * blocks) as u64;
-            let stage = Stage::Check;
-            (self.dev.progress).begin(stage, || (all * windows) << g.cluster_bits);
+        f(self, &named)
+    }
+
+    fn name(
+        &mut self,
+        named: &mut Vec<Named>,
+        l1_entry: u64,
+        total: u64,
+        active: u64,
+        f: &mut dyn FnMut(&mut Self, &[Named]) -> Result<()>,
+    ) -> Result<()> {
+        if l1_entry == 0 {
+            return Ok(());
         }
-        self.count_tables(&named)
+        if named.len() >= MOST_NAMED {
+            merge(named);
+            if named.len() >= MOST_NAMED / 2 {
+                f(self, named)?;
+                named.clear();
+            }
+        }
+        named
+            .try_reserve(1)
+            .map_err(|_| Error::NoMemory(size_of::<Named>() as u64 * named.len() as u64))?;
+        named.push(Named {
+            offset: l1_entry & OFFSET_MASK,
+            total,
+            active,
+        });
+        Ok(())
+    }
+
+    /// Are the tables that would be written alone in their clusters?
+    fn look_at_clusters_of_tables(&mut self) {
+        let h = self.it.header;
+        let bytes = u64::from(h.l1_size) * TABLE_ENTRY;
+        self.noticed.l1_shared |= bytes != 0 && self.is_shared(h.l1_offset, bytes);
+        // Its entries are never written one by one here.
+        self.noticed.rebuild |= h.reftable_clusters == 0;
+    }
+
+    /// Is a cluster of these in the window, and referred to more or less than once?
+    fn is_shared(&self, offset: u64, bytes: u64) -> bool {
+        let g = self.g();
+        let last = g.cluster_of(offset.saturating_add(bytes - 1)).0;
+        (g.cluster_of(offset).0..=last)
+            .any(|c| self.judged_here(c) && self.window.tally.get(c) != 1)
+    }
+
+    /// Note the L2 tables of the window whose clusters are referred to by something else as well.
+    fn note_overlaps(&mut self, overlapped: &mut Vec<u64>) -> Result<()> {
+        self.each_batch(&mut |check, batch| {
+            let g = check.g();
+            for t in batch {
+                let cluster = g.cluster_of(t.offset).0;
+                let alone =
+                    g.in_cluster(t.offset) == 0 && check.window.tally.get(cluster) == t.total;
+                if check.judged_here(cluster) && !alone {
+                    overlapped
+                        .try_reserve(1)
+                        .map_err(|_| Error::NoMemory(overlapped.len() as u64 * 8))?;
+                    overlapped.push(t.offset);
+                }
+            }
+            Ok(())
+        })
     }
 
     /// The L1 tables of the snapshots: (offset, entries, how many snapshots have it).
@@ -337,11 +505,12 @@ impl<'a, 'f> Check<'a, 'f> {
     }
 
     /// An L1 entry that `n` tables have.
-    fn name(&mut self, named: &mut Vec<Named>, l1_entry: u64, n: u64, active: u64) -> Result<()> {
+    fn refer(&mut self, l1_entry: u64, n: u64) -> Result<()> {
         if l1_entry == 0 {
             return Ok(());
         }
         let g = self.g();
+        self.window.named += 1;
         if l1_entry & L1_RESERVED != 0 {
             self.found.corruption_once(
                 n,
@@ -360,21 +529,6 @@ impl<'a, 'f> Check<'a, 'f> {
             self.noticed.blind = true;
         }
         self.noticed.blind |= !self.in_file(offset, g.cluster_size()) || offset == 0;
-        if named.len() >= MOST_NAMED {
-            merge(named);
-            if named.len() >= MOST_NAMED / 2 {
-                self.count_tables(named)?;
-                named.clear();
-            }
-        }
-        named
-            .try_reserve(1)
-            .map_err(|_| Error::NoMemory(size_of::<Named>() as u64 * named.len() as u64))?;
-        named.push(Named {
-            offset,
-            total: n,
-            active,
-        });
         Ok(())
     }
 
@@ -395,6 +549,7 @@ impl<'a, 'f> Check<'a, 'f> {
         }
         if let Some(count) = self.blocks.count(self.dev, cluster)? {
             if (count == 1) != copied {
+                self.noticed.wrong_flags += 1;
                 self.found.corruption(1, format_args!(
                     "ERROR OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={l1_entry:x} refcount={count}"
                 ));
@@ -404,7 +559,7 @@ impl<'a, 'f> Check<'a, 'f> {
     }
 
     /// Is this the window in which the flags of this cluster are looked at?
-    fn judged_here(&self, cluster: u64) -> bool {
+    pub(super) fn judged_here(&self, cluster: u64) -> bool {
         self.window.clusters.contains(&cluster)
             || (self.window.last && cluster >= self.window.clusters.end)
     }
@@ -417,6 +572,19 @@ impl<'a, 'f> Check<'a, 'f> {
 
     /// Read the named tables, in the order of the file, and count what is in them.
     fn count_tables(&mut self, named: &[Named]) -> Result<()> {
+        self.each_table(named, &mut |check, table, bytes| {
+            check.dev.progress.step(bytes.len() as u64)?;
+            check.count_table(table, bytes)
+        })
+    }
+
+    /// Hand the contents of each of these tables to `f`; those that are zeros or cannot be read are
+    /// passed over.
+    pub(super) fn each_table(
+        &mut self,
+        named: &[Named],
+        f: &mut dyn FnMut(&mut Self, Named, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         let g = self.g();
         let cs = g.cluster_size();
         let most = (MAX_REQUEST / g.cluster_len()).max(1);
@@ -442,20 +610,19 @@ impl<'a, 'f> Check<'a, 'f> {
             self.ask_ahead(named, at + n, &mut asked);
             let together = n * g.cluster_len();
             let bytes = buf.get_mut(..together).unwrap_or_default();
-            match self
-                .dev
-                .read("Could not read L2 tables", first.offset, bytes)
-            {
+            let op = "Could not read L2 tables";
+            let mut bad = Vec::new();
+            match self.dev.read(op, first.offset, bytes) {
                 Ok(()) => {}
                 Err(Error::Io { .. }) => {
                     // One by one: what can be read is looked at.
-                    for (t, part) in named.iter().skip(at).zip(bytes.chunks_mut(g.cluster_len())) {
-                        let read = self.dev.read("Could not read an L2 table", t.offset, part);
-                        match read {
+                    for (i, part) in bytes.chunks_mut(g.cluster_len()).enumerate() {
+                        let offset = first.offset.saturating_add((i as u64) << g.cluster_bits);
+                        match self.dev.read(op, offset, part) {
                             Ok(()) => {}
-                            Err(e @ Error::Io { .. }) => {
+                            Err(e @ Error::Io { .. }) if !self.mode.strict => {
                                 self.unreadable("check_refcounts_l2", &e.to_string());
-                                part.fill(0);
+                                bad.push(i);
                             }
                             Err(e) => return Err(e),
                         }
@@ -463,14 +630,11 @@ impl<'a, 'f> Check<'a, 'f> {
                 }
                 Err(e) => return Err(e),
             }
-            let tables = named
-                .iter()
-                .skip(at)
-                .zip(buf.chunks(g.cluster_len()))
-                .take(n);
-            for (table, bytes) in tables {
-                self.dev.progress.step(cs)?;
-                self.count_table(*table, bytes)?;
+            let tables = named.iter().skip(at).zip(buf.chunks(g.cluster_len()));
+            for (i, (table, bytes)) in tables.take(n).enumerate() {
+                if !bad.contains(&i) {
+                    f(self, *table, bytes)?;
+                }
             }
             at += n;
         }
@@ -623,6 +787,7 @@ impl<'a, 'f> Check<'a, 'f> {
             return Ok(());
         };
         if e & COPIED != 0 {
+            self.noticed.compressed_flags += 1;
             self.found.corruption_once(
                 n,
                 format_args!(
@@ -666,6 +831,7 @@ impl<'a, 'f> Check<'a, 'f> {
         };
         if let Some(count) = count {
             if (count == 1) != (e & COPIED != 0) {
+                self.noticed.wrong_flags += n;
                 self.found.corruption(
                     n,
                     format_args!(
@@ -911,6 +1077,18 @@ fn merge(named: &mut Vec<Named>) {
             a.active = a.active.saturating_add(b.active);
         }
         same
+    });
+}
+
+/// Sort ranges, and join those that touch.
+pub(super) fn merge_ranges(ranges: &mut Vec<Range<u64>>) {
+    ranges.sort_unstable_by_key(|r| r.start);
+    ranges.dedup_by(|b, a| {
+        let touch = b.start <= a.end;
+        if touch {
+            a.end = a.end.max(b.end);
+        }
+        touch
     });
 }
 

@@ -15,12 +15,14 @@ use std::fmt;
 mod bitmaps;
 mod blocks;
 mod check;
+mod repair;
 mod table;
 mod tally;
 
 use crate::error::Result;
+use crate::image::progress::Stage;
 use crate::image::Image;
-use check::{Check, Noticed, Subject};
+use check::{Check, Mode, Noticed, Subject};
 use table::Table;
 
 /// What a check found (QEMU's `BdrvCheckResult`).
@@ -179,18 +181,45 @@ impl Image {
     /// `TooBig` and `Invalid` for a snapshot table that cannot be read and is not to be mended; `Io`,
     /// `NoMemory`, `Cancelled`; for a fix `Access` as well.
     pub fn check(&mut self, fix: Fix, report: &mut dyn FnMut(&str)) -> Result<CheckResult> {
-        self.usable()?;
-        let mut found = Findings::new(report);
-        let table = table::read(&mut self.dev, &self.header, false, &mut found)?;
-        if fix.has(Fix::TABLE_ONLY) {
-            return Ok(found.result);
+        if !fix.writes() {
+            self.usable()?;
+            return self.check_and_mend(fix, report);
         }
-        let (result, _) = self.look(&table, found)?;
-        Ok(result)
+        self.begin_repair()?;
+        let result = self.check_and_mend(fix, report);
+        self.end_repair(result.is_ok());
+        result
+    }
+
+    fn check_and_mend(&mut self, fix: Fix, report: &mut dyn FnMut(&str)) -> Result<CheckResult> {
+        let mut found = Findings::new(report);
+        let errors = fix.has(Fix::ERRORS);
+        let table = table::read(&mut self.dev, &self.header, errors, &mut found)?;
+        if fix.has(Fix::TABLE_ONLY) {
+            let result = found.result;
+            return self.mend_table_alone(table, errors, result);
+        }
+        let mode = Mode {
+            stage: Some(Stage::Check),
+            structures: true,
+            overlaps: fix.writes(),
+            strict: false,
+        };
+        let first = self.look(&table, found, mode)?;
+        if !fix.writes() {
+            self.dev.progress.end()?;
+            return Ok(first.0);
+        }
+        self.repair(table, fix, first, report)
     }
 
     /// Look at everything but the snapshot table, which has been read.
-    fn look(&mut self, table: &Table, found: Findings<'_>) -> Result<(CheckResult, Noticed)> {
+    fn look(
+        &mut self,
+        table: &Table,
+        found: Findings<'_>,
+        mode: Mode,
+    ) -> Result<(CheckResult, Noticed, Vec<u64>)> {
         let it = Subject {
             header: &self.header,
             extensions: &self.extensions,
@@ -198,11 +227,9 @@ impl Image {
             snapshots: &table.entries,
             table_bytes: table.bytes,
         };
-        let mut check = Check::new(&mut self.dev, it, &self.reftable, found)?;
+        let mut check = Check::new(&mut self.dev, it, &self.reftable, found, mode)?;
         let windows = check.windows(self.refcount_memory);
-        check.look(&windows)?;
-        let answer = (check.found.result, check.noticed);
-        self.dev.progress.end()?;
-        Ok(answer)
+        let overlapped = check.look(&windows)?;
+        Ok((check.found.result, check.noticed, overlapped))
     }
 }
