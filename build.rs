@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
     "src/capi/verbs.rs",
     "src/capi/progress.rs",
+    "src/capi/check.rs",
     "src/capi/error.rs",
 ];
 

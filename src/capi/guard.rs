@@ -256,7 +256,7 @@ pub(super) unsafe fn guard_close(bs: *mut Qcow2Image) -> c_int {
 }
 
 /// A message as C text. Snapshot names may hold a NUL; what follows it must not be lost.
-fn to_c_text(message: &str) -> CString {
+pub(super) fn to_c_text(message: &str) -> CString {
     let bytes: Vec<u8> = message
         .bytes()
         .map(|b| if b == 0 { b' ' } else { b })

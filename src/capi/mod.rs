@@ -21,6 +21,7 @@
 // The contract with the caller is in the C documentation of each function.
 #![allow(clippy::missing_safety_doc)]
 
+mod check;
 mod error;
 mod guard;
 mod open;
@@ -28,6 +29,7 @@ mod progress;
 mod types;
 mod verbs;
 
+pub use check::*;
 pub use error::*;
 pub use guard::Qcow2Image;
 pub use open::*;

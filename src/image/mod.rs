@@ -219,7 +219,7 @@ impl Image {
         }
         if read_write && !check && image.header.incompatible & features::DIRTY != 0 {
             return Err(Error::Unsupported(
-                "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qemu-img check -r all'"
+                "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qcow2-snapshot check -r all'"
                     .into(),
             ));
         }

@@ -145,7 +145,11 @@ impl Raw<'_> {
         let mut out = BTreeMap::new();
         for (name, l1, n) in self.l1s() {
             let mut bad = l1 % cs != 0 || !self.holds(l1, n * 8);
-            bad |= (l1 / cs..(l1 + n * 8).div_ceil(cs)).any(|c| structures.contains(&c));
+            bad |= (l1 / cs
+                ..l1.saturating_add(n * 8)
+                    .min(self.0.len() as u64)
+                    .div_ceil(cs))
+                .any(|c| structures.contains(&c));
             self.entries(l1, n, |l1_entry, _, _, _| {
                 bad |= structures.contains(&((l1_entry & OFFSET) / cs));
             });

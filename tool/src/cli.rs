@@ -8,7 +8,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint};
 /// The program's own name.
 pub(crate) const NAME: &str = "qcow2-snapshot";
 /// First words that are no image.
-pub(crate) const SUBCOMMANDS: [&str; 2] = ["export", "completions"];
+pub(crate) const SUBCOMMANDS: [&str; 3] = ["export", "check", "completions"];
 /// Long options that QEMU does not have. They cannot be abbreviated, so that abbreviations of
 /// QEMU's options mean what they mean there.
 pub(crate) const EXTENSIONS: [&str; 2] = ["output", "version"];
@@ -146,6 +146,7 @@ pub(crate) fn command() -> Command {
         )
         .arg(flag("version", None, "Print the version and exit"))
         .subcommand(export_command())
+        .subcommand(check_command())
         .subcommand(
             Command::new("completions")
                 .about("Print a completion script for a shell")
@@ -186,6 +187,40 @@ fn export_command() -> Command {
             "The raw file to make; it must not exist",
             ValueHint::FilePath,
         ))
+}
+
+fn check_command() -> Command {
+    Command::new("check")
+        .about("Check an image as 'qemu-img check' does, and mend it with -r")
+        .arg(help())
+        .arg(
+            Arg::new("repair")
+                .long("repair")
+                .short('r')
+                .value_name("WHAT")
+                .help("leaks: give back clusters that are lost; all: mend everything")
+                .value_parser(["leaks", "all"]),
+        )
+        .arg(
+            Arg::new("output")
+                .long("output")
+                .value_name("FORMAT")
+                .help("How to say it: human, or json as 'qemu-img check' does")
+                .value_parser(["human", "json"]),
+        )
+        .arg(flag(
+            "force-share",
+            Some('U'),
+            "Open the image even if a guest writes to it: what is found may be wrong",
+        ))
+        .arg(flag("quiet", Some('q'), "Show no progress and no summary"))
+        .arg(
+            Arg::new("IMAGE")
+                .help("The qcow2 image")
+                .required(true)
+                .value_hint(ValueHint::FilePath)
+                .value_parser(OsStringValueParser::new()),
+        )
 }
 
 /// What to do with the image.

@@ -132,7 +132,7 @@ pub(crate) fn json(snapshots: &[Snapshot]) -> String {
 }
 
 /// A JSON string in ASCII, as QEMU writes it. Bytes that are not UTF-8 become U+FFFD.
-fn quoted(text: &[u8]) -> String {
+pub(crate) fn quoted(text: &[u8]) -> String {
     let mut out = String::from('"');
     for c in String::from_utf8_lossy(text).chars() {
         match c {

@@ -8,10 +8,12 @@
 //!    ├── actions        list, create, apply, delete: QEMU's messages
 //!    │    └── listing   the table and its JSON form
 //!    ├── export         a snapshot's disk as a raw file
+//!    ├── check          check and repair
 //!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
 
 mod actions;
+mod check;
 mod cli;
 mod export;
 mod getopt;
@@ -62,6 +64,7 @@ fn subcommand(args: &[OsString]) -> Result<(), Stop> {
     let matches = cli::command().try_get_matches_from(words)?;
     match matches.subcommand() {
         Some(("export", m)) => export::run(m),
+        Some(("check", m)) => check::run(m),
         Some(("completions", m)) => {
             let shell = m.get_one::<clap_complete::Shell>("SHELL").copied();
             let mut script = Vec::new();
@@ -103,6 +106,12 @@ fn report(prefix: &str, help: &str, result: Result<(), Stop>) -> ExitCode {
         Err(Stop::NotServed(line)) => {
             text = [prefix.as_bytes(), b": ", &line, b"\n"].concat();
             1
+        }
+        Err(Stop::Code(code, line)) => {
+            if !line.is_empty() {
+                text = [prefix.as_bytes(), b": ", line.as_bytes(), b"\n"].concat();
+            }
+            i32::from(code)
         }
         Err(Stop::Clap(e)) => {
             let _ = e.print();

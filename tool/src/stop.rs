@@ -15,6 +15,8 @@ pub(crate) enum Stop {
     Failed(Vec<Vec<u8>>),
     /// Nothing was changed, and qemu-img might be able to do it.
     NotServed(Vec<u8>),
+    /// With this exit code. The line, if there is one, follows the program's name.
+    Code(u8, String),
     /// clap's complaint, or its help.
     Clap(clap::Error),
     /// By this signal. The line follows the program's name.

@@ -103,7 +103,7 @@ impl Target {
             // QEMU's hint, on a line of its own.
             _ if text.starts_with("Too much extra metadata in snapshot table entry") => {
                 format!(
-                    "{text}\nYou can force-remove this extra metadata with qemu-img check -r all"
+                    "{text}\nYou can force-remove this extra metadata with qcow2-snapshot check -r all"
                 )
             }
             _ => text.to_owned(),
