@@ -11,6 +11,8 @@
 #   make install  PREFIX=/usr/local DESTDIR= LIBDIR= BINDIR= INCLUDEDIR= MANDIR= DATADIR=
 #   make uninstall  with the same variables
 #   make setup    what the tests need and this machine lacks (check does it by itself)
+#   make python-wheel  a wheel of bindings/python that carries the library, in build/wheel
+#   make python-check  the tests of bindings/python (PYTHONS='python3 ...')
 #   make clean
 
 CARGO  ?= cargo
@@ -30,7 +32,7 @@ SONAME  := libqcow2_snapshot.so.0
 HEADER  := include/qcow2_snapshot.h
 
 .PHONY: fuzz soak-hostile asan tsan miri all library tool demo check c-check header bench soak soak-crash install uninstall \
-	install-smoke python-example setup clean
+	install-smoke python-example python-wheel python-check setup clean
 
 all: library tool
 
@@ -48,7 +50,7 @@ library:
 	    { CC='$(CC)' tools/link-shared build/libqcow2_snapshot.a build/libqcow2_snapshot.so && \
 	    rm -f build/.relink; }
 	@ln -sf libqcow2_snapshot.so build/$(SONAME)
-	@$(call pc_file,$${pcfiledir},$${pcfiledir}/../include) > build/qcow2_snapshot.pc
+	@$(call pc_file,$${pcfiledir}/..,$${pcfiledir},$${prefix}/include) > build/qcow2_snapshot.pc
 
 # The tool is Rust through and through: it does not need the shared library.
 tool:
@@ -60,18 +62,19 @@ tool:
 	@build/qcow2-snapshot completions zsh > build/completions/_qcow2-snapshot
 	@build/qcow2-snapshot completions fish > build/completions/qcow2-snapshot.fish
 
-# $(call pc_file,LIBDIR,INCLUDEDIR). The private libraries are what rustc names for a static
+# $(call pc_file,PREFIX,LIBDIR,INCLUDEDIR), the folders by ${prefix} where they are below it. The private libraries are what rustc names for a static
 # library (--print native-static-libs), without two that every C compiler adds itself, last and
 # in the right form: -lc and -lgcc_s (which does not exist for "cc -static": there it is
 # -lgcc_eh). tests/install.sh compares.
 pc_file = printf '%s\n' \
-	'libdir=$(1)' 'includedir=$(2)' '' \
+	'prefix=$(1)' 'libdir=$(call below,$(1),$(2))' 'includedir=$(call below,$(1),$(3))' '' \
 	'Name: qcow2_snapshot' \
 	'Description: internal snapshots of qcow2 images, as QEMU makes them' \
 	'Version: $(VERSION)' \
 	'Cflags: -I$${includedir}' \
 	'Libs: -L$${libdir} -lqcow2_snapshot' \
 	'Libs.private: $(PRIVATE_LIBS)'
+below = $(patsubst $(1)/%,$${prefix}/%,$(2))
 PRIVATE_LIBS := -lutil -lrt -lpthread -lm -ldl
 
 build/demo build/list build/export-snapshot: build/%: examples/%.c $(HEADER) | library
@@ -79,12 +82,15 @@ build/demo build/list build/export-snapshot: build/%: examples/%.c $(HEADER) | l
 	    -Lbuild -lqcow2_snapshot -Wl,-rpath,'$$ORIGIN'
 
 # The program is linked against the library by name, so a new library needs no new program.
-demo: library build/demo build/list build/export-snapshot
+demo: all build/demo build/list build/export-snapshot
 	@echo
 	@build/demo build/demo.qcow2
 	@echo
 	@echo '$$ build/list build/demo.qcow2'
 	@build/list build/demo.qcow2
+	@echo
+	@echo '$$ build/qcow2-snapshot diff build/demo.qcow2 1'
+	@build/qcow2-snapshot diff build/demo.qcow2 1
 
 check: setup all
 	@CARGO='$(CARGO)' TARGET='$(TARGET)' MAKE='$(MAKE)' tools/check
@@ -153,7 +159,7 @@ install:
 	ln -sf libqcow2_snapshot.so.$(VERSION) '$(DESTDIR)$(LIBDIR)/$(SONAME)'
 	ln -sf $(SONAME) '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so'
 	install -m 644 build/libqcow2_snapshot.a '$(DESTDIR)$(LIBDIR)'
-	@$(call pc_file,$(LIBDIR),$(INCLUDEDIR)) > '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
+	@$(call pc_file,$(PREFIX),$(LIBDIR),$(INCLUDEDIR)) > '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
 	chmod 644 '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
 	install -m 644 $(HEADER) '$(DESTDIR)$(INCLUDEDIR)'
 	install -m 755 build/qcow2-snapshot '$(DESTDIR)$(BINDIR)'
@@ -187,6 +193,21 @@ python-example: demo
 	    python3 examples/list.py build/libqcow2_snapshot.so build/demo.qcow2 > build/list.py.out && \
 	    build/list build/demo.qcow2 | diff - build/list.py.out && echo 'list.py says what list.c says'; \
 	else echo 'SKIPPED: no python3 here: examples/list.py was not run'; fi
+
+# No network: Python's setuptools and wheel must be there (Debian: python3-setuptools, python3-wheel).
+PYTHON ?= python3
+python-wheel: library
+	rm -rf build/python build/wheel && mkdir -p build/python
+	cp -r bindings/python/pyproject.toml bindings/python/setup.py bindings/python/README.md \
+	    bindings/python/src build/python
+	cp -L build/libqcow2_snapshot.so build/python/src/qcow2_snapshot/$(SONAME)
+	strip --strip-debug build/python/src/qcow2_snapshot/$(SONAME)
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation \
+	    --wheel-dir build/wheel ./build/python
+	@ls build/wheel/*.whl
+
+python-check: library
+	@tools/python-check
 
 setup:
 	@tools/setup

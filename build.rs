@@ -4,13 +4,15 @@ use std::path::{Path, PathBuf};
 use std::{env, fs};
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 9] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
     "src/capi/verbs.rs",
+    "src/capi/changes.rs",
     "src/capi/progress.rs",
     "src/capi/check.rs",
+    "src/capi/layout.rs",
     "src/capi/error.rs",
 ];
 
@@ -60,7 +62,64 @@ fn header(root: &Path) -> String {
     // cbindgen puts the semicolon of a conditional member behind the #endif, which leaves a
     // stray one where the member is left out: not C99.
     let text = text.replace("\n#endif\n    ;\n", ";\n#endif\n");
-    text.lines().map(|line| flag_in_hex(line) + "\n").collect()
+    let lines: Vec<String> = text
+        .lines()
+        .map(|line| for_c89(&flag_in_hex(line)) + "\n")
+        .collect();
+    with_sections(lines).concat()
+}
+
+/// The parts of the header: what the first declaration of each begins with, and its title.
+const SECTIONS: &[(&str, &str)] = &[
+    ("#define QCOW2_O_RDWR ", "Flags of the opens"),
+    (
+        "#define QCOW2_BLOCK_DATA ",
+        "What a run of bytes is made of",
+    ),
+    (
+        "#define QCOW2_OUTCOME_NONE ",
+        "What a verb did to the image",
+    ),
+    ("#define QCOW2_PROGRESS_CHECK ", "Stages of a verb"),
+    ("#define QCOW2_CHANGED_SIZE ", "What a verb changed"),
+    ("typedef struct Qcow2Error ", "Types"),
+    ("const char *qcow2_version(", "Version"),
+    ("int qcow2_open(", "Opening and closing"),
+    ("int qcow2_read_snapshots(", "Snapshots: QEMU's functions"),
+    ("int64_t qcow2_getlength(", "Reading disks and VM state"),
+    ("int qcow2_set_progress(", "Progress"),
+    (
+        "int qcow2_snapshot_layout(",
+        "Embedding: where the tables are",
+    ),
+    ("const char *qcow2_error_get_pretty(", "Errors and outcomes"),
+];
+
+/// A comment before the documentation of the first declaration of each part.
+fn with_sections(mut lines: Vec<String>) -> Vec<String> {
+    for (start, title) in SECTIONS {
+        let declared = lines
+            .iter()
+            .position(|line| line.starts_with(start))
+            .unwrap_or_else(|| panic!("the header has no {start:?}, which begins a section"));
+        let documented = lines[..declared].iter().rposition(|line| line == "/**\n");
+        let rule = format!("/* ---- {title} ");
+        lines.insert(
+            documented.expect("every declaration is documented"),
+            format!("{rule:-<89} */\n\n"),
+        );
+    }
+    lines
+}
+
+/// cbindgen ends its C++ guards with "// ...", which is not C before C99.
+fn for_c89(line: &str) -> String {
+    match line.split_once("// ") {
+        Some((code, words)) if line.starts_with(['#', '}']) => {
+            format!("{} /* {words} */", code.trim_end())
+        }
+        _ => line.to_owned(),
+    }
 }
 
 /// The example in the opening comment is a program that the tests compile and run.
@@ -90,7 +149,12 @@ fn version_macros() -> String {
 
 /// cbindgen writes every constant in decimal, which nobody can read in a bit mask.
 fn flag_in_hex(line: &str) -> String {
-    for (prefix, width) in [("#define QCOW2_O_", 10), ("#define QCOW2_BLOCK_", 4)] {
+    for (prefix, width) in [
+        ("#define QCOW2_O_", 10),
+        ("#define QCOW2_BLOCK_", 4),
+        ("#define QCOW2_CHANGED_", 3),
+        ("#define QCOW2_CHANGE_", 3),
+    ] {
         let flag = line
             .strip_prefix(prefix)
             .and_then(|rest| rest.split_once(' '))

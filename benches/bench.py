@@ -378,6 +378,46 @@ class Copies:
         return out
 
 
+class Changes:
+    """What changed between two snapshots of 1 TiB, 1% of it; beside it the maps of both, which are all L2 tables."""
+
+    def __init__(self, bench):
+        self.b, self.rows = bench, []
+
+    def changed(self, whole, writes):
+        def make(path):
+            copy(whole, path)
+            sh(f"{self.b.build}/ours", path, "create", "old")
+            # Zeros over mapped clusters change the tables and need no room.
+            subprocess.run(["qemu-io", path], input="\n".join(writes), text=True, check=True, stdout=subprocess.DEVNULL)
+            sh(f"{self.b.build}/ours", path, "create", "new")
+        return make
+
+    def run(self, whole):
+        import random
+        clusters = 1 << 24
+        stretch = [f"write -z {300 + n}G 1G" for n in range(10)]
+        scattered = [f"write -z {c << 16} 64k" for c in sorted(random.Random(1).sample(range(clusters), clusters // 100))]
+        random.Random(2).shuffle(scattered)
+        for what, writes in (("in one stretch", stretch), ("scattered", scattered)):
+            path = self.b.image(f"1T-changed-{what.split()[-1]}", self.changed(whole, writes))
+            ms = {"changes": [], "maps": []}
+            for r in range(self.b.rounds):
+                for verb in sorted(ms, reverse=r % 2 == 1):
+                    ms[verb].append(measure([f"{self.b.build}/ours", path, verb, "old", "new"]))
+            self.rows.append((what, ms))
+            print(f"changes {what}: " + ", ".join(f"{v} " + "/".join(f"{m['wall']:.3f}" for m in ms[v]) for v in ms), flush=True)
+
+    def table(self):
+        out = ["| 1% of 1 TiB changed | program | wall s | CPU s | requests | MiB read | peak MiB |", "|---|---|---|---|---|---|---|"]
+        for what, ms in self.rows:
+            for verb, says in (("changes", "qcow2_snapshot_next_change in a loop"), ("maps", "the maps of both snapshots")):
+                mid = lambda key: statistics.median(m[key] for m in ms[verb])
+                out.append(f"| {what} | {says} | {mid('wall'):.3f} | {mid('cpu'):.3f} | {mid('requests'):.0f} | "
+                           f"{mib(mid('read'))} | {mid('rss') / 1024:.0f} |")
+        return out
+
+
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("build")
@@ -444,6 +484,10 @@ def main():
             b.run(f"100G-{upto}-snapshots", work, three, rounds=max(1, a.rounds // 2), verbs=("create", "goto", "delete"))
         os.unlink(work)
 
+    diffs = Changes(b)
+    if want("changes"):
+        diffs.run(b.image("1T", preallocated("1T")))
+
     copies = Copies(b)
     if want("copies"):
         copies.run()
@@ -472,6 +516,8 @@ def main():
         f.write(f"![time against size]({os.path.basename(svg)})\n\n")
         f.write("\n".join(out) + "\n\n")
         f.write("Requests and bytes, as the kernel counts system calls of the process (warm cache):\n\n" + "\n".join(req) + "\n")
+        if diffs.rows:
+            f.write("\nWhat changed between two snapshots (warm cache, tables only):\n\n" + "\n".join(diffs.table()) + "\n")
         if copies.rows:
             load = " ".join(f"{x:.0f}" for x in os.getloadavg())
             f.write(f"\nCopying the disk of a snapshot out, in {a.dir}, warm cache, {a.rounds} rounds (ratios: medians "

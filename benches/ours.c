@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /*
- * One verb through the C API, for the benchmark: ours FILE open|create|goto|delete|list|read [NAME]
+ * One verb through the C API, for the benchmark: ours FILE open|create|goto|delete|list|read [NAME],
+ * or ours FILE changes|compare|maps FROM TO (what changed, or both maps as far as one would need them)
  *
  * With OURS_STATS=FILE in the environment, the seconds from before the open to after the close and
  * the peak memory in KiB go there: the process around them costs more than a small verb, and what
@@ -32,6 +33,38 @@ static int read_all(BlockDriverState *bs)
             at += (int64_t)n;
         }
     }
+    return 0;
+}
+
+static int all_changes(BlockDriverState *bs, const char *from, const char *to, int flags)
+{
+    int64_t at = 0, runs = 0, bytes = 0;
+    Qcow2Change c;
+    do {
+        if (qcow2_snapshot_next_change(bs, from, to, at, INT64_MAX, flags, &c, NULL) < 0) {
+            return -1;
+        }
+        runs += c.length > 0, bytes += (int64_t)c.length;
+        at = (int64_t)(c.start + c.length);
+    } while (c.length > 0);
+    printf("%lld bytes in %lld runs\n", (long long)bytes, (long long)runs);
+    return 0;
+}
+
+/* What a program would begin with that has no next_change: where everything is, in one state and then the other. */
+static int whole_map(BlockDriverState *bs, const char *name)
+{
+    int64_t at = 0, runs = 0;
+    Qcow2Extent e;
+    if (qcow2_snapshot_load_tmp(bs, NULL, name, NULL) < 0) {
+        return -1;
+    }
+    for (; at < qcow2_getlength(bs); at += (int64_t)e.length, runs++) {
+        if (qcow2_block_status(bs, at, INT64_MAX, &e, NULL) < 0) {
+            return -1;
+        }
+    }
+    printf("%lld extents\n", (long long)runs);
     return 0;
 }
 
@@ -68,7 +101,7 @@ int main(int argc, char **argv)
     BlockDriverState *bs;
     Error *err = NULL;
     QEMUSnapshotInfo sn, *tab;
-    int reads = argc > 2 && (!strcmp(argv[2], "open") || !strcmp(argv[2], "list") || !strcmp(argv[2], "read"));
+    int reads = argc > 2 && (!strcmp(argv[2], "open") || !strcmp(argv[2], "list") || !strcmp(argv[2], "read") || argc > 4);
     int ret = -1;
 
     if (argc < 3 || qcow2_open(argv[1], reads ? 0 : QCOW2_O_RDWR, &bs, &err) < 0) {
@@ -96,6 +129,10 @@ int main(int argc, char **argv)
     } else if (!strcmp(argv[2], "read")) {
         ret = qcow2_snapshot_load_tmp(bs, NULL, name, NULL);
         ret = ret < 0 ? ret : read_all(bs);
+    } else if (argc > 4 && !strcmp(argv[2], "maps")) {
+        ret = whole_map(bs, argv[3]) < 0 || whole_map(bs, argv[4]) < 0 ? -1 : 0;
+    } else if (argc > 4) {
+        ret = all_changes(bs, argv[3], argv[4], strcmp(argv[2], "compare") ? 0 : QCOW2_CHANGE_COMPARE);
     }
     if (ret < 0) {
         const char *why = qcow2_last_error(bs);

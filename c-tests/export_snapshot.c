@@ -16,6 +16,7 @@ static void exports(const char *which, const char *name, bool at_qemus_size)
 
     snprintf(image, sizeof(image), "%s", fixture(which));
     argv[1] = image;
+    unlink(to);
     CHECK_RET(export_main(4, argv), 0);
     CHECK_RET(shell("qemu-img convert -O raw %s%s '%s' theirs.raw", *name ? "-l snapshot.name=" : "", name, image), 0);
     ours = slurp("ours.raw");

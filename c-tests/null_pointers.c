@@ -26,6 +26,8 @@ static void no_handle(void)
     take_message(&err);
     CHECK_RET(qcow2_block_status(NULL, 0, 1, NULL, &err), -EINVAL);
     take_message(&err);
+    CHECK_RET(qcow2_snapshot_next_change(NULL, NULL, NULL, 0, 1, 0, NULL, &err), -EINVAL);
+    take_message(&err);
     CHECK_RET(qcow2_last_outcome(NULL), -EINVAL);
     CHECK_RET(qcow2_set_progress(NULL, NULL, NULL), -EINVAL);
     qcow2_last_error(NULL);
@@ -55,6 +57,8 @@ static void no_argument(void)
     CHECK_RET(qcow2_load_vmstate(bs, 0, NULL, 1, &err), -EINVAL);
     take_message(&err);
     CHECK_RET(qcow2_block_status(bs, 0, 1, NULL, &err), -EINVAL);
+    take_message(&err);
+    CHECK_RET(qcow2_snapshot_next_change(bs, "1", NULL, 0, 1, 0, NULL, &err), -EINVAL);
     take_message(&err);
     CHECK_FILE("image.qcow2", before);
     drop(&before);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT */
 /*
  * export-snapshot IMAGE NAME RAW: a snapshot's disk as a sparse raw file.
- * An empty NAME stands for the disk as it is now.
+ * An empty NAME stands for the disk as it is now. RAW must not exist: it could be IMAGE itself, or
+ * a file that IMAGE reads from.
  *
  *     cc export-snapshot.c -lqcow2_snapshot
  */
@@ -87,11 +88,14 @@ int main(int argc, char **argv)
         ret = qcow2_snapshot_load_tmp(bs, NULL, argv[2], &err);
     }
     if (ret == 0) {
-        fd = open(argv[3], O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+        fd = open(argv[3], O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
         ret = fd < 0 ? -errno : copy_disk(bs, fd, buf, &err);
     }
     if (fd >= 0 && close(fd) < 0 && ret == 0) {
         ret = -errno;
+    }
+    if (fd >= 0 && ret < 0) {
+        unlink(argv[3]);                /* half a disk is no disk */
     }
     if (ret < 0) {
         fprintf(stderr, "%s: %s\n", argv[0], err ? qcow2_error_get_pretty(err) : strerror(-ret));

@@ -276,6 +276,24 @@ int64_t bytes_with_data(BlockDriverState *bs)
 }
 /* END */
 
+/* EXAMPLE qcow2_snapshot_next_change */
+/* Bytes that an incremental copy of the disk, as it is now, must take since the snapshot `since`. */
+int64_t bytes_changed(BlockDriverState *bs, const char *since)
+{
+    int64_t at = 0, sum = 0;
+    Qcow2Change c;
+
+    do {
+        int ret = qcow2_snapshot_next_change(bs, since, NULL, at, INT64_MAX, QCOW2_CHANGE_COMPARE, &c, NULL);
+        if (ret < 0)
+            return ret;
+        sum += (int64_t)c.length;
+        at = (int64_t)(c.start + c.length);
+    } while (c.length > 0);
+    return sum;
+}
+/* END */
+
 /* EXAMPLE qcow2_load_vmstate */
 int has_vm_state(BlockDriverState *bs, const QEMUSnapshotInfo *sn)
 {
@@ -319,6 +337,34 @@ int move_table(const char *filename)
         fprintf(stderr, "%s\n", qcow2_last_error(bs));
     qcow2_close(bs);
     return ret;
+}
+/* END */
+
+/* EXAMPLE qcow2_snapshot_layout */
+int print_disk_sizes(BlockDriverState *bs)
+{
+    Qcow2SnapshotLayout one;
+    size_t i;
+
+    for (i = 0; qcow2_snapshot_layout(bs, i, &one, NULL) == 0; i++)
+        printf("%s %s: %" PRIu64 " bytes\n", one.id, one.name, one.disk_size);
+    return (int)i;
+}
+/* END */
+
+/* EXAMPLE qcow2_image_layout qcow2_reload */
+int revert_beside_a_cache(BlockDriverState *bs, const char *snapshot, uint64_t *my_l1, size_t room)
+{
+    Qcow2ImageLayout now;
+    int ret = qcow2_reload(bs, NULL);           /* this program has written the image itself */
+
+    if (ret < 0 || (ret = qcow2_snapshot_goto(bs, snapshot)) < 0)
+        return ret;
+    if ((ret = qcow2_image_layout(bs, &now)) < 0)
+        return ret;
+    if (now.changed & QCOW2_CHANGED_L1)
+        memcpy(my_l1, now.l1_table, sizeof(*my_l1) * (now.l1_size < room ? now.l1_size : room));
+    return 0;
 }
 /* END */
 
@@ -370,7 +416,11 @@ int main(int argc, char **argv)
     n = print_snapshots(bs);
     must(n > 0 && count_on_disk(bs) == n, "count_on_disk");
     must(revert(bs, "manual") == 0 && revert(bs, "no such") == -ENOENT, "revert");
+    must(print_disk_sizes(bs) == n, "print_disk_sizes");
+    uint64_t l1[1] = {0};
+    must(revert_beside_a_cache(bs, "manual", l1, 1) == 0 && l1[0], "revert_beside_a_cache");
     must(bytes_with_data(bs) > 0, "bytes_with_data");
+    must(bytes_changed(bs, "manual") == 0 && bytes_changed(bs, "no such") == -ENOENT, "bytes_changed");
     must(qcow2_close(bs) == 0, "close");
 
     bs = open_image(argv[1], 0);

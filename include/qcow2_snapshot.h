@@ -23,10 +23,15 @@
  *
  * Errors. Functions that return int or int64_t return a count or 0, or a negative errno
  *   with QEMU's errno for that failure; each function lists its own. -EINVAL for a NULL
- *   handle, struct or out-pointer, -ENOMEM and -EBUSY (a caller's own function calls back
- *   into the handle) can come from any. The words come through `errp` where a function has
- *   it, and from qcow2_last_error() always. `errp` may be NULL; otherwise *errp must be
- *   NULL on entry and is set exactly when the call fails. Nothing is printed.
+ *   handle, struct or out-pointer, -ENOMEM and -EBUSY (another thread is in a call on the
+ *   handle, or a caller's own function calls back into it) can come from any. The words come
+ *   through `errp` where a function has it, and from qcow2_last_error() always. `errp` may be
+ *   NULL; otherwise *errp must be NULL on entry and is set exactly when the call fails.
+ *   Nothing is printed.
+ *
+ * Words. A message is one line of English in UTF-8, whatever setlocale() was told. Names that
+ *   stand in the image may hold anything: newlines, control characters, bytes that are not
+ *   UTF-8 and what turns the direction of text are shown escaped, as \n, \x1b or \u{202e}.
  *
  * After a failure. Whatever can be found out before writing is found out before writing: then
  *   not a byte has changed and the handle is good. After an I/O error while writing the
@@ -41,7 +46,8 @@
  * Memory. L1 tables and the list of snapshots are in memory; L2 tables are not, and refcounts take
  *   about 224 MiB at most during a verb. An image that needs more (from some 40 TiB in random order on, at
  *   64 KiB clusters) has the rest in a nameless temporary file in $TMPDIR, else /var/tmp, as
- *   QEMU's own temporary files are; or in memory, if there is no room for such a file.
+ *   QEMU's own temporary files are; or in memory, if there is no room for such a file. A
+ *   set-uid program does not follow $TMPDIR.
  *
  * Damaged images. qcow2_check() finds what "qemu-img check" finds, and mends it. An image with the
  *   dirty bit, the corrupt bit or a snapshot table that cannot be read is opened with
@@ -54,9 +60,23 @@
  *   for the `opaque` pointers of qcow2_open_io() and qcow2_set_progress(). The objects named
  *   Error here are never mixed with QEMU's own.
  *
- * Threads. One thread at a time for each handle; handles are independent of each other. A
- *   forked child must neither use nor close the handles of its parent. Nothing here may be
- *   called from a signal handler. The library may be unloaded when all handles are closed.
+ * Threads. One thread at a time for each handle; a second one is answered -EBUSY, and must not
+ *   close it. Handles are independent of each other: to read in parallel open one for each
+ *   thread, for read-only handles on one image do not exclude each other. A forked child
+ *   must neither use nor close the handles of its parent. Nothing here may be called from a
+ *   signal handler. The library may be unloaded when all handles are closed.
+ *
+ * Cancellation. pthread_cancel() of a thread that is in a call waits until the call returns; a
+ *   caller's own I/O and progress functions run within it, and must not enable cancellation.
+ *   The cancellation type must be the default one, PTHREAD_CANCEL_DEFERRED.
+ *
+ * Limits. Past the process's file size limit (RLIMIT_FSIZE, "ulimit -f") a write is -EFBIG,
+ *   "File too large". SIGXFSZ, which would end the program, is kept from the calling thread
+ *   during the library's own writes; in the caller's own I/O functions it is theirs to ignore.
+ *
+ * The process. No descriptor of the library is 0, 1 or 2. Names of files, relative ones of an
+ *   image's backing and data files too, mean what they mean when the image is opened, whatever
+ *   chdir() does later.
  *
  * Units. Sizes and offsets are bytes. Texts are bytes ending in NUL, taken as they are.
  *
@@ -83,6 +103,8 @@
 #define QCOW2_SNAPSHOT_VERSION_PATCH 0
 #define QCOW2_SNAPSHOT_VERSION "0.2.0"
 
+/* ---- Flags of the opens -------------------------------------------------------------- */
+
 /**
  * Open for reading and changing (QEMU's BDRV_O_RDWR). Without it: read-only.
  */
@@ -104,17 +126,21 @@
 
 /**
  * Read beside a running guest, as "qemu-img -U": read-only opens only, claims nothing
- * exclusive. What is read while the guest writes may be torn.
+ * exclusive. What is read while the guest writes may be torn. When the image file was changed
+ * a call that reads looks at header, tables and list of snapshots again first (not behind the
+ * caller's own I/O functions: there qcow2_reload() does it); if the snapshot that
+ * qcow2_snapshot_load_tmp() shows is gone then, reading is -ENOENT until another is shown.
  */
 #define QCOW2_O_FORCE_SHARE 0x01000000
 
 /**
- * Take no image lock at all: keeping others out is then the caller's duty.
+ * Take no image lock at all: keeping others out is then the caller's duty. For file systems that
+ * refuse locks (where they have none at all, none are taken without this flag either).
  */
 #define QCOW2_O_NO_LOCK 0x02000000
 
 /**
- * Do not punch holes into the image file where clusters are freed.
+ * Do not punch holes into the image file where clusters are freed: they keep their bytes.
  */
 #define QCOW2_O_NO_DISCARD 0x04000000
 
@@ -132,14 +158,20 @@
  */
 #define QCOW2_O_NO_BACKING 0x20000000
 
+/* ---- What a run of bytes is made of -------------------------------------------------- */
+
 /**
- * Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA).
+ * Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA). Without it: a hole,
+ * which is what an NBD server reports as NBD_STATE_HOLE (and QCOW2_BLOCK_ZERO as
+ * NBD_STATE_ZERO).
  */
 #define QCOW2_BLOCK_DATA 0x01
 
 /**
  * Qcow2Extent.flags: it reads as zeros (QEMU's BDRV_BLOCK_ZERO). Together with
- * QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file.
+ * QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file. That is the one answer
+ * that rests on holes, discarded ranges among them, reading as zeros; the others come from the
+ * tables of the image.
  */
 #define QCOW2_BLOCK_ZERO 0x02
 
@@ -158,6 +190,19 @@
  * Qcow2Extent.flags: the bytes are stored compressed (QEMU's BDRV_BLOCK_COMPRESSED).
  */
 #define QCOW2_BLOCK_COMPRESSED 0x80
+
+/**
+ * Qcow2Change.from_flags: the older state of the disk ends before.
+ */
+#define QCOW2_BLOCK_BEYOND 0x100
+
+/**
+ * qcow2_snapshot_next_change(): read what may differ, and report what does, to a sector of 512
+ * bytes.
+ */
+#define QCOW2_CHANGE_COMPARE 0x1
+
+/* ---- What a verb did to the image ---------------------------------------------------- */
 
 /**
  * qcow2_last_outcome(): no changing verb was called yet.
@@ -179,6 +224,8 @@
  * verb. Close the handle, open the image again and list the snapshots to know which.
  */
 #define QCOW2_OUTCOME_UNKNOWN 3
+
+/* ---- Stages of a verb ---------------------------------------------------------------- */
 
 /**
  * Qcow2ProgressFunc: the verb looks; nothing has been written. Cancelling leaves every byte as
@@ -213,6 +260,30 @@
  */
 #define QCOW2_CHECK_TABLE_ONLY 4
 
+/* ---- What a verb changed ------------------------------------------------------------- */
+
+/**
+ * Qcow2ImageLayout.changed: the size of the disk.
+ */
+#define QCOW2_CHANGED_SIZE 0x1
+
+/**
+ * Qcow2ImageLayout.changed: the active L1 table, its place or its entries (bit 63 too).
+ */
+#define QCOW2_CHANGED_L1 0x2
+
+/**
+ * Qcow2ImageLayout.changed: the refcount table, its place or its entries.
+ */
+#define QCOW2_CHANGED_REFTABLE 0x4
+
+/**
+ * Qcow2ImageLayout.changed: the snapshot table.
+ */
+#define QCOW2_CHANGED_SNAPSHOTS 0x8
+
+/* ---- Types --------------------------------------------------------------------------- */
+
 /**
  * Why a call failed (QEMU's Error): an opaque object that belongs to the caller.
  * It does not refer to the handle and may outlive it. The errno is the call's return
@@ -230,7 +301,7 @@ typedef struct Qcow2Image Qcow2Image;
  * The caller's I/O functions, for qcow2_open_io(). The library copies the table; it calls
  * one function at a time, on the thread of the caller, with the `opaque` pointer given at
  * open. A function returns 0 (getlength: a length) or -errno; anything else counts as -EIO.
- * It must not throw, longjmp or call back into the handle (-EBUSY).
+ * It must not throw, longjmp, end its thread or call back into the handle (-EBUSY).
  */
 typedef struct Qcow2IoOps {
     /**
@@ -263,12 +334,14 @@ typedef struct Qcow2IoOps {
     int (*truncate)(void *opaque, uint64_t length);
     /**
      * Give back the space of `bytes` bytes at `offset`, which read as zeros from then on;
-     * the length stays. May be NULL: nothing is given back.
+     * the length stays. May be NULL: nothing is given back. A hint: freed clusters equal
+     * those that qemu-img leaves only if they read as zeros, and the meaning of the image
+     * does not depend on it.
      */
     int (*discard)(void *opaque, uint64_t offset, uint64_t bytes);
     /**
-     * The handle is closed: the last call, exactly once. Not called if qcow2_open_io()
-     * failed. May be NULL.
+     * The handle is closed: the last call, exactly once, after those of the files that open_file
+     * opened, the last of a chain first. Not called if qcow2_open_io() failed. May be NULL.
      */
     void (*close)(void *opaque);
     /**
@@ -290,6 +363,19 @@ typedef struct Qcow2IoOps {
                      const char *format,
                      const struct Qcow2IoOps **ops,
                      void **file_opaque);
+    /**
+     * Since 0.2. Called before each write, barrier and discard of the image, for tests and traces:
+     * `label` says what comes, and lives as long as the call: "header", "header: autoclear features",
+     * "L1 table", "temporary L1 table", "snapshot L1 table", "L2 table", "snapshot table",
+     * "refcount table", "refcount table entry", "refcount block", "free clusters" (bytes put back
+     * where a temporary table was); "barrier"; "discard". Later versions may have more. May be NULL.
+     */
+    void (*event)(void *opaque, const char *label);
+    /**
+     * Since 0.2. The length in bytes of what the image's backing file shows, or -errno: asked when
+     * a revert makes the disk larger, in the place of opening the backing file. May be NULL.
+     */
+    int64_t (*backing_length)(void *opaque);
 } Qcow2IoOps;
 
 /**
@@ -359,7 +445,8 @@ typedef struct Qcow2Extent {
     uint32_t depth;
     /**
      * The file that host_offset refers to: of that depth the image or backing file itself,
-     * or its external data file. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
+     * or its external data file. A relative name is relative to the folder that was the current
+     * one at open. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
      * not known (the caller's own I/O functions). Belongs to the handle, lives as long as it.
      */
     const char *filename;
@@ -368,6 +455,35 @@ typedef struct Qcow2Extent {
      */
     uint64_t reserved[3];
 } Qcow2Extent;
+
+/**
+ * A run of a disk's bytes that changed between two states, or may have changed, from
+ * qcow2_snapshot_next_change().
+ */
+typedef struct Qcow2Change {
+    /**
+     * First byte, from the start of the disk.
+     */
+    uint64_t start;
+    /**
+     * Bytes; 0: there is no (further) change in the range that was asked for.
+     */
+    uint64_t length;
+    /**
+     * What the older state has there: QCOW2_BLOCK values joined by "|", as the image itself
+     * maps it in the whole run: DATA, ZERO, COMPRESSED, ALLOCATED; 0 where nothing is allocated
+     * and the backing file shows through, or zeros; BEYOND past the end of that disk.
+     */
+    uint32_t from_flags;
+    /**
+     * What the newer state has there, never BEYOND.
+     */
+    uint32_t to_flags;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[4];
+} Qcow2Change;
 
 /**
  * The caller's function for qcow2_set_progress(): how far is the verb, and shall it go on?
@@ -439,9 +555,135 @@ typedef struct Qcow2CheckResult {
  */
 typedef void (*Qcow2CheckFunc)(void *opaque, const char *finding);
 
+/**
+ * One entry of the snapshot table in full, from qcow2_snapshot_layout().
+ */
+typedef struct Qcow2SnapshotLayout {
+    /**
+     * The ID in full length, text ending in NUL. As all pointers here it belongs to the handle
+     * and lives until the list changes: until the next changing verb, qcow2_read_snapshots(),
+     * qcow2_free_snapshots(), qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until the next
+     * call.
+     */
+    const char *id;
+    /**
+     * The name in full length, text ending in NUL.
+     */
+    const char *name;
+    /**
+     * Where the snapshot's L1 table is in the image file, in bytes.
+     */
+    uint64_t l1_table_offset;
+    /**
+     * Size of the disk when the snapshot was taken, in bytes.
+     */
+    uint64_t disk_size;
+    /**
+     * Size of the VM state in bytes; 0: none.
+     */
+    uint64_t vm_state_size;
+    /**
+     * Entries of the L1 table, of 8 bytes each.
+     */
+    uint32_t l1_size;
+    /**
+     * Bytes of extra data that the entry has in the image.
+     */
+    uint32_t extra_data_size;
+    /**
+     * Extra data behind the 24 bytes known today, `extra_data_size` - 24 bytes; or NULL.
+     */
+    const void *unknown_extra_data;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[4];
+} Qcow2SnapshotLayout;
+
+/**
+ * Where the tables of an image are, from qcow2_image_layout(). All offsets are bytes in the image
+ * file.
+ */
+typedef struct Qcow2ImageLayout {
+    /**
+     * Version of the format: 2 or 3.
+     */
+    uint32_t version;
+    /**
+     * A cluster has 1 << cluster_bits bytes.
+     */
+    uint32_t cluster_bits;
+    /**
+     * A refcount has 1 << refcount_order bits.
+     */
+    uint32_t refcount_order;
+    /**
+     * QCOW2_CHANGED values joined by "|": what the last changing verb on this handle has changed;
+     * 0 if there was none, or if it left the image unchanged. Refcounts and bit 63 of entries in
+     * L2 tables change with nearly every verb, and are not told here.
+     */
+    uint32_t changed;
+    /**
+     * The header's incompatible feature bits.
+     */
+    uint64_t incompatible_features;
+    /**
+     * The header's compatible feature bits.
+     */
+    uint64_t compatible_features;
+    /**
+     * The header's autoclear feature bits.
+     */
+    uint64_t autoclear_features;
+    /**
+     * Size of the active disk in bytes, as in the header.
+     */
+    uint64_t size;
+    /**
+     * Where the active L1 table is.
+     */
+    uint64_t l1_table_offset;
+    /**
+     * Where the refcount table is.
+     */
+    uint64_t refcount_table_offset;
+    /**
+     * Where the snapshot table is; 0 or anything if there are no snapshots.
+     */
+    uint64_t snapshots_offset;
+    /**
+     * Entries of the active L1 table.
+     */
+    uint32_t l1_size;
+    /**
+     * Clusters of the refcount table.
+     */
+    uint32_t refcount_table_clusters;
+    /**
+     * Entries of the snapshot table in the image.
+     */
+    uint32_t nb_snapshots;
+    /**
+     * Zero.
+     */
+    uint32_t reserved32;
+    /**
+     * The active L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
+     * lives until the next changing verb, qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until
+     * the next call.
+     */
+    const uint64_t *l1_table;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[4];
+} Qcow2ImageLayout;
+
 #ifdef __cplusplus
 extern "C" {
-#endif // __cplusplus
+#endif /* __cplusplus */
+
+/* ---- Version ------------------------------------------------------------------------- */
 
 /**
  * The version of the library that the program runs with, as "1.2.3". The one it was
@@ -451,6 +693,8 @@ extern "C" {
  */
 const char *qcow2_version(void);
 
+/* ---- Opening and closing ------------------------------------------------------------- */
+
 /**
  * Open the image at a path. The descriptor is close-on-exec. Opening writes nothing.
  *
@@ -458,6 +702,10 @@ const char *qcow2_version(void);
  * of an image that a guest, qemu-img or another handle has open is -EAGAIN, and so is a
  * read-only open while a guest runs (QCOW2_O_FORCE_SHARE is for that); while the handle is
  * open, qemu-img refuses the image in the same way.
+ *
+ * A process's classic record locks (fcntl() with F_SETLK) on the image go away whenever any
+ * descriptor of the file is closed: an open may drop them already, and qcow2_close() does. That
+ * is how the system defines them; F_OFD_SETLK locks stay.
  *
  * @param filename  a plain path, not one of QEMU's "protocol:" names; text ending in NUL
  * @param flags     QCOW2_O values joined by "|", or 0: read-only
@@ -493,7 +741,9 @@ int qcow2_open(const char *filename,
  * the library opens the same file again through /proc, so that its locks are its own. Where
  * that fails (no /proc, or no permission for the file any more) it duplicates the
  * descriptor, and then the image locks are shared with it: they keep other programs out as
- * before, but not a second handle made from the same descriptor.
+ * before, but not a second handle made from the same descriptor. A caller that holds QEMU's
+ * locks on the descriptor itself must give QCOW2_O_NO_LOCK, for closing the handle would
+ * release them there.
  *
  * @param fd     a descriptor of a regular file; with QCOW2_O_RDWR it must be writable
  * @param flags  QCOW2_O values joined by "|", or 0: read-only
@@ -545,6 +795,8 @@ int qcow2_open_io(const struct Qcow2IoOps *ops,
  */
 int qcow2_close(struct Qcow2Image *bs);
 
+/* ---- Snapshots: QEMU's functions ----------------------------------------------------- */
+
 /**
  * Load the snapshot table from the image, in place of the list in memory. Opening the
  * image has done this already; it is needed only to bring back what
@@ -582,7 +834,8 @@ void qcow2_free_snapshots(struct Qcow2Image *bs);
  *            qcow2_last_outcome():
  *            -EINVAL  bs is NULL, or a refcount of the image contradicts its use
  *            -EACCES  the handle is read-only
- *            -EFBIG   the table would exceed QEMU's limit of 64 MiB
+ *            -EFBIG   the table would exceed QEMU's limit of 64 MiB, the image file or its
+ *                     refcount table what QEMU allows, or the file the process's limit
  *            -ENOSPC  the disk is full; the image is unchanged
  *            -EIO     the image is damaged where the verb must go, or cannot be written,
  *                     or an earlier failure spent the handle
@@ -614,7 +867,9 @@ int qcow2_write_snapshots(struct Qcow2Image *bs);
  *                           contradicts its use (QEMU's errno for both)
  *                 -EEXIST   a snapshot has this ID
  *                 -EACCES   the handle is read-only
- *                 -EFBIG    65536 snapshots exist, or the table would exceed 64 MiB
+ *                 -EFBIG    65536 snapshots exist; the table would exceed 64 MiB, the image
+ *                           file or its refcount table what QEMU allows, or the file the
+ *                           process's limit
  *                 -ENOTSUP  the image has a feature that rules this out; the words name it
  *                 -ENOSPC   the disk is full; the image is unchanged
  *                 -EIO      the image is damaged where the verb must go, or cannot be read
@@ -641,10 +896,18 @@ int qcow2_snapshot_create(struct Qcow2Image *bs,
  *                     -EINVAL   bs is NULL; the snapshot's L1 table is not where one can be;
  *                               or a refcount would overflow its width or contradicts its
  *                               use
- *                     -ENOENT   no such snapshot, or snapshot_id is NULL
+ *                     -ENOENT   no such snapshot, or snapshot_id is NULL: "Can't find the
+ *                               snapshot"
  *                     -EACCES   the handle is read-only
+ *                     -ENOENT, -EACCES, -EAGAIN and the errnos of qcow2_pread() for files
+ *                               behind the image: the snapshot's disk is larger than the
+ *                               active one, and the backing file that tells how much of it is
+ *                               covered is missing, not readable or in use. The words begin
+ *                               "Could not learn the length of the backing file"
  *                     -EBUSY    the image has active dirty bitmaps
- *                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit
+ *                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit; or the image
+ *                               file or its refcount table would exceed what QEMU allows, or
+ *                               the file the process's limit
  *                     -ENOTSUP  another disk size, and the image is of version 2, the
  *                               handle is one of QCOW2_SNAPSHOT_COMPAT_2_1, or the words
  *                               name another reason
@@ -675,7 +938,9 @@ int qcow2_snapshot_goto(struct Qcow2Image *bs,
  *                               or a refcount contradicts its use
  *                     -ENOENT   no such snapshot, or neither ID nor name given
  *                     -EACCES   the handle is read-only
- *                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit
+ *                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit; or the image
+ *                               file or its refcount table would exceed what QEMU allows, or
+ *                               the file the process's limit
  *                     -ENOTSUP  the image has a feature that rules this out; the words
  *                               name it
  *                     -ENOSPC   the disk is full; the image is unchanged
@@ -745,6 +1010,8 @@ int qcow2_snapshot_load_tmp(struct Qcow2Image *bs,
                             const char *name,
                             struct Qcow2Error **errp);
 
+/* ---- Reading disks and VM state ------------------------------------------------------ */
+
 /**
  * The size of the disk that the handle sees, as a guest would: of the image, after
  * qcow2_snapshot_load_tmp() of that snapshot. Not the length of the image file.
@@ -777,6 +1044,7 @@ int64_t qcow2_getlength(const struct Qcow2Image *bs);
  *                          behind the image; the words say which
  *                -EINVAL   likewise, if the backing chain is a loop
  *                -ENOENT, -EACCES and the like if a backing file cannot be opened
+ *                -ENOENT   the snapshot that is shown was deleted (QCOW2_O_FORCE_SHARE)
  *                -EBUSY, and what the I/O functions return
  *
  * QEMU: bdrv_pread()
@@ -853,6 +1121,70 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
                        struct Qcow2Error **errp);
 
 /**
+ * Find the next run of bytes in which the disk in the state `to` differs, or may differ, from
+ * the disk in the state `from`. To see all changes:
+ *
+ *   for (at = 0; ; at = c.start + c.length)
+ *       if (qcow2_snapshot_next_change(bs, from, to, at, INT64_MAX, 0, &c, NULL) < 0
+ *           || c.length == 0) break; else ...
+ *
+ * What is in no run is equal for certain. Without QCOW2_CHANGE_COMPARE only tables are read: a
+ * run is made of clusters (subclusters, with extended L2 entries) that the two states map
+ * differently; the data in them may still be the same. Where both states have the same L2
+ * table nothing is read, so that the cost follows the difference and not the disk. With
+ * QCOW2_CHANGE_COMPARE the data of these clusters is read and compared, and runs are exact,
+ * in sectors of 512 bytes.
+ *
+ * Bytes past the end of `from` are changed (QCOW2_BLOCK_BEYOND in from_flags); what lies past
+ * the end of `to` is never reported, nor is VM state. Zeros on both sides are equal: zero
+ * clusters and, in an image without a backing file, what is not allocated. The flags hold for
+ * a whole run: where they change a new one begins.
+ *
+ * Any state can be asked for, whatever qcow2_snapshot_load_tmp() shows, and that stays as it
+ * is. The handle keeps up to 4 MiB of tables of the two states, and their L1 tables, so that a
+ * loop in order reads each once. A changing verb, qcow2_read_snapshots() and a call with other
+ * states drop them; until then, with QCOW2_O_FORCE_SHARE, they may be older than what a running
+ * guest has written.
+ *
+ * @param bs      the handle, read-only or not
+ * @param from    the older state: the ID of a snapshot or, if none has this ID, its name (of
+ *                several the first); NULL for the active disk
+ * @param to      the newer state, likewise. It need not be newer: the other way round the
+ *                call tells what going back would change.
+ * @param offset  where to begin, in bytes from the start of the disk; any alignment. At the
+ *                end of `to` and past it there is no change.
+ * @param bytes   look at no more than this many; INT64_MAX for as far as it goes. With
+ *                QCOW2_CHANGE_COMPARE a call reads until it finds a sector that differs: a
+ *                smaller number bounds how long it takes.
+ * @param flags   0 or QCOW2_CHANGE_COMPARE, which opens backing files where their data shows
+ *                through in one of the two states only
+ * @param change  where to put the answer: with a length of 0 (and start = offset) if there is
+ *                no change in the range; cleared if the call fails
+ * @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+ *                failure, then owned by the caller (qcow2_error_free())
+ * @return        0, also if there is no change, or -errno:
+ *                -EINVAL   bs or change is NULL; offset or bytes is negative; unknown flags;
+ *                          or a snapshot's L1 table is not where one can be
+ *                -ENOENT   no such snapshot; the message names it
+ *                -EFBIG    a snapshot's L1 table exceeds QEMU's limit
+ *                -ENOTSUP  QCOW2_CHANGE_COMPARE on an encrypted image, or with a backing
+ *                          file that cannot or must not be opened; an external data file
+ *                -EIO      the image is damaged there or cannot be read; or an earlier
+ *                          failure spent the handle
+ *                -ENOMEM, -EBUSY, and what the I/O functions and opening a backing file return
+ */
+int qcow2_snapshot_next_change(struct Qcow2Image *bs,
+                               const char *from,
+                               const char *to,
+                               int64_t offset,
+                               int64_t bytes,
+                               int flags,
+                               struct Qcow2Change *change,
+                               struct Qcow2Error **errp);
+
+/* ---- Progress ------------------------------------------------------------------------ */
+
+/**
  * Have a function called while create, goto, delete or qcow2_write_snapshots() is at work
  * on this handle: to show how far it is, and to cancel it (a user has pressed Ctrl-C, say).
  *
@@ -872,8 +1204,8 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
  * the handle refuses further changes (-EIO) until the image is opened again. In
  * QCOW2_PROGRESS_RECLAIM the answer is ignored: the verb has been done.
  *
- * The function is called on the thread that called the verb. It must not throw, longjmp or
- * call back into the handle (-EBUSY).
+ * The function is called on the thread that called the verb. It must not throw, longjmp, end
+ * its thread or call back into the handle (-EBUSY).
  *
  * @param bs      the handle
  * @param func    the function, in place of any before; NULL: none
@@ -938,8 +1270,65 @@ int qcow2_check(struct Qcow2Image *bs,
                 void *opaque,
                 struct Qcow2Error **errp);
 
+/* ---- Embedding: where the tables are ------------------------------------------------- */
+
 /**
- * The message of an error object: one line of English, UTF-8, without a newline.
+ * One snapshot in full: what QEMUSnapshotInfo has no room for.
+ *
+ * @param bs      the handle
+ * @param index   which, as in qcow2_snapshot_list(), from 0
+ * @param layout  where to put the answer; cleared if the call fails
+ * @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+ *                failure, then owned by the caller (qcow2_error_free())
+ * @return        0, or -errno:
+ *                -EINVAL   bs or layout is NULL
+ *                -ENOENT   there is no such index
+ *                -ENOTSUP  the image has a feature that rules this out; the words name it
+ *                -EIO      an earlier failure spent the handle
+ *                -ENOMEM, -EBUSY
+ */
+int qcow2_snapshot_layout(const struct Qcow2Image *bs,
+                          size_t index,
+                          struct Qcow2SnapshotLayout *layout,
+                          struct Qcow2Error **errp);
+
+/**
+ * Where the tables of the image are as they are now, and what the last verb has changed: for a
+ * program that keeps a cache of them beside this handle.
+ *
+ * Such a program writes back and empties its caches before it calls a changing verb, and asks here
+ * afterwards. What it has changed itself it tells by qcow2_reload() before the next call.
+ *
+ * @param bs      the handle
+ * @param layout  where to put the answer; cleared if the call fails
+ * @return        0, or -errno with the words in qcow2_last_error():
+ *                -EINVAL   bs or layout is NULL
+ *                -EIO      an earlier failure left the state of the image unknown
+ *                -EBUSY
+ */
+int qcow2_image_layout(const struct Qcow2Image *bs,
+                       struct Qcow2ImageLayout *layout);
+
+/**
+ * Read the image's header, tables and list of snapshots again, as opening it does: its owner has
+ * changed it by other means than this handle. Nothing is written. A snapshot that
+ * qcow2_snapshot_load_tmp() shows is not shown any more.
+ *
+ * @param bs    the handle
+ * @param errp  NULL, or where to put the error: must hold NULL on entry, set only on
+ *              failure, then owned by the caller (qcow2_error_free())
+ * @return      0, or -errno as qcow2_open() for what concerns the image, and then the handle is
+ *              spent: close it and open the image again;
+ *              -EINVAL if bs is NULL, -EIO if an earlier failure spent the handle, -EBUSY
+ */
+int qcow2_reload(struct Qcow2Image *bs,
+                 struct Qcow2Error **errp);
+
+/* ---- Errors and outcomes ------------------------------------------------------------- */
+
+/**
+ * The message of an error object: one line of English in UTF-8, whatever the locale, with
+ * whatever a terminal might obey in names of the image shown escaped.
  *
  * @param err  an error object from this library (never one of QEMU's), or NULL
  * @return     a string that belongs to `err` and lives as long as it does. For NULL a
@@ -965,8 +1354,8 @@ void qcow2_error_free(struct Qcow2Error *err);
  * After a call that succeeded: NULL, or a remark if there is something to know about how
  * it was done (for example that reverting could not be made atomic for want of space).
  *
- * Inside one of the caller's own I/O functions, while a call on the handle is running, the
- * answer is a static text that says so.
+ * While a call on the handle is running, on another thread or around one of the caller's own I/O
+ * functions, the answer is a static text that says so.
  *
  * @param bs  the handle, or NULL
  * @return    a string that belongs to the handle, valid until the next call on it (asking
@@ -992,8 +1381,8 @@ const char *qcow2_last_error(const struct Qcow2Image *bs);
 int qcow2_last_outcome(const struct Qcow2Image *bs);
 
 #ifdef __cplusplus
-}  // extern "C"
-#endif  // __cplusplus
+} /* extern "C" */
+#endif /* __cplusplus */
 
 #ifndef QCOW2_SNAPSHOT_NO_QEMU_NAMES
 /* QEMU's names, so that code written for QEMU's functions compiles unchanged. */
@@ -1005,20 +1394,20 @@ typedef Qcow2SnapshotInfo QEMUSnapshotInfo;
 #ifdef QCOW2_SNAPSHOT_COMPAT_2_1
 /*
  * The opens of a program that uses the struct of 2014. Functions rather than macros with
- * arguments, so that a pointer to qcow2_open is right as well.
+ * arguments, so that a pointer to qcow2_open is right as well. C89 has no "inline".
  */
-static inline int qcow2_open_compat_2_1(const char *filename, int flags, Qcow2Image **pbs,
-                                        Qcow2Error **errp)
+static __inline__ int qcow2_open_compat_2_1(const char *filename, int flags, Qcow2Image **pbs,
+                                            Qcow2Error **errp)
 {
     return qcow2_open(filename, flags | QCOW2_O_COMPAT_2_1, pbs, errp);
 }
-static inline int qcow2_open_fd_compat_2_1(int fd, int flags, Qcow2Image **pbs,
-                                           Qcow2Error **errp)
+static __inline__ int qcow2_open_fd_compat_2_1(int fd, int flags, Qcow2Image **pbs,
+                                               Qcow2Error **errp)
 {
     return qcow2_open_fd(fd, flags | QCOW2_O_COMPAT_2_1, pbs, errp);
 }
-static inline int qcow2_open_io_compat_2_1(const Qcow2IoOps *ops, void *opaque, int flags,
-                                           Qcow2Image **pbs, Qcow2Error **errp)
+static __inline__ int qcow2_open_io_compat_2_1(const Qcow2IoOps *ops, void *opaque, int flags,
+                                               Qcow2Image **pbs, Qcow2Error **errp)
 {
     return qcow2_open_io(ops, opaque, flags | QCOW2_O_COMPAT_2_1, pbs, errp);
 }

@@ -1,6 +1,9 @@
 //! What can go wrong, and the one table that maps it to an errno.
 
+use std::fmt::{self, Write};
 use std::io;
+
+use crate::words::{os_words, OneLine};
 
 /// The result of every fallible function of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -12,7 +15,6 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A request to the storage failed.
-    #[error("{op} at offset {offset:#x}: {}", strerror(.source))]
     Io {
         /// What was being done, in the words of the format.
         op: &'static str,
@@ -22,46 +24,32 @@ pub enum Error {
         source: io::Error,
     },
     /// The image is damaged: a structure contradicts the format (-EIO).
-    #[error("{0}")]
     Corrupt(String),
     /// An argument or a field of the image is not acceptable (-EINVAL).
-    #[error("{0}")]
     Invalid(String),
     /// A table exceeds QEMU's limit for it (-EFBIG).
-    #[error("{0}")]
     TooBig(String),
     /// No such snapshot or file (-ENOENT).
-    #[error("{0}")]
     NotFound(String),
     /// A snapshot with this ID exists already (-EEXIST).
-    #[error("{0}")]
     Exists(String),
     /// A feature that cannot be served (-ENOTSUP).
-    #[error("{0}")]
     Unsupported(String),
     /// The handle or the image does not allow changes (-EACCES).
-    #[error("{0}")]
     Access(String),
     /// The handle is there to check the image, and the image is not good yet (-EPERM).
-    #[error("{0}")]
     NotPermitted(String),
     /// The image is in use by somebody else (-EAGAIN).
-    #[error("{0}")]
     InUse(String),
     /// The handle is busy, or dirty bitmaps are active (-EBUSY).
-    #[error("{0}")]
     Busy(String),
     /// The caller's progress hook stopped a verb (-ECANCELED).
-    #[error("{0}")]
     Cancelled(String),
     /// Memory for a table could not be had (-ENOMEM).
-    #[error("cannot allocate {0} bytes of memory")]
     NoMemory(u64),
     /// An earlier failure left the handle unable to change the image (-EIO).
-    #[error("{0}")]
     Spent(String),
     /// A system call on the image file failed before anything was read.
-    #[error("{context}: {}", strerror(.source))]
     Os {
         /// What was being done.
         context: String,
@@ -70,12 +58,29 @@ pub enum Error {
     },
 }
 
-/// The system's words for an errno, without Rust's "(os error N)".
-fn strerror(e: &io::Error) -> String {
-    let text = e.to_string();
-    match text.rfind(" (os error ") {
-        Some(at) => text.get(..at).unwrap_or_default().to_owned(),
-        None => text,
+/// One line of English: whatever stands in an image is escaped, here and nowhere else.
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut line = OneLine(f);
+        match self {
+            Error::Io { op, offset, source } => {
+                write!(line, "{op} at offset {offset:#x}: {}", os_words(source))
+            }
+            Error::Os { context, source } => write!(line, "{context}: {}", os_words(source)),
+            Error::NoMemory(bytes) => write!(line, "cannot allocate {bytes} bytes of memory"),
+            Error::Corrupt(text)
+            | Error::Invalid(text)
+            | Error::TooBig(text)
+            | Error::NotFound(text)
+            | Error::Exists(text)
+            | Error::Unsupported(text)
+            | Error::Access(text)
+            | Error::NotPermitted(text)
+            | Error::InUse(text)
+            | Error::Busy(text)
+            | Error::Cancelled(text)
+            | Error::Spent(text) => line.write_str(text),
+        }
     }
 }
 

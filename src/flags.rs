@@ -64,6 +64,11 @@ impl OpenFlags {
         OpenFlags(self.0 & (Self::NO_LOCK.0 | Self::FORCE_SHARE.0))
     }
 
+    /// These flags but for `other`.
+    pub(crate) const fn without(self, other: OpenFlags) -> OpenFlags {
+        OpenFlags(self.0 & !other.0)
+    }
+
     /// Are all bits of `other` set?
     pub const fn has(self, other: OpenFlags) -> bool {
         self.0 & other.0 == other.0

@@ -64,13 +64,17 @@ pub mod format;
 pub mod image;
 pub mod io;
 mod maintain;
+pub mod read;
 pub mod snapshot;
+mod words;
 
 #[doc(hidden)]
 pub mod capi;
 
 pub use error::{Error, Result};
 pub use flags::OpenFlags;
-pub use image::{BlockStatus, Image, Outcome, ProgressHook, Stage};
+pub use image::{BlockStatus, Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
 pub use maintain::{CheckResult, Fix};
+pub use read::{Change, Changes, Mapping};
 pub use snapshot::{NewSnapshot, Snapshot};
+pub use words::{os_words, printable, strerror};

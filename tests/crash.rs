@@ -173,6 +173,7 @@ impl Run {
 }
 
 /// The two states between which a verb switches.
+#[derive(Clone)]
 struct Sides {
     old: State,
     new: State,
@@ -215,6 +216,11 @@ impl Sides {
 fn memory(image: &[u8], flags: OpenFlags) -> Result<Image, String> {
     Image::open_storage(Box::new(MemoryStorage::new(image.to_vec())), flags)
         .map_err(|e| format!("open: {e}"))
+}
+
+/// An image on the recorder. Its backing file, if it names one, is longer than its disk.
+fn recorder(image: &[u8]) -> TraceStorage {
+    TraceStorage::new(image.to_vec()).with_named(16 << 20)
 }
 
 /// The library's list says what the judge read.
@@ -277,7 +283,7 @@ struct Clean {
 
 /// Run a verb on a disk that works. `None` when it refuses, without a byte written.
 fn clean_run(run: &Run, chain: &str, before: &[u8], old: &Verdict, verb: &Verb) -> Option<Clean> {
-    let storage = TraceStorage::new(before.to_vec());
+    let storage = recorder(before);
     let trace = storage.trace();
     let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
     if !trace.events().is_empty() {
@@ -542,4 +548,5 @@ fn power_cuts_lose_nothing_in_random_images() {
 
 include!("crash/faults.rs");
 include!("crash/cancel.rs");
+include!("crash/full.rs");
 include!("crash/teeth.rs");

@@ -56,13 +56,17 @@ const MACROS: [&[&str]; 4] = [
 ];
 
 #[test]
-fn the_header_compiles_as_c99_under_every_macro() {
-    compiles(false, &["-std=c99"]);
+fn the_header_compiles_as_every_c_under_every_macro() {
+    for language in ["c89", "gnu89", "c99", "gnu99", "c11", "c17"] {
+        compiles(false, &[&format!("-std={language}")]);
+    }
 }
 
 #[test]
-fn the_header_compiles_as_cpp_under_every_macro() {
-    compiles(true, &["-xc++"]);
+fn the_header_compiles_as_every_cpp_under_every_macro() {
+    for language in ["c++98", "gnu++98", "c++11", "c++17"] {
+        compiles(true, &["-xc++", &format!("-std={language}")]);
+    }
 }
 
 /// Included twice, alone and first, and its names used.

@@ -40,11 +40,12 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new() -> Scratch {
-        let base = ["/dev/shm", "/tmp"]
-            .into_iter()
-            .find(|d| Path::new(d).is_dir());
         let name = format!("hostile-{}", std::process::id());
-        let dir = Path::new(base.unwrap_or(".")).join(name);
+        let dir = Path::new("/dev/shm").join(&name);
+        if std::fs::create_dir_all(&dir).is_ok() {
+            return Scratch(dir);
+        }
+        let dir = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
         Scratch(dir)
     }

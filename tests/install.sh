@@ -81,6 +81,14 @@ same_private_libraries() {
         <(tr ' ' '\n' <<< "$ours" | grep -vxE -e '-lqcow2_snapshot|' | sort)
 }
 claim version-for-pkg-config pkg-config --exact-version="$version" qcow2_snapshot
+# A package that is moved, or looked at from outside (--define-prefix, --define-variable), has one place to change.
+movable() {
+    local flags
+    [ "$(pkg-config --variable=prefix qcow2_snapshot)" = "$prefix" ] || return 1
+    flags=$(pkg-config --define-variable=prefix=/elsewhere --cflags --libs qcow2_snapshot)
+    [ "$(echo $flags)" = '-I/elsewhere/include -L/elsewhere/lib -lqcow2_snapshot' ]
+}
+claim one-prefix-in-the-pkg-config-file movable
 claim private-libraries-are-those-of-rustc same_private_libraries
 
 # Three ways to link: shared; our archive in a program that is dynamic otherwise; wholly static.

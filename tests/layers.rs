@@ -38,18 +38,48 @@ fn never_names(layer: &str, forbidden: &[&str]) {
 
 #[test]
 fn io_knows_no_qcow2() {
-    never_names("io", &["format", "image", "snapshot", "capi"]);
+    never_names("io", &["format", "image", "read", "snapshot", "capi"]);
 }
 
 #[test]
 fn format_does_no_io() {
-    never_names("format", &["io", "image", "capi"]);
+    never_names("format", &["io", "image", "read", "capi"]);
 }
 
 #[test]
 fn image_and_verbs_do_not_know_the_c_surface() {
     never_names("image", &["capi"]);
+    never_names("read", &["capi", "snapshot"]);
     never_names("snapshot", &["capi", "io"]);
+}
+
+/// What it guards against: `io::lock::open`.
+#[test]
+fn files_are_opened_in_one_place_only() {
+    let mut files = Vec::new();
+    sources(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
+        &mut files,
+    );
+    let mut places = 0;
+    for (name, text) in files {
+        let code = text.split("#[cfg(test)]").next().unwrap();
+        let opens = |l: &&str| {
+            let words = [
+                "File::open(",
+                "File::create",
+                "options.open(",
+                ".open(path",
+                ".open(&",
+            ];
+            words.iter().any(|w| l.contains(w)) || l.trim_start().starts_with(".open(")
+        };
+        let lines: Vec<_> = code.lines().filter(opens).collect();
+        let allowed = usize::from(name.ends_with("/io/lock.rs"));
+        assert_eq!(lines.len(), allowed, "{name}: {lines:?}");
+        places += lines.len();
+    }
+    assert_eq!(places, 1, "this test finds what it looks for");
 }
 
 #[test]

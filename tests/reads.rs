@@ -16,6 +16,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[path = "reads/changes.rs"]
+mod changes;
 #[path = "reads/compare.rs"]
 mod compare;
 #[allow(dead_code)]
@@ -272,6 +274,12 @@ fn the_reference_images_read_as_in_qemu() {
             });
             assert!(read.is_err(), "{name}: read, though qemu-img refuses");
             refused.push(name);
+            continue;
+        }
+        if name == "damaged-table-past-end" {
+            // QEMU reads the table as zeros.
+            let image = Image::open(&dir.path().join(generate::QEMU), OpenFlags::read_only());
+            assert_eq!(image.err().map(|e| e.errno()), Some(libc::EIO), "{name}");
             continue;
         }
         cases += 1;

@@ -13,7 +13,7 @@ pub use verbs::verbs;
 
 use disk::Disk;
 use oracle::Raw;
-use qcow2_snapshot::{Image, OpenFlags};
+use qcow2_snapshot::{Image, Mapping, OpenFlags};
 
 /// Bytes of an input in front of the image.
 pub const PROGRAM: usize = 16;
@@ -148,8 +148,73 @@ pub fn reads(data: &[u8]) {
             read_some(&mut image, program, &mut buf);
         }
     }
+    changes(&mut image, program);
     let _ = image.close();
     assert_eq!(seen.borrow().requests, 0, "reading has written");
+}
+
+/// What changed between the disk and its first snapshots: runs are in order and in the part that was
+/// asked for, exact ones are within those by tables, and what is in none reads the same.
+fn changes(image: &mut Image, program: &[u8]) {
+    let list = image.snapshot_list().unwrap_or_default();
+    // Which one an ID means is not looked at here.
+    let small = list
+        .iter()
+        .all(|s| u64::from(s.l1_size) * 8 <= cap(program));
+    let ids = list.iter().take(if small { 2 } else { 0 });
+    let states: Vec<_> = [None]
+        .into_iter()
+        .chain(ids.map(|s| Some(s.id.clone())))
+        .collect();
+    let start = u64::from(program[3]) << (program[9] % 32);
+    let bytes = [u64::MAX, 70_000, 1 << 20][usize::from(program[10] % 3)];
+    let end = start.saturating_add(bytes);
+    for from in &states {
+        for to in &states {
+            let (from, to) = (from.as_deref(), to.as_deref());
+            let shown = image.length();
+            let mut ask = |at: u64, compare| {
+                // Comparing data takes as long as reading it, which an image makes as much of as it likes.
+                let end = if compare {
+                    end.min(at.saturating_add(4 << 20))
+                } else {
+                    end
+                };
+                let found = image.snapshot_next_change(from, to, at, end - at, compare);
+                if let Ok(Some(c)) = &found {
+                    assert!(at <= c.start && c.length > 0 && c.start + c.length <= end);
+                    assert!(from != to, "a state differs from itself");
+                    assert!(c.to != Mapping::Beyond);
+                }
+                found
+            };
+            let (mut by_tables, mut at, mut whole) = (Vec::new(), start, false);
+            for _ in 0..64 {
+                match ask(at, false) {
+                    Ok(Some(c)) => {
+                        at = c.start + c.length;
+                        by_tables.push(c);
+                    }
+                    Ok(None) => whole = true,
+                    Err(_) => {}
+                }
+                if whole || at >= end {
+                    break;
+                }
+            }
+            // From the start again, where the tables in memory are not these.
+            if let Some(first) = by_tables.first() {
+                assert!(ask(start, false).is_ok_and(|c| c == Some(*first)));
+            }
+            if let Ok(Some(exact)) = ask(start, true) {
+                let inside = by_tables.iter().any(|c| {
+                    c.start <= exact.start && exact.start + exact.length <= c.start + c.length
+                });
+                assert!(inside || !whole, "a sector differs, but no table");
+            }
+            assert_eq!(image.length(), shown, "another disk is shown");
+        }
+    }
 }
 
 /// A few reads: start, end, places that the program chooses, and twice the same.

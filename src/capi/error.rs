@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_int, CString};
 
-use super::guard::{null_handle_text, Qcow2Image};
+use super::guard::{null_handle_text, Qcow2Image, Uncancellable};
 
 /// Why a call failed (QEMU's Error): an opaque object that belongs to the caller.
 /// It does not refer to the handle and may outlive it. The errno is the call's return
@@ -24,7 +24,8 @@ pub(super) unsafe fn set_error(errp: *mut *mut Qcow2Error, text: CString) {
     unsafe { errp.write(error) };
 }
 
-/// The message of an error object: one line of English, UTF-8, without a newline.
+/// The message of an error object: one line of English in UTF-8, whatever the locale, with
+/// whatever a terminal might obey in names of the image shown escaped.
 ///
 /// @param err  an error object from this library (never one of QEMU's), or NULL
 /// @return     a string that belongs to `err` and lives as long as it does. For NULL a
@@ -47,6 +48,7 @@ pub unsafe extern "C" fn qcow2_error_get_pretty(err: *const Qcow2Error) -> *cons
 /// QEMU: error_free()
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_error_free(err: *mut Qcow2Error) {
+    let _uncancellable = Uncancellable::new();
     if !err.is_null() {
         // SAFETY: it came from `Box::into_raw` in `set_error`, and the header demands that it
         // is freed once.
@@ -60,8 +62,8 @@ pub unsafe extern "C" fn qcow2_error_free(err: *mut Qcow2Error) {
 /// After a call that succeeded: NULL, or a remark if there is something to know about how
 /// it was done (for example that reverting could not be made atomic for want of space).
 ///
-/// Inside one of the caller's own I/O functions, while a call on the handle is running, the
-/// answer is a static text that says so.
+/// While a call on the handle is running, on another thread or around one of the caller's own I/O
+/// functions, the answer is a static text that says so.
 ///
 /// @param bs  the handle, or NULL
 /// @return    a string that belongs to the handle, valid until the next call on it (asking

@@ -3,6 +3,7 @@
 //! ```text
 //!   C ──> qcow2_*() ──> guard ──> body ──> crate::Image
 //!                         │
+//!                         ├ pthread_cancel()       waits until the call returns
 //!                         ├ NULL handle            -EINVAL
 //!                         ├ handle busy            -EBUSY
 //!                         ├ Err(e)                 -e.errno(), *errp, last_error
@@ -20,6 +21,7 @@ use super::error::{set_error, Qcow2Error};
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::image::{Image, Outcome};
+use crate::words::printable;
 
 // The name and the documentation of the type are the C header's; its members are nobody's.
 /// One open image (QEMU's BlockDriverState): an opaque handle from one of the
@@ -63,8 +65,7 @@ impl Entered<'_> {
 }
 
 const NULL_HANDLE: &CStr = c"The image handle is NULL";
-const BUSY: &CStr =
-    c"The image handle is busy: I/O and progress functions must not call back into it";
+const BUSY: &CStr = c"The image handle is busy: another thread is using it, or an I/O or progress function has called back into it";
 
 impl Qcow2Image {
     pub(super) fn new(image: Image) -> Qcow2Image {
@@ -95,6 +96,7 @@ impl Qcow2Image {
     pub(super) fn last_error(&self) -> *const c_char {
         // Entered and left again, so that a caller's I/O function that asks in the middle of
         // a call does not read a text that the call is about to replace.
+        let _uncancellable = Uncancellable::new();
         if !self.enter() {
             return BUSY.as_ptr();
         }
@@ -126,6 +128,34 @@ fn run<R>(body: impl FnOnce() -> Result<R>) -> Ran<R> {
     }
 }
 
+extern "C" {
+    // Not in the libc crate for Linux.
+    fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
+}
+// The value of glibc and of musl.
+const PTHREAD_CANCEL_DISABLE: c_int = 1;
+
+/// While this lives `pthread_cancel()` of the calling thread waits. Unwinding from a cancellation
+/// point would go through Rust's frames, which abort the process, and end a verb half-way.
+pub(super) struct Uncancellable(c_int);
+
+impl Uncancellable {
+    pub(super) fn new() -> Uncancellable {
+        let mut old = 0;
+        // SAFETY: the state of the calling thread and a place for the old one.
+        unsafe { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &mut old) };
+        Uncancellable(old)
+    }
+}
+
+impl Drop for Uncancellable {
+    fn drop(&mut self) {
+        let mut disabled = 0;
+        // SAFETY: as above. It does not cancel by itself: that is for the next cancellation point.
+        unsafe { pthread_setcancelstate(self.0, &mut disabled) };
+    }
+}
+
 enum Ran<R> {
     Value(R),
     Failed { errno: c_int, text: CString },
@@ -140,6 +170,7 @@ pub(super) unsafe fn guard(
     errp: *mut *mut Qcow2Error,
     body: impl FnOnce() -> Result<c_int>,
 ) -> c_int {
+    let _uncancellable = Uncancellable::new();
     let (errno, text) = match run(body) {
         Ran::Value(value) => return value,
         Ran::Failed { errno, text } => (errno, text),
@@ -161,6 +192,7 @@ pub(super) unsafe fn guard_image<R: From<c_int>>(
     kind: Kind,
     body: impl FnOnce(&mut Entered) -> Result<R>,
 ) -> R {
+    let _uncancellable = Uncancellable::new();
     // SAFETY: null or alive, by our caller's promise; only shared references are ever made.
     let Some(handle) = (unsafe { bs.as_ref() }) else {
         // SAFETY: passed on from our caller.
@@ -232,6 +264,7 @@ pub(super) unsafe fn guard_image<R: From<c_int>>(
 /// # Safety
 /// As [`guard_image`]; and unless -EBUSY is returned, `bs` is gone.
 pub(super) unsafe fn guard_close(bs: *mut Qcow2Image) -> c_int {
+    let _uncancellable = Uncancellable::new();
     // SAFETY: null or alive, by our caller's promise.
     let Some(handle) = (unsafe { bs.as_ref() }) else {
         return 0;
@@ -255,13 +288,9 @@ pub(super) unsafe fn guard_close(bs: *mut Qcow2Image) -> c_int {
     }
 }
 
-/// A message as C text. Snapshot names may hold a NUL; what follows it must not be lost.
+/// A message as C text: one line, as an error already is; the words of a panic may be more.
 pub(super) fn to_c_text(message: &str) -> CString {
-    let bytes: Vec<u8> = message
-        .bytes()
-        .map(|b| if b == 0 { b' ' } else { b })
-        .collect();
-    CString::new(bytes).unwrap_or_default()
+    CString::new(printable(message.as_bytes())).unwrap_or_default()
 }
 
 fn panic_text(payload: Box<dyn Any + Send>) -> CString {
@@ -374,8 +403,8 @@ mod tests {
     }
 
     #[test]
-    fn a_nul_inside_a_message_does_not_cut_it() {
-        assert_eq!(to_c_text("a\0b").to_bytes(), b"a b");
+    fn a_message_is_one_line_and_a_nul_does_not_cut_it() {
+        assert_eq!(to_c_text("a\0b\nc").to_bytes(), br"a\x00b\nc");
     }
 
     #[test]

@@ -21,17 +21,21 @@
 // The contract with the caller is in the C documentation of each function.
 #![allow(clippy::missing_safety_doc)]
 
+mod changes;
 mod check;
 mod error;
 mod guard;
+mod layout;
 mod open;
 mod progress;
 mod types;
 mod verbs;
 
+pub use changes::*;
 pub use check::*;
 pub use error::*;
 pub use guard::Qcow2Image;
+pub use layout::*;
 pub use open::*;
 pub use progress::*;
 pub use types::*;

@@ -22,6 +22,10 @@ use crate::io::callbacks::{failure as callback_error, CallbackStorage, Callbacks
 /// read-only open while a guest runs (QCOW2_O_FORCE_SHARE is for that); while the handle is
 /// open, qemu-img refuses the image in the same way.
 ///
+/// A process's classic record locks (fcntl() with F_SETLK) on the image go away whenever any
+/// descriptor of the file is closed: an open may drop them already, and qcow2_close() does. That
+/// is how the system defines them; F_OFD_SETLK locks stay.
+///
 /// @param filename  a plain path, not one of QEMU's "protocol:" names; text ending in NUL
 /// @param flags     QCOW2_O values joined by "|", or 0: read-only
 /// @param pbs       where to put the handle, which then belongs to the caller
@@ -71,7 +75,9 @@ pub unsafe extern "C" fn qcow2_open(
 /// the library opens the same file again through /proc, so that its locks are its own. Where
 /// that fails (no /proc, or no permission for the file any more) it duplicates the
 /// descriptor, and then the image locks are shared with it: they keep other programs out as
-/// before, but not a second handle made from the same descriptor.
+/// before, but not a second handle made from the same descriptor. A caller that holds QEMU's
+/// locks on the descriptor itself must give QCOW2_O_NO_LOCK, for closing the handle would
+/// release them there.
 ///
 /// @param fd     a descriptor of a regular file; with QCOW2_O_RDWR it must be writable
 /// @param flags  QCOW2_O values joined by "|", or 0: read-only
@@ -218,6 +224,8 @@ struct CallerFunctions {
     discard: Option<unsafe extern "C" fn(*mut c_void, u64, u64) -> c_int>,
     close: Option<unsafe extern "C" fn(*mut c_void)>,
     open_file: Option<OpenFile>,
+    event: Option<unsafe extern "C" fn(*mut c_void, *const c_char)>,
+    backing_length: Option<unsafe extern "C" fn(*mut c_void) -> i64>,
 }
 
 type OpenFile = unsafe extern "C" fn(
@@ -240,6 +248,8 @@ impl CallerFunctions {
             discard: table.discard,
             close: table.close,
             open_file: table.open_file,
+            event: table.event,
+            backing_length: table.backing_length,
         })
     }
 }
@@ -310,6 +320,22 @@ impl Callbacks for CallerFunctions {
             Ok(functions) => Ok(Box::new(LayerFunctions { functions, close })),
             Err(e) => Err(io::Error::from_raw_os_error(e.errno())),
         })
+    }
+
+    fn event(&mut self, label: &'static str) {
+        // Labels are short; one that does not fit is told as far as it goes.
+        let Some(event) = self.event else { return };
+        let mut text = [0u8; 64];
+        for (to, from) in text.iter_mut().take(63).zip(label.bytes()) {
+            *to = from;
+        }
+        // SAFETY: a text ending in NUL, alive during the call.
+        unsafe { event(self.opaque, text.as_ptr().cast()) }
+    }
+
+    fn backing_length(&mut self) -> Option<i64> {
+        // SAFETY: nothing but the caller's pointer is handed over.
+        self.backing_length.map(|f| unsafe { f(self.opaque) })
     }
 
     fn close(&mut self) {

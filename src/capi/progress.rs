@@ -37,8 +37,8 @@ pub type Qcow2ProgressFunc =
 /// the handle refuses further changes (-EIO) until the image is opened again. In
 /// QCOW2_PROGRESS_RECLAIM the answer is ignored: the verb has been done.
 ///
-/// The function is called on the thread that called the verb. It must not throw, longjmp or
-/// call back into the handle (-EBUSY).
+/// The function is called on the thread that called the verb. It must not throw, longjmp, end
+/// its thread or call back into the handle (-EBUSY).
 ///
 /// @param bs      the handle
 /// @param func    the function, in place of any before; NULL: none

@@ -13,11 +13,15 @@ pub const QCOW2_O_NO_FLUSH: c_int = 0x0200;
 /// nothing wrong. Listing and reading work where the tables can be read.
 pub const QCOW2_O_CHECK: c_int = 0x1000;
 /// Read beside a running guest, as "qemu-img -U": read-only opens only, claims nothing
-/// exclusive. What is read while the guest writes may be torn.
+/// exclusive. What is read while the guest writes may be torn. When the image file was changed
+/// a call that reads looks at header, tables and list of snapshots again first (not behind the
+/// caller's own I/O functions: there qcow2_reload() does it); if the snapshot that
+/// qcow2_snapshot_load_tmp() shows is gone then, reading is -ENOENT until another is shown.
 pub const QCOW2_O_FORCE_SHARE: c_int = 0x0100_0000;
-/// Take no image lock at all: keeping others out is then the caller's duty.
+/// Take no image lock at all: keeping others out is then the caller's duty. For file systems that
+/// refuse locks (where they have none at all, none are taken without this flag either).
 pub const QCOW2_O_NO_LOCK: c_int = 0x0200_0000;
-/// Do not punch holes into the image file where clusters are freed.
+/// Do not punch holes into the image file where clusters are freed: they keep their bytes.
 pub const QCOW2_O_NO_DISCARD: c_int = 0x0400_0000;
 /// Behave as the code of QEMU 2.1 did, in exactly three things: the struct of 408 bytes
 /// without `icount`; 16 bytes of extra data for each snapshot table entry written; reverting
@@ -28,10 +32,14 @@ pub const QCOW2_O_COMPAT_2_1: c_int = 0x0800_0000;
 /// -ENOTSUP. For images from a source that is not trusted: their names may say anything.
 pub const QCOW2_O_NO_BACKING: c_int = 0x2000_0000;
 
-/// Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA).
+/// Qcow2Extent.flags: bytes are stored for it (QEMU's BDRV_BLOCK_DATA). Without it: a hole,
+/// which is what an NBD server reports as NBD_STATE_HOLE (and QCOW2_BLOCK_ZERO as
+/// NBD_STATE_ZERO).
 pub const QCOW2_BLOCK_DATA: c_int = 0x01;
 /// Qcow2Extent.flags: it reads as zeros (QEMU's BDRV_BLOCK_ZERO). Together with
-/// QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file.
+/// QCOW2_BLOCK_DATA: allocated ahead, and still a hole of the file. That is the one answer
+/// that rests on holes, discarded ranges among them, reading as zeros; the others come from the
+/// tables of the image.
 pub const QCOW2_BLOCK_ZERO: c_int = 0x02;
 /// Qcow2Extent.flags: `host_offset` is valid (QEMU's BDRV_BLOCK_OFFSET_VALID).
 pub const QCOW2_BLOCK_OFFSET_VALID: c_int = 0x04;
@@ -40,6 +48,12 @@ pub const QCOW2_BLOCK_OFFSET_VALID: c_int = 0x04;
 pub const QCOW2_BLOCK_ALLOCATED: c_int = 0x10;
 /// Qcow2Extent.flags: the bytes are stored compressed (QEMU's BDRV_BLOCK_COMPRESSED).
 pub const QCOW2_BLOCK_COMPRESSED: c_int = 0x80;
+/// Qcow2Change.from_flags: the older state of the disk ends before.
+pub const QCOW2_BLOCK_BEYOND: c_int = 0x100;
+
+/// qcow2_snapshot_next_change(): read what may differ, and report what does, to a sector of 512
+/// bytes.
+pub const QCOW2_CHANGE_COMPARE: c_int = 0x1;
 
 /// qcow2_last_outcome(): no changing verb was called yet.
 pub const QCOW2_OUTCOME_NONE: c_int = 0;
@@ -100,17 +114,36 @@ pub struct Qcow2Extent {
     /// The file that has it: 0 the image, 1 its backing file, and so on.
     pub depth: u32,
     /// The file that host_offset refers to: of that depth the image or backing file itself,
-    /// or its external data file. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
+    /// or its external data file. A relative name is relative to the folder that was the current
+    /// one at open. NULL without QCOW2_BLOCK_OFFSET_VALID, and where the name is
     /// not known (the caller's own I/O functions). Belongs to the handle, lives as long as it.
     pub filename: *const c_char,
     /// Zeros. Later versions of the library may tell more here.
     pub reserved: [u64; 3],
 }
 
+/// A run of a disk's bytes that changed between two states, or may have changed, from
+/// qcow2_snapshot_next_change().
+#[repr(C)]
+pub struct Qcow2Change {
+    /// First byte, from the start of the disk.
+    pub start: u64,
+    /// Bytes; 0: there is no (further) change in the range that was asked for.
+    pub length: u64,
+    /// What the older state has there: QCOW2_BLOCK values joined by "|", as the image itself
+    /// maps it in the whole run: DATA, ZERO, COMPRESSED, ALLOCATED; 0 where nothing is allocated
+    /// and the backing file shows through, or zeros; BEYOND past the end of that disk.
+    pub from_flags: u32,
+    /// What the newer state has there, never BEYOND.
+    pub to_flags: u32,
+    /// Zeros. Later versions of the library may tell more here.
+    pub reserved: [u64; 4],
+}
+
 /// The caller's I/O functions, for qcow2_open_io(). The library copies the table; it calls
 /// one function at a time, on the thread of the caller, with the `opaque` pointer given at
 /// open. A function returns 0 (getlength: a length) or -errno; anything else counts as -EIO.
-/// It must not throw, longjmp or call back into the handle (-EBUSY).
+/// It must not throw, longjmp, end its thread or call back into the handle (-EBUSY).
 #[repr(C)]
 pub struct Qcow2IoOps {
     /// sizeof(Qcow2IoOps). New members come at the end only, so a table compiled against an
@@ -144,11 +177,13 @@ pub struct Qcow2IoOps {
     /// Set the length to `length` bytes; growing adds zeros.
     pub truncate: Option<unsafe extern "C" fn(opaque: *mut c_void, length: u64) -> c_int>,
     /// Give back the space of `bytes` bytes at `offset`, which read as zeros from then on;
-    /// the length stays. May be NULL: nothing is given back.
+    /// the length stays. May be NULL: nothing is given back. A hint: freed clusters equal
+    /// those that qemu-img leaves only if they read as zeros, and the meaning of the image
+    /// does not depend on it.
     pub discard:
         Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, bytes: u64) -> c_int>,
-    /// The handle is closed: the last call, exactly once. Not called if qcow2_open_io()
-    /// failed. May be NULL.
+    /// The handle is closed: the last call, exactly once, after those of the files that open_file
+    /// opened, the last of a chain first. Not called if qcow2_open_io() failed. May be NULL.
     pub close: Option<unsafe extern "C" fn(opaque: *mut c_void)>,
     /// Open, for reading, another file that this one names: a backing file or an external
     /// data file, when data is first needed from it. May be NULL: then what needs such a
@@ -171,6 +206,15 @@ pub struct Qcow2IoOps {
             file_opaque: *mut *mut c_void,
         ) -> c_int,
     >,
+    /// Since 0.2. Called before each write, barrier and discard of the image, for tests and traces:
+    /// `label` says what comes, and lives as long as the call: "header", "header: autoclear features",
+    /// "L1 table", "temporary L1 table", "snapshot L1 table", "L2 table", "snapshot table",
+    /// "refcount table", "refcount table entry", "refcount block", "free clusters" (bytes put back
+    /// where a temporary table was); "barrier"; "discard". Later versions may have more. May be NULL.
+    pub event: Option<unsafe extern "C" fn(opaque: *mut c_void, label: *const c_char)>,
+    /// Since 0.2. The length in bytes of what the image's backing file shows, or -errno: asked when
+    /// a revert makes the disk larger, in the place of opening the backing file. May be NULL.
+    pub backing_length: Option<unsafe extern "C" fn(opaque: *mut c_void) -> i64>,
 }
 
 const VERSION: &CStr =

@@ -5,7 +5,7 @@ use std::mem::{offset_of, size_of, MaybeUninit};
 use std::ptr::{self, NonNull};
 
 use super::error::Qcow2Error;
-use super::guard::{guard_image, null, Entered, Kind, Qcow2Image};
+use super::guard::{guard_image, null, Entered, Kind, Qcow2Image, Uncancellable};
 use super::types::{
     Qcow2Extent, Qcow2SnapshotInfo, QCOW2_BLOCK_ALLOCATED, QCOW2_BLOCK_COMPRESSED,
     QCOW2_BLOCK_DATA, QCOW2_BLOCK_OFFSET_VALID, QCOW2_BLOCK_ZERO,
@@ -58,7 +58,8 @@ pub unsafe extern "C" fn qcow2_free_snapshots(bs: *mut Qcow2Image) {
 ///            qcow2_last_outcome():
 ///            -EINVAL  bs is NULL, or a refcount of the image contradicts its use
 ///            -EACCES  the handle is read-only
-///            -EFBIG   the table would exceed QEMU's limit of 64 MiB
+///            -EFBIG   the table would exceed QEMU's limit of 64 MiB, the image file or its
+///                     refcount table what QEMU allows, or the file the process's limit
 ///            -ENOSPC  the disk is full; the image is unchanged
 ///            -EIO     the image is damaged where the verb must go, or cannot be written,
 ///                     or an earlier failure spent the handle
@@ -93,7 +94,9 @@ pub unsafe extern "C" fn qcow2_write_snapshots(bs: *mut Qcow2Image) -> c_int {
 ///                           contradicts its use (QEMU's errno for both)
 ///                 -EEXIST   a snapshot has this ID
 ///                 -EACCES   the handle is read-only
-///                 -EFBIG    65536 snapshots exist, or the table would exceed 64 MiB
+///                 -EFBIG    65536 snapshots exist; the table would exceed 64 MiB, the image
+///                           file or its refcount table what QEMU allows, or the file the
+///                           process's limit
 ///                 -ENOTSUP  the image has a feature that rules this out; the words name it
 ///                 -ENOSPC   the disk is full; the image is unchanged
 ///                 -EIO      the image is damaged where the verb must go, or cannot be read
@@ -148,10 +151,18 @@ pub unsafe extern "C" fn qcow2_snapshot_create(
 ///                     -EINVAL   bs is NULL; the snapshot's L1 table is not where one can be;
 ///                               or a refcount would overflow its width or contradicts its
 ///                               use
-///                     -ENOENT   no such snapshot, or snapshot_id is NULL
+///                     -ENOENT   no such snapshot, or snapshot_id is NULL: "Can't find the
+///                               snapshot"
 ///                     -EACCES   the handle is read-only
+///                     -ENOENT, -EACCES, -EAGAIN and the errnos of qcow2_pread() for files
+///                               behind the image: the snapshot's disk is larger than the
+///                               active one, and the backing file that tells how much of it is
+///                               covered is missing, not readable or in use. The words begin
+///                               "Could not learn the length of the backing file"
 ///                     -EBUSY    the image has active dirty bitmaps
-///                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit
+///                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit; or the image
+///                               file or its refcount table would exceed what QEMU allows, or
+///                               the file the process's limit
 ///                     -ENOTSUP  another disk size, and the image is of version 2, the
 ///                               handle is one of QCOW2_SNAPSHOT_COMPAT_2_1, or the words
 ///                               name another reason
@@ -192,7 +203,9 @@ pub unsafe extern "C" fn qcow2_snapshot_goto(
 ///                               or a refcount contradicts its use
 ///                     -ENOENT   no such snapshot, or neither ID nor name given
 ///                     -EACCES   the handle is read-only
-///                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit
+///                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit; or the image
+///                               file or its refcount table would exceed what QEMU allows, or
+///                               the file the process's limit
 ///                     -ENOTSUP  the image has a feature that rules this out; the words
 ///                               name it
 ///                     -ENOSPC   the disk is full; the image is unchanged
@@ -266,6 +279,7 @@ pub unsafe extern "C" fn qcow2_snapshot_list(
 /// @param sn_tab  the array, or NULL
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_snapshot_list_free(sn_tab: *mut Qcow2SnapshotInfo) {
+    let _uncancellable = Uncancellable::new();
     // SAFETY: NULL, or from `malloc_list`, as the header demands.
     unsafe { libc::free(sn_tab.cast::<c_void>()) };
 }
@@ -348,6 +362,7 @@ pub unsafe extern "C" fn qcow2_getlength(bs: *const Qcow2Image) -> i64 {
 ///                          behind the image; the words say which
 ///                -EINVAL   likewise, if the backing chain is a loop
 ///                -ENOENT, -EACCES and the like if a backing file cannot be opened
+///                -ENOENT   the snapshot that is shown was deleted (QCOW2_O_FORCE_SHARE)
 ///                -EBUSY, and what the I/O functions return
 ///
 /// QEMU: bdrv_pread()
@@ -526,7 +541,7 @@ fn no_such(words: &str) -> Error {
 ///
 /// # Safety
 /// `text` is null or a NUL-terminated string that lives as long as the result is used.
-unsafe fn bytes<'a>(text: *const c_char) -> Option<&'a [u8]> {
+pub(super) unsafe fn bytes<'a>(text: *const c_char) -> Option<&'a [u8]> {
     if text.is_null() {
         return None;
     }

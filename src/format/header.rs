@@ -14,6 +14,7 @@ use super::compress::Compression;
 use super::features;
 use super::geometry::{Geometry, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::error::{Error, Result};
+use crate::words::printable;
 use byteorder::{BigEndian, ByteOrder};
 
 /// Bytes of the header that are read at once (QEMU's `sizeof(QCowHeader)`).
@@ -393,7 +394,7 @@ fn name_bits(bits: u64, names: &[(u8, u8, Vec<u8>)]) -> String {
             continue;
         }
         words.push(match name {
-            Some(name) => String::from_utf8_lossy(name).into_owned(),
+            Some(name) => printable(name),
             None => format!("Unknown incompatible feature: {bit:x}"),
         });
     }

@@ -10,6 +10,7 @@ pub mod entry;
 pub mod features;
 pub mod geometry;
 pub mod header;
+pub mod probe;
 pub mod record;
 pub mod refblock;
 pub mod run;

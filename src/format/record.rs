@@ -61,8 +61,8 @@ pub fn decode(bytes: &[u8], index: u64, disk_size: u64) -> Result<Option<(Snapsh
     let snapshot = Snapshot {
         l1_table_offset: u64_at(0),
         l1_size: u32_at(8),
-        id: c_string(id),
-        name: c_string(name),
+        id: copy_of(c_string(id))?,
+        name: copy_of(c_string(name))?,
         date_sec: u32_at(16),
         date_nsec: u32_at(20),
         vm_clock_nsec: u64_at(24),
@@ -70,10 +70,7 @@ pub fn decode(bytes: &[u8], index: u64, disk_size: u64) -> Result<Option<(Snapsh
         disk_size: known(8).unwrap_or(disk_size),
         icount: known(16).unwrap_or(u64::MAX),
         extra_data_size: extra_len,
-        unknown_extra_data: extra
-            .get(KNOWN_EXTRA as usize..)
-            .unwrap_or_default()
-            .to_vec(),
+        unknown_extra_data: copy_of(extra.get(KNOWN_EXTRA as usize..).unwrap_or_default())?,
     };
     Ok(Some((snapshot, end)))
 }
@@ -115,8 +112,17 @@ impl Lengths {
 }
 
 /// QEMU keeps IDs and names as C strings: what follows a NUL is lost at the next write.
-fn c_string(bytes: &[u8]) -> Vec<u8> {
-    bytes.split(|b| *b == 0).next().unwrap_or_default().to_vec()
+fn c_string(bytes: &[u8]) -> &[u8] {
+    bytes.split(|b| *b == 0).next().unwrap_or_default()
+}
+
+/// All of a table together has up to 64 MiB.
+fn copy_of(bytes: &[u8]) -> Result<Vec<u8>> {
+    let mut copy = Vec::new();
+    copy.try_reserve_exact(bytes.len())
+        .map_err(|_| Error::NoMemory(bytes.len() as u64))?;
+    copy.extend_from_slice(bytes);
+    Ok(copy)
 }
 
 /// Bytes of the entry on disk, without alignment.

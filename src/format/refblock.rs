@@ -5,6 +5,7 @@
 use super::geometry::Geometry;
 use super::run::with_width;
 use crate::by_refcount_width;
+use crate::error::{Error, Result};
 use byteorder::{BigEndian, ByteOrder};
 
 /// The count at `index`; 0 past the end of the block.
@@ -106,16 +107,23 @@ pub fn highest(g: Geometry, block: &[u8]) -> u64 {
 }
 
 /// The counts of a block of `g` in fields of `to`, which must be able to hold them.
-pub fn converted(g: Geometry, block: &[u8], to: Geometry) -> Vec<u8> {
+///
+/// # Errors
+/// `NoMemory`.
+pub fn converted(g: Geometry, block: &[u8], to: Geometry) -> Result<Vec<u8>> {
     let entries = g.block_entries_in(block.len());
-    let mut out = vec![0; to.bytes_of_counts(entries)];
+    let bytes = to.bytes_of_counts(entries);
+    let mut out = Vec::new();
+    out.try_reserve_exact(bytes)
+        .map_err(|_| Error::NoMemory(bytes as u64))?;
+    out.resize(bytes, 0);
     by_refcount_width!(g, FROM => by_refcount_width!(to, TO => {
         let (from, to) = (with_width::<FROM>(g), with_width::<TO>(to));
         for i in 0..entries {
             set(to, &mut out, i, get(from, block, i));
         }
     }));
-    out
+    Ok(out)
 }
 
 /// Raise each count of `into` to that of `other` where that is higher.

@@ -5,10 +5,12 @@
 //! read-only, with QEMU's locks.
 
 use super::device::Device;
-use super::Image;
+use super::{room, Image};
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
+use crate::format::probe::{probe, PROBE_BYTES};
 use crate::io::file::FileStorage;
+use crate::words::printable;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -19,6 +21,55 @@ pub(crate) const MAX_CHAIN: usize = 200;
 /// Our limit for the L1 tables of all files behind an image together, in bytes. QEMU has none for
 /// the chain, but 32 MiB for one table.
 const MAX_CHAIN_L1: usize = 256 << 20;
+
+/// Where an image is, and what names in it are relative to.
+pub(crate) struct Place {
+    /// As it was given; for messages, and for the names that `qemu-img map` shows.
+    name: PathBuf,
+    /// The current folder when the image was opened, if there was one. QEMU opens all files then; here a
+    /// program may have changed its folder when they are first needed.
+    current: Option<PathBuf>,
+}
+
+impl Place {
+    pub(crate) fn new(name: PathBuf) -> Place {
+        let current = std::env::current_dir().ok();
+        Place { name, current }
+    }
+
+    /// The path that `name` meant when the image was opened.
+    fn absolute(&self, name: &Path) -> Option<PathBuf> {
+        let path = match &self.current {
+            Some(current) => current.join(name),
+            #[allow(clippy::disallowed_methods)] // as long as a path may be
+            None => name.to_owned(),
+        };
+        path.is_absolute().then_some(path)
+    }
+}
+
+/// The layers behind an image, nearest first.
+pub(crate) struct Chain(Vec<Layer>);
+
+impl std::ops::Deref for Chain {
+    type Target = Vec<Layer>;
+    fn deref(&self) -> &Vec<Layer> {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Chain {
+    fn deref_mut(&mut self) -> &mut Vec<Layer> {
+        &mut self.0
+    }
+}
+
+impl Drop for Chain {
+    /// From the far end: a caller's functions that opened a file are there until it is closed.
+    fn drop(&mut self) {
+        while self.0.pop().is_some() {}
+    }
+}
 
 /// One file of the chain behind the image.
 pub(crate) enum Layer {
@@ -47,8 +98,8 @@ impl Image {
         if self.chain.is_some() {
             return Ok(());
         }
-        let mut chain: Vec<Layer> = Vec::new();
-        let mut seen: Vec<(u64, u64)> = self.dev.identity().into_iter().collect();
+        let mut chain = Chain(Vec::new());
+        let mut seen = room::collected(self.dev.identity().into_iter())?;
         let mut tables = 0;
         loop {
             let last = chain.len() >= MAX_CHAIN;
@@ -71,10 +122,10 @@ impl Image {
                     if seen.contains(&id) {
                         return Err(Error::Invalid(format!(
                             "The backing chain is a loop: '{}' stands in it twice",
-                            String::from_utf8_lossy(&namer.backing_file)
+                            printable(&namer.backing_file)
                         )));
                     }
-                    seen.push(id);
+                    room::push(&mut seen, id)?;
                 }
                 tables += size_of_val(image.l1.as_slice());
                 if tables > MAX_CHAIN_L1 {
@@ -86,7 +137,7 @@ impl Image {
                 image.reftable = Vec::new();
                 image.free_snapshots();
             }
-            chain.push(layer);
+            room::push(&mut chain, layer)?;
         }
         self.chain = Some(chain);
         Ok(())
@@ -94,6 +145,12 @@ impl Image {
 
     /// Length of the disk that the backing file shows; 0 without one.
     pub(crate) fn backing_length(&mut self) -> Result<u64> {
+        if self.backing_file.is_empty() {
+            return Ok(0);
+        }
+        if let Some(told) = self.dev.backing_length()? {
+            return Ok(told);
+        }
         self.open_chain()?;
         Ok(self
             .chain
@@ -106,8 +163,8 @@ impl Image {
     /// file's to the image's (`path_combine`), but to the current one with `file:` before it; a data
     /// file's always to the current one.
     fn resolve(&self, name: &[u8], what: &str) -> Result<PathBuf> {
-        let shown = String::from_utf8_lossy(name);
-        let Some(own) = &self.path else {
+        let shown = printable(name);
+        let Some(place) = &self.place else {
             return Err(Error::Unsupported(format!(
                 "The {what} '{shown}' is needed, which an image opened through callbacks without open_file cannot reach"
             )));
@@ -119,7 +176,7 @@ impl Image {
                 "The {what} '{shown}' is not a plain file name"
             )));
         }
-        let folder = match own.parent() {
+        let folder = match place.name.parent() {
             Some(folder) if what == BACKING_FILE && plain.len() == name.len() => folder,
             _ => Path::new(""),
         };
@@ -131,7 +188,8 @@ impl Image {
         if self.header.has_data_file() {
             return self.resolve(&self.extensions.data_file, DATA_FILE).ok();
         }
-        self.path.clone()
+        #[allow(clippy::disallowed_methods)] // as long as a path may be
+        self.place.as_ref().map(|place| place.name.clone())
     }
 
     /// Open a file that this image names, for reading.
@@ -142,7 +200,7 @@ impl Image {
         what: &str,
     ) -> Result<(Device, Option<PathBuf>)> {
         let context = format!("Could not open {what}");
-        let shown = String::from_utf8_lossy(name);
+        let shown = printable(name);
         if self.flags.has(OpenFlags::NO_BACKING) {
             return Err(Error::Unsupported(format!(
                 "The {what} '{shown}' is needed, which QCOW2_O_NO_BACKING forbids"
@@ -156,44 +214,65 @@ impl Image {
             return Ok((Device::new(storage)?, None));
         }
         let path = self.resolve(name, what)?;
+        let absolute = self.place.as_ref().and_then(|place| place.absolute(&path));
+        let absolute = absolute.ok_or_else(|| {
+            Error::Unsupported(format!(
+                "{context} '{shown}': the name is relative, and there was no current folder when the image was opened"
+            ))
+        })?;
         let options = Image::file_options(self.flags.for_layers());
-        let storage = FileStorage::open_path(&path, &options).map_err(|e| e.context(&context))?;
-        Ok((Device::new(Box::new(storage))?, Some(path)))
+        let storage = FileStorage::open_path_as(&absolute, &path, &options)
+            .map_err(|e| e.context(&context))?;
+        #[allow(clippy::disallowed_methods)] // a hundred bytes, for each of 200 files at most
+        let storage = Box::new(storage);
+        Ok((Device::new(storage)?, Some(path)))
     }
 
     /// Open the backing file that this image names.
     fn open_layer(&mut self) -> Result<Layer> {
-        let name = self.backing_file.clone();
-        let format = self.extensions.backing_format.clone();
-        let known: [&[u8]; 4] = [b"qcow2", b"raw", b"file", b""];
-        if !known.contains(&format.as_slice()) {
-            return Err(Error::Unsupported(format!(
-                "Backing files of format '{}' are not supported",
-                String::from_utf8_lossy(&format)
-            )));
+        let name = room::copy_of(&self.backing_file)?;
+        let format = room::copy_of(&self.extensions.backing_format)?;
+        if !format.is_empty() {
+            self.require_readable(&format)?;
         }
         let (mut dev, path) = self.open_named(&name, &format, BACKING_FILE)?;
-        let qcow2 = match format.as_slice() {
-            b"qcow2" => true,
-            b"" => {
-                let magic = dev.read_vec("Could not read the backing file", 0, 4)?;
-                magic == crate::format::header::MAGIC.to_be_bytes()
-            }
-            _ => false,
+        let found = if format.is_empty() {
+            let head = dev.read_vec("Could not read the backing file", 0, PROBE_BYTES as u64)?;
+            probe(&head, &name).as_bytes()
+        } else {
+            format.as_slice()
         };
-        if !qcow2 {
+        self.require_readable(found)?;
+        if found != b"qcow2" {
             return Ok(Layer::Raw(dev, path));
         }
         let mut image = Image::on_device(dev, self.flags.for_layers())
             .map_err(|e| e.context("Could not open backing file"))?;
-        image.path = path;
-        Ok(Layer::Qcow2(Box::new(image)))
+        // What it names was relative to the same current folder.
+        #[allow(clippy::disallowed_methods)] // as long as a path may be
+        let current = self.place.as_ref().and_then(|place| place.current.clone());
+        image.place = path.map(|name| Place { name, current });
+        #[allow(clippy::disallowed_methods)] // one for each of 200 files at most
+        let image = Box::new(image);
+        Ok(Layer::Qcow2(image))
+    }
+
+    /// Can a backing file in this format be read here?
+    fn require_readable(&self, format: &[u8]) -> Result<()> {
+        match format {
+            b"qcow2" | b"raw" | b"file" => Ok(()),
+            _ => Err(Error::Unsupported(format!(
+                "The backing file '{}' is in format '{}', which is not supported: only qcow2 and raw are",
+                printable(&self.backing_file),
+                printable(format)
+            ))),
+        }
     }
 
     /// The external data file, opened on first use.
     pub(crate) fn data_file(&mut self) -> Result<&mut Device> {
         if self.data_file.is_none() {
-            let name = self.extensions.data_file.clone();
+            let name = room::copy_of(&self.extensions.data_file)?;
             if name.is_empty() {
                 return Err(Error::Invalid(
                     "'data-file' is required for this image".into(),

@@ -13,6 +13,7 @@
 //! then goes over its tables several times, each time counting in a part of the blocks
 //! (`refcount::memory`).
 
+use super::room;
 use crate::error::{Error, Result};
 use crate::format::geometry::Geometry;
 use crate::format::refblock;
@@ -34,7 +35,7 @@ pub(crate) const MOST: u64 = if cfg!(qcow2_little_memory) {
 const NARROWEST: u32 = 1;
 
 /// The counts of a block.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) enum Counts {
     /// Fields of `1 << order` bits, laid out as in a refcount block of that width.
     Open { order: u32, bytes: Vec<u8> },
@@ -45,7 +46,7 @@ pub(crate) enum Counts {
 }
 
 /// Fields as in [`Counts::Open`], at this place of a temporary file.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Away {
     order: u32,
     at: u64,
@@ -103,15 +104,15 @@ impl Counts {
         Ok(match self {
             Counts::Open { order, bytes } if *order == g.refcount_order => Cow::Borrowed(bytes),
             Counts::Open { order, bytes } => {
-                Cow::Owned(refblock::converted(of_order(g, *order), bytes, g))
+                Cow::Owned(refblock::converted(of_order(g, *order), bytes, g)?)
             }
-            Counts::Packed(runs) => Cow::Owned(unpacked(runs)),
+            Counts::Packed(runs) => Cow::Owned(unpacked(runs)?),
             Counts::Away(away) => {
                 let bytes = away.fetch(g)?;
                 Cow::Owned(if away.order == g.refcount_order {
                     bytes
                 } else {
-                    refblock::converted(of_order(g, away.order), &bytes, g)
+                    refblock::converted(of_order(g, away.order), &bytes, g)?
                 })
             }
         })
@@ -186,7 +187,7 @@ impl Counts {
         if let Counts::Open { order, bytes } = self {
             if count > of_order(g, *order).refcount_max() {
                 let wider = order_for(g, count);
-                *bytes = refblock::converted(of_order(g, *order), bytes, of_order(g, wider));
+                *bytes = refblock::converted(of_order(g, *order), bytes, of_order(g, wider))?;
                 *order = wider;
             }
             refblock::set(of_order(g, *order), bytes, index, count);
@@ -198,7 +199,7 @@ impl Counts {
     pub(crate) fn open(&mut self, g: Geometry) -> Result<()> {
         match self {
             Counts::Open { .. } => {}
-            Counts::Packed(runs) => *self = Counts::new(g, unpacked(runs)),
+            Counts::Packed(runs) => *self = Counts::new(g, unpacked(runs)?),
             Counts::Away(away) => {
                 let (order, bytes) = (away.order, away.fetch(g)?);
                 *self = Counts::Open { order, bytes };
@@ -223,6 +224,7 @@ impl Counts {
                 order: *order,
                 at,
                 sum: sum(bytes),
+                #[allow(clippy::disallowed_methods)] // an Arc
                 scratch: Arc::clone(scratch),
             });
         }
@@ -235,8 +237,10 @@ impl Counts {
             if *order == g.refcount_order {
                 let fit = order_for(g, refblock::highest(g, bytes).saturating_add(1));
                 if fit < *order {
-                    *bytes = refblock::converted(g, bytes, of_order(g, fit));
-                    *order = fit;
+                    // Without memory for that they stay as they are.
+                    if let Ok(narrow) = refblock::converted(g, bytes, of_order(g, fit)) {
+                        (*bytes, *order) = (narrow, fit);
+                    }
                 }
             }
         }
@@ -259,7 +263,8 @@ impl Counts {
         let runs = if *order == g.refcount_order {
             packed(bytes)
         } else {
-            packed(&refblock::converted(of_order(g, *order), bytes, g))
+            let wide = refblock::converted(of_order(g, *order), bytes, g);
+            wide.ok().and_then(|wide| packed(&wide))
         };
         match runs {
             Some(runs) => *self = Counts::Packed(runs),
@@ -276,7 +281,7 @@ fn order_for(g: Geometry, count: u64) -> u32 {
         .unwrap_or(g.refcount_order)
 }
 
-/// The runs of equal words, unless they are too many.
+/// The runs of equal words, unless they are too many, or there is no memory for them.
 fn packed(bytes: &[u8]) -> Option<Vec<(u32, [u8; 8])>> {
     let most = bytes.len() / 64;
     let mut runs: Vec<(u32, [u8; 8])> = Vec::new();
@@ -287,21 +292,23 @@ fn packed(bytes: &[u8]) -> Option<Vec<(u32, [u8; 8])>> {
         match runs.last_mut() {
             Some((n, last)) if *last == value => *n += 1,
             _ if full => return None,
-            _ => runs.push((1, value)),
+            _ => room::push(&mut runs, (1, value)).ok()?,
         }
     }
     runs.shrink_to_fit();
     Some(runs)
 }
 
-fn unpacked(runs: &[(u32, [u8; 8])]) -> Vec<u8> {
+fn unpacked(runs: &[(u32, [u8; 8])]) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
+    let words: usize = runs.iter().map(|(n, _)| *n as usize).sum();
+    room::reserve(&mut bytes, words * 8)?;
     for (n, value) in runs {
         for _ in 0..*n {
-            bytes.extend_from_slice(value);
+            room::append(&mut bytes, value)?;
         }
     }
-    bytes
+    Ok(bytes)
 }
 
 /// Which blocks are open, oldest first, and what all may take.
@@ -351,7 +358,7 @@ impl Residents {
 
     /// Block `index` has been opened and takes `bytes`. True: it was left a short while ago, and more
     /// than now cannot stay.
-    pub(crate) fn enter(&mut self, index: u64, bytes: u64) -> bool {
+    pub(crate) fn enter(&mut self, index: u64, bytes: u64) -> Result<bool> {
         self.now += 1;
         let left = self.left.get(index as usize).copied().unwrap_or(0);
         let (soon, most) = (self.now - left < 2 * self.open.len() as u64, self.room());
@@ -361,9 +368,18 @@ impl Residents {
             // The walk jumps about, and more blocks must stay.
             self.limit = (self.limit + self.limit / 8 + 1).min(most);
         }
+        // Leaving needs no memory.
+        if self.left.len() <= index as usize {
+            room::resize(&mut self.left, index as usize + 1, 0)?;
+        }
+        let entries = self.open.len() as u64;
+        self.open
+            .try_reserve(1)
+            .map_err(|_| Error::NoMemory(entries * 16))?;
+        #[allow(clippy::disallowed_methods)] // there is room
         self.open.push_back((index, bytes));
         self.held += bytes;
-        back && full
+        Ok(back && full)
     }
 
     /// A block that should be left, as long as the open ones take too much.
@@ -389,9 +405,6 @@ impl Residents {
     pub(crate) fn oldest(&mut self) -> Option<u64> {
         let (oldest, bytes) = self.open.pop_front()?;
         self.held -= bytes;
-        if self.left.len() <= oldest as usize {
-            self.left.resize(oldest as usize + 1, 0);
-        }
         if let Some(slot) = self.left.get_mut(oldest as usize) {
             *slot = self.now;
         }
@@ -485,7 +498,7 @@ mod tests {
         let mut r = Residents::new(MOST);
         for pass in 0..3 {
             for i in 0..10_000 {
-                r.enter(i, 65536);
+                r.enter(i, 65536).unwrap();
                 while r.leave().is_some() {}
             }
             assert_eq!((r.limit, r.held), (FEW, FEW), "pass {pass}");
@@ -494,7 +507,7 @@ mod tests {
         for i in 0..20_000u64 {
             let index = i.wrapping_mul(7919) % 600;
             if !r.open.iter().any(|(i, _)| *i == index) {
-                r.enter(index, 65536);
+                r.enter(index, 65536).unwrap();
                 while r.leave().is_some() {}
             }
         }

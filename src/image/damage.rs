@@ -7,6 +7,7 @@
 
 use super::overlap::Kind;
 use super::replay::Replay;
+use super::room;
 use super::update::{self, Plan};
 use super::Image;
 use crate::error::{Error, Result};
@@ -36,18 +37,23 @@ impl Image {
         }
         // QEMU enters what it makes for a resize in the table that it leaves in the end.
         if let Some((offset, before, after)) = &plan.left {
+            let mut checked = None;
             for (i, _) in (0u64..)
                 .zip(before.iter().zip(after))
                 .filter(|(_, (b, a))| b != a)
             {
                 let at = offset.saturating_add(i * TABLE_ENTRY);
+                // Whole clusters are checked.
+                if checked.replace(g.cluster_of(at)) == Some(g.cluster_of(at)) {
+                    continue;
+                }
                 replay
                     .overlap
                     .check(at, TABLE_ENTRY, Some(Kind::ActiveL1))?;
             }
         }
         for offset in plan.clear.iter().chain(&plan.set).map(|t| &t.offset) {
-            if replay.refs.taken.contains(&g.cluster_of(*offset).0) {
+            if replay.refs.taken.contains(g.cluster_of(*offset).0) {
                 return Err(Error::Corrupt(format!(
                     "L2 table {offset:#x} is in use but counted as free"
                 )));
@@ -83,14 +89,15 @@ impl Image {
             ),
         ];
         let old = self.snapshots.entries.len();
-        needed.extend(list.iter().enumerate().map(|(i, s)| {
+        room::reserve(&mut needed, list.len() + table.entries.len())?;
+        for (i, s) in list.iter().enumerate() {
             let bytes = u64::from(s.l1_size) * TABLE_ENTRY;
-            (s.l1_table_offset, bytes, i >= old)
-        }));
-        needed.extend((0..table.entries.len() as u64).map(|i| {
+            room::push(&mut needed, (s.l1_table_offset, bytes, i >= old))?;
+        }
+        for i in 0..table.entries.len() as u64 {
             let born = replay.refs.block(i).is_some_and(|b| b.born.is_some());
-            (replay.refs.entry(i), 1, born)
-        }));
+            room::push(&mut needed, (replay.refs.entry(i), 1, born))?;
+        }
         self.check_kept(replay, needed)
     }
 
@@ -122,6 +129,7 @@ impl Image {
             let end = (g.cluster_of(offset.saturating_add(bytes - 1)).0 + 1).min(counted);
             next = next.max(g.cluster_of(offset).0);
             while next < end {
+                self.dev.progress.pass(TABLE_ENTRY)?;
                 let index = g.reftable_index(HostCluster(next));
                 if !replay.refs.may_lose(index) {
                     next = g.first_cluster_of_block(index + 1).0;

@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result};
 use crate::image::progress::Progress;
-use crate::io::{Run, Storage, MAX_REQUEST};
+use crate::image::room;
+use crate::io::{Run, Stamp, Storage, MAX_REQUEST};
 
 /// A [`Storage`] whose length is known and whose errors carry context.
 pub(crate) struct Device {
@@ -26,7 +27,8 @@ impl Device {
         Ok(dev)
     }
 
-    fn length_now(&mut self) -> Result<u64> {
+    /// [`Device::length`], asked again.
+    pub(crate) fn length_now(&mut self) -> Result<u64> {
         self.length = self.storage.length().map_err(|source| Error::Io {
             op: "Could not get the length of the image",
             offset: 0,
@@ -44,6 +46,27 @@ impl Device {
     pub(crate) fn ends_before(&mut self, offset: u64) -> Result<bool> {
         // Somebody else may have made the file longer, where no lock keeps them out.
         Ok(offset >= self.length && offset >= self.length_now()?)
+    }
+
+    /// Is all of this table in the file? Zeros read from behind its end would pass for contents, and
+    /// would be holes like others as soon as something else makes the file longer.
+    ///
+    /// # Errors
+    /// `Corrupt`, if not; `what` names the table.
+    pub(crate) fn check_inside(
+        &mut self,
+        what: std::fmt::Arguments<'_>,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<()> {
+        let end = offset.saturating_add(bytes);
+        if bytes == 0 || !self.ends_before(end - 1)? {
+            return Ok(());
+        }
+        Err(Error::Corrupt(format!(
+            "{what} (bytes {offset:#x} to {end:#x}) is cut off: the file ends at {:#x}. Copy the image again from where it is whole; 'qemu-img convert' saves what is left of the active disk",
+            self.length
+        )))
     }
 
     /// Fill `buf` from `offset`, zeros past the end.
@@ -137,6 +160,25 @@ impl Device {
         self.storage.run(offset).unwrap_or(Run::Data(u64::MAX))
     }
 
+    /// Where a hole is in this range, write what it reads as: a later write here needs no space.
+    pub(crate) fn fill_holes(&mut self, offset: u64, bytes: u64) -> Result<()> {
+        let end = offset.saturating_add(bytes);
+        let mut at = offset;
+        while at < end {
+            let (hole, n) = match self.run(at) {
+                Run::Data(n) => (false, n),
+                Run::Hole(n) => (true, n.unwrap_or(u64::MAX)),
+            };
+            let n = n.clamp(1, end - at);
+            if hole {
+                let there = self.read_vec("Could not read a hole", at, n)?;
+                self.write("hole", at, &there)?;
+            }
+            at += n;
+        }
+        Ok(())
+    }
+
     /// Bytes that the file takes, holes left out, where the storage can tell.
     pub(crate) fn allocated(&mut self) -> Option<u64> {
         self.storage.allocated()
@@ -147,6 +189,11 @@ impl Device {
         self.storage.identity()
     }
 
+    /// What tells whether somebody has changed the file, where the storage can tell.
+    pub(crate) fn stamp(&mut self) -> Option<Stamp> {
+        self.storage.stamp()
+    }
+
     /// Open another file through this one's storage; `None` if names are paths.
     pub(crate) fn open_named(
         &mut self,
@@ -154,6 +201,15 @@ impl Device {
         format: &[u8],
     ) -> Option<std::io::Result<Box<dyn Storage>>> {
         self.storage.open_named(name, format)
+    }
+
+    /// The length of what the backing file shows, where the storage's owner says it.
+    pub(crate) fn backing_length(&mut self) -> Result<Option<u64>> {
+        let told = self.storage.backing_length().transpose();
+        told.map_err(|source| Error::Os {
+            context: "Could not get the length of the backing file".into(),
+            source,
+        })
     }
 
     pub(crate) fn close(self) -> Result<()> {
@@ -167,20 +223,12 @@ impl Device {
 /// A zeroed buffer whose allocation may fail.
 pub(crate) fn zeroed(bytes: u64) -> Result<Vec<u8>> {
     let len = usize::try_from(bytes).map_err(|_| Error::NoMemory(bytes))?;
-    let mut buf = Vec::new();
-    buf.try_reserve_exact(len)
-        .map_err(|_| Error::NoMemory(bytes))?;
-    buf.resize(len, 0);
-    Ok(buf)
+    room::filled(len, 0)
 }
 
 /// Big-endian words of a table.
 pub(crate) fn words(bytes: &[u8]) -> Result<Vec<u64>> {
-    let mut out = Vec::new();
-    out.try_reserve_exact(bytes.len() / 8)
-        .map_err(|_| Error::NoMemory(bytes.len() as u64))?;
-    out.extend(bytes.chunks_exact(8).map(byteorder::BigEndian::read_u64));
-    Ok(out)
+    room::collected(bytes.chunks_exact(8).map(byteorder::BigEndian::read_u64))
 }
 
 /// Bytes of a table of words.

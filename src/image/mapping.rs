@@ -2,7 +2,7 @@
 
 use super::chain::Layer;
 use super::device::Device;
-use super::{device, Image};
+use super::{device, room, Image};
 use crate::error::{Error, Result};
 use crate::format::compress::{self, Unpacker};
 use crate::format::entry::{self, Cluster, OFFSET_MASK};
@@ -66,6 +66,7 @@ impl L2Cache {
     }
 
     fn put(&mut self, offset: u64, bytes: Vec<u8>) {
+        #[allow(clippy::disallowed_methods)] // 16 of them
         self.0.resize_with(SLOTS as usize, Default::default);
         if let Some(slot) = self.0.get_mut(L2Cache::slot(offset)) {
             *slot = (offset, bytes);
@@ -93,7 +94,7 @@ impl Image {
     /// `EIO` past the end of the disk and for damaged tables or compressed clusters; `ENOTSUP` for
     /// encrypted guest data and for backing files that cannot or must not be opened.
     pub fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.usable()?;
+        self.begin_read()?;
         let end = offset.checked_add(buf.len() as u64);
         if end.is_none_or(|e| e > self.length()) {
             return Err(Error::Io {
@@ -102,7 +103,7 @@ impl Image {
                 source: std::io::Error::from_raw_os_error(libc::EIO),
             });
         }
-        self.read_through(offset, buf)
+        self.read_through(None, offset, buf)
     }
 
     /// Read VM state from `pos` on: of the snapshot that `load_tmp` shows, or of the one that goto made
@@ -111,7 +112,7 @@ impl Image {
     /// # Errors
     /// `EIO` for a position beyond what an L1 table can reach; else as [`Image::read`].
     pub fn load_vmstate(&mut self, pos: u64, buf: &mut [u8]) -> Result<()> {
-        self.usable()?;
+        self.begin_read()?;
         let g = self.header.geometry;
         let start = g.guest_of_l1(g.l1_entries_for(self.length()));
         let offset = start.and_then(|s| s.checked_add(pos));
@@ -119,15 +120,21 @@ impl Image {
             .and_then(|o| o.checked_add(buf.len() as u64))
             .filter(|e| *e <= i64::MAX as u64);
         match (offset, end) {
-            (Some(offset), Some(_)) => self.read_through(offset, buf),
+            (Some(offset), Some(_)) => self.read_through(None, offset, buf),
             _ => Err(Error::Corrupt(
                 "The VM state position is out of range".into(),
             )),
         }
     }
 
-    /// Read, whatever the disk's size, through the backing chain.
-    fn read_through(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
+    /// Read, whatever the disk's size, through the backing chain: the state that this L1 table maps,
+    /// or the disk now seen.
+    pub(crate) fn read_through(
+        &mut self,
+        l1: Option<&[u64]>,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<()> {
         if self.header.crypt_method != 0 {
             return Err(Error::Unsupported(
                 "Reading encrypted guest data is not supported".into(),
@@ -139,14 +146,15 @@ impl Image {
             let Some(part) = buf.get_mut(from..to).filter(|p| !p.is_empty()) else {
                 continue;
             };
-            match self.read_layer(layer, at, part)? {
+            match self.read_layer(l1, layer, at, part)? {
                 // What the layer has is read; what it leaves to those behind follows.
                 Some((done, through)) => {
                     let mid = from + done;
                     if mid + through < to {
-                        todo.push((layer, at + (done + through) as u64, mid + through, to));
+                        let rest = (layer, at + (done + through) as u64, mid + through, to);
+                        room::push(&mut todo, rest)?;
                     }
-                    todo.push((layer + 1, at + done as u64, mid, mid + through));
+                    room::push(&mut todo, (layer + 1, at + done as u64, mid, mid + through))?;
                 }
                 None => continue,
             }
@@ -158,12 +166,13 @@ impl Image {
     /// and how many behind them belong to the layers behind. `None`: all read.
     fn read_layer(
         &mut self,
+        l1: Option<&[u64]>,
         layer: usize,
         at: u64,
         part: &mut [u8],
     ) -> Result<Option<(usize, usize)>> {
         if layer == 0 {
-            return self.read_own(at, part);
+            return self.read_own(l1, at, part);
         }
         self.open_chain()?;
         let found = self.chain.as_mut().and_then(|c| c.get_mut(layer - 1));
@@ -184,24 +193,29 @@ impl Image {
                         "Reading encrypted guest data is not supported".into(),
                     ));
                 }
-                image.read_own(at, part)
+                image.read_own(None, at, part)
             }
         }
     }
 
     /// The part of [`Image::read_layer`] that concerns this image alone.
-    fn read_own(&mut self, at: u64, part: &mut [u8]) -> Result<Option<(usize, usize)>> {
+    fn read_own(
+        &mut self,
+        l1: Option<&[u64]>,
+        at: u64,
+        part: &mut [u8],
+    ) -> Result<Option<(usize, usize)>> {
         let mut done = 0;
         let cluster = self.header.geometry.cluster_size();
         while done < part.len() {
             let rest = part.get_mut(done..).unwrap_or_default();
-            let (extent, n) = self.extent(at + done as u64, rest.len() as u64)?;
+            let (extent, n) = self.extent(l1, at + done as u64, rest.len() as u64)?;
             let n = n as usize;
             if matches!(extent, Extent::Compressed { at: 0, .. })
                 && n as u64 == cluster
                 && n < rest.len()
             {
-                done += self.read_compressed_run(at + done as u64, rest)?;
+                done += self.read_compressed_run(l1, at + done as u64, rest)?;
                 continue;
             }
             let piece = rest.get_mut(..n).unwrap_or_default();
@@ -244,14 +258,19 @@ impl Image {
     /// Read whole compressed clusters from `guest` on, as far as they follow one another, and no
     /// more than [`PACKED`] bytes of the file at once: neighbours in the file in one request, then
     /// unpacked on all processors. Returns how much of `out` that is: at least one cluster.
-    fn read_compressed_run(&mut self, guest: u64, out: &mut [u8]) -> Result<usize> {
+    fn read_compressed_run(
+        &mut self,
+        l1: Option<&[u64]>,
+        guest: u64,
+        out: &mut [u8],
+    ) -> Result<usize> {
         let size = self.header.geometry.cluster_size();
         // Requests, and of each cluster its place in what they read: (offset, place, bytes).
         let mut requests: Vec<(u64, usize, usize)> = Vec::new();
         let mut clusters: Vec<(usize, usize)> = Vec::new();
         let mut total = 0;
         for n in 0..(out.len() as u64 / size).min(MOST_CLUSTERS) {
-            let (extent, _) = self.extent_at(guest + n * size, size)?;
+            let (extent, _) = self.extent_at(l1, guest + n * size, size)?;
             let Extent::Compressed { entry, at: 0 } = extent else {
                 break;
             };
@@ -267,13 +286,13 @@ impl Image {
                 .filter(|(ahead, long)| *ahead <= *long as u64);
             match (within, requests.last_mut()) {
                 (Some((ahead, _)), Some((_, place, long))) => {
-                    clusters.push((*place + ahead as usize, bytes));
+                    room::push(&mut clusters, (*place + ahead as usize, bytes))?;
                     *long = (*long).max(ahead as usize + bytes);
                     total = *place + *long;
                 }
                 _ => {
-                    requests.push((offset, total, bytes));
-                    clusters.push((total, bytes));
+                    room::push(&mut requests, (offset, total, bytes))?;
+                    room::push(&mut clusters, (total, bytes))?;
                     total += bytes;
                 }
             }
@@ -290,15 +309,12 @@ impl Image {
             out: &'a mut [u8],
             done: Result<()>,
         }
-        let mut jobs: Vec<Job<'_>> = clusters
-            .iter()
-            .zip(out.chunks_exact_mut(size as usize))
-            .map(|((place, bytes), out)| Job {
-                packed: packed.get(*place..*place + *bytes).unwrap_or_default(),
-                out,
-                done: Err(Error::Corrupt("A cluster was not unpacked".into())),
-            })
-            .collect();
+        let places = clusters.iter().zip(out.chunks_exact_mut(size as usize));
+        let mut jobs = room::collected(places.map(|((place, bytes), out)| Job {
+            packed: packed.get(*place..*place + *bytes).unwrap_or_default(),
+            out,
+            done: Err(Error::Corrupt("A cluster was not unpacked".into())),
+        }))?;
         let many = jobs.len() > 1 && jobs.len() as u64 * size >= WORTH_A_THREAD;
         let kind = self.header.compression;
         let left = Mutex::new(jobs.iter_mut());
@@ -344,8 +360,13 @@ impl Image {
 
     /// What the guest bytes from `guest` on are, and for how many of `max` bytes that holds. Runs
     /// that go on in the file are given whole, within one L2 table.
-    pub(crate) fn extent(&mut self, guest: u64, max: u64) -> Result<(Extent, u64)> {
-        let (first, mut n) = self.extent_at(guest, max)?;
+    pub(crate) fn extent(
+        &mut self,
+        l1: Option<&[u64]>,
+        guest: u64,
+        max: u64,
+    ) -> Result<(Extent, u64)> {
+        let (first, mut n) = self.extent_at(l1, guest, max)?;
         let g = self.header.geometry;
         let l1_index = g.l1_index(guest);
         while n < max {
@@ -353,7 +374,7 @@ impl Image {
             if g.l1_index(next) != l1_index || matches!(first, Extent::Compressed { .. }) {
                 break;
             }
-            let (extent, more) = self.extent_at(next, max - n)?;
+            let (extent, more) = self.extent_at(l1, next, max - n)?;
             if extent != first.advanced(n) {
                 break;
             }
@@ -364,12 +385,15 @@ impl Image {
 
     /// The extent at `guest`, at least up to the end of its cluster or subcluster; up to the end of
     /// the next L2 table's range where there is no table.
-    fn extent_at(&mut self, guest: u64, max: u64) -> Result<(Extent, u64)> {
+    fn extent_at(&mut self, l1: Option<&[u64]>, guest: u64, max: u64) -> Result<(Extent, u64)> {
         let g = self.header.geometry;
-        let l1 = self.view.as_ref().map_or(&self.l1, |v| &v.l1);
+        let shown = || self.view.as_ref().map_or(&self.l1, |v| &v.l1);
+        let l1 = l1.unwrap_or_else(|| shown());
         let slot = l1.get(g.l1_index(guest) as usize).copied().unwrap_or(0);
         let table = slot & OFFSET_MASK;
-        if table == 0 {
+        // A table behind the end of the file is all zeros, and an L1 may name millions of them.
+        let absent = table == 0 || g.in_cluster(table) == 0 && self.dev.ends_before(table)?;
+        if absent {
             // A snapshot's disk may be said to be exabytes long: nothing is behind its L1 table.
             let (mut index, mut end) = (g.l1_index(guest), guest);
             while end - guest < max {
@@ -383,6 +407,24 @@ impl Image {
             return Ok((Extent::Unallocated(None), end - guest));
         }
         let (word, bitmap) = self.l2_entry(table, guest)?;
+        let (extent, n) = self.entry_extent(word, bitmap, guest)?;
+        // Whole clusters behind it that are alike, if all of this one is.
+        let whole = !g.extended_l2 || [0, 0xffff_ffff, 0xffff_ffff << 32].contains(&bitmap);
+        let more = match extent {
+            Extent::Compressed { .. } => 0,
+            _ if !whole => 0,
+            Extent::Data(_) | Extent::Zero(Some(_)) | Extent::Unallocated(Some(_)) => {
+                self.alike(table, guest, max, g.cluster_size())
+            }
+            _ => self.alike(table, guest, max, 0),
+        };
+        Ok((extent, n + more))
+    }
+
+    /// What an L2 entry (with its subcluster bitmap) says of the bytes from `guest` on, and for how
+    /// many: to the end of the cluster, or of the subclusters that are alike.
+    pub(crate) fn entry_extent(&self, word: u64, bitmap: u64, guest: u64) -> Result<(Extent, u64)> {
+        let g = self.header.geometry;
         let at = g.in_cluster(guest);
         let cluster = entry::cluster(g, word);
         let host = match cluster {
@@ -417,12 +459,7 @@ impl Image {
                 (_, Some(host)) => Extent::Data(host),
                 (_, None) => Extent::Unallocated(None),
             };
-            let stride = match extent {
-                Extent::Data(_) | Extent::Zero(Some(_)) => g.cluster_size(),
-                _ => 0,
-            };
-            let more = self.alike(table, guest, max, stride);
-            return Ok((extent, g.cluster_size() - at + more));
+            return Ok((extent, g.cluster_size() - at));
         }
         let size = g.cluster_size() / SUBCLUSTERS;
         let (allocated, zero) = (bitmap & 0xffff_ffff, bitmap >> 32);
@@ -437,18 +474,13 @@ impl Image {
             (1, _, Some(host)) => Extent::Data(host),
             (_, _, host) => Extent::Unallocated(host),
         };
-        // The subclusters behind it that are alike; where that is all of them, whole clusters.
+        // The subclusters behind it that are alike.
         let bits = |map: u64| (map >> index) as u32;
         let wanted = (allocated >> index & 1, zero >> index & 1);
         let differ = (bits(allocated) ^ if wanted.0 == 1 { u32::MAX } else { 0 })
             | (bits(zero) ^ if wanted.1 == 1 { u32::MAX } else { 0 });
         let same = u64::from(differ.trailing_zeros()).clamp(1, SUBCLUSTERS - index);
-        let mut n = size * same - at % size;
-        if index + same == SUBCLUSTERS && [0, 0xffff_ffff, 0xffff_ffff << 32].contains(&bitmap) {
-            let stride = if host.is_some() { g.cluster_size() } else { 0 };
-            n += self.alike(table, guest, max, stride);
-        }
-        Ok((extent, n))
+        Ok((extent, size * same - at % size))
     }
 
     /// Bytes behind the cluster of `guest` that are as it is and go on in the file where it does
@@ -490,6 +522,20 @@ impl Image {
         count * g.cluster_size()
     }
 
+    /// The L2 table at `table` has been read already: have the slice of it that maps `guest` where
+    /// reads look for it.
+    pub(crate) fn keep_slice(&mut self, table: u64, guest: u64, bytes: &[u8]) -> Result<()> {
+        let (offset, _) = self.slice_of(table, guest);
+        let from = (offset - table) as usize;
+        let slice = bytes.get(from..from + slice_bytes(self.header.geometry) as usize);
+        if let (None, Some(slice)) = (self.l2_cache.get(offset), slice) {
+            let mut copy = device::zeroed(slice.len() as u64)?;
+            copy.copy_from_slice(slice);
+            self.l2_cache.put(offset, copy);
+        }
+        Ok(())
+    }
+
     /// The slice of an L2 table that the entry for a guest offset is in, and the entry's place there.
     fn slice_of(&self, table: u64, guest: u64) -> (u64, usize) {
         let g = self.header.geometry;
@@ -526,7 +572,7 @@ impl Image {
         Ok((word.get(..8).map_or(0, BigEndian::read_u64), bitmap))
     }
 
-    /// The L1 table of a snapshot, checked as QEMU checks it (`qcow2_validate_table`).
+    /// The L1 table of a snapshot, checked as QEMU checks it (`qcow2_validate_table`), and whole.
     pub(crate) fn snapshot_l1(&mut self, offset: u64, entries: u32) -> Result<Vec<u64>> {
         let g = self.header.geometry;
         validate_table(
@@ -537,11 +583,12 @@ impl Image {
             MAX_L1_BYTES,
             "Snapshot L1 table",
         )?;
-        let bytes = self.dev.read_vec(
-            "Failed to read l1 table for snapshot",
-            offset,
-            u64::from(entries) * TABLE_ENTRY,
-        )?;
-        device::words(&bytes)
+        let bytes = u64::from(entries) * TABLE_ENTRY;
+        self.dev
+            .check_inside(format_args!("The snapshot's L1 table"), offset, bytes)?;
+        let table = self
+            .dev
+            .read_vec("Failed to read l1 table for snapshot", offset, bytes)?;
+        device::words(&table)
     }
 }

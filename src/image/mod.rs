@@ -1,12 +1,15 @@
 //! An open image: its state in memory, and what every verb shares.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::format::features;
 use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Extensions, Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
-use crate::io::Storage;
+use crate::io::{Stamp, Storage};
+use crate::read::changes::Pair;
 use crate::snapshot::Snapshot;
 use device::Device;
 use overlap::{Kind, Overlap};
@@ -18,16 +21,19 @@ mod chain;
 mod counts;
 mod damage;
 pub(crate) mod device;
-mod mapping;
+mod layout;
+pub(crate) mod mapping;
 pub(crate) mod overlap;
 pub(crate) mod progress;
 pub(crate) mod refcount;
 pub(crate) mod replay;
 pub(crate) mod resize;
+pub(crate) mod room;
 mod status;
 pub(crate) mod update;
 pub(crate) mod walk;
 
+pub use layout::{Changed, ImageLayout};
 pub use progress::{ProgressHook, Stage};
 pub use status::BlockStatus;
 
@@ -59,6 +65,9 @@ enum Standing {
 pub(crate) struct View {
     pub(crate) l1: Vec<u64>,
     pub(crate) size: u64,
+    pub(crate) of: Snapshot,
+    /// It was deleted by somebody else.
+    pub(crate) gone: bool,
 }
 
 /// The snapshot table in memory.
@@ -69,10 +78,17 @@ pub(crate) struct SnapshotList {
     pub(crate) size: u64,
     /// False after `free_snapshots`: every verb loads the table again first.
     pub(crate) loaded: bool,
+    /// IDs and names for C callers, made when first asked for.
+    pub(crate) texts: std::collections::BTreeMap<usize, [std::ffi::CString; 2]>,
 }
 
 /// One open image.
+///
+/// The order of the first members is that of dropping them: what was opened through a caller's
+/// functions is closed before these are.
 pub struct Image {
+    chain: Option<chain::Chain>,
+    data_file: Option<Device>,
     pub(crate) dev: Device,
     pub(crate) flags: OpenFlags,
     pub(crate) header: Header,
@@ -84,21 +100,68 @@ pub struct Image {
     pub(crate) view: Option<View>,
     l2_cache: mapping::L2Cache,
     unpacked: Option<mapping::Unpacked>,
+    /// The two states last compared.
+    pub(crate) compared: Option<Box<Pair>>,
     /// Where the image is, for names in it that are relative; unknown behind callbacks.
-    path: Option<std::path::PathBuf>,
-    chain: Option<Vec<chain::Layer>>,
-    data_file: Option<Device>,
-    /// Names of the files of the chain for C callers, made when first asked for.
-    host_names: Vec<Option<std::ffi::CString>>,
+    place: Option<chain::Place>,
+    /// Names of the files of the chain that C callers were given.
+    host_names: Vec<std::ffi::CString>,
+    /// What the file's stamp was when header and tables were read, if a later change shows in it.
+    seen: Option<Stamp>,
     /// Were clusters allocated ahead? Found out on first use.
     preallocated: Option<bool>,
     standing: Standing,
     outcome: Outcome,
+    changed: Changed,
     remark: Option<String>,
     /// Bytes that refcounts may take in memory.
     pub(crate) refcount_memory: u64,
     /// Opened to be checked, and not found good yet: no verb may change it.
     pub(crate) unchecked: bool,
+}
+
+/// What an image says of itself, as it is on the disk.
+struct Tables {
+    header: Header,
+    extensions: Extensions,
+    backing_file: Vec<u8>,
+    l1: Vec<u64>,
+    reftable: Vec<u64>,
+}
+
+impl Tables {
+    fn read(dev: &mut Device, flags: OpenFlags) -> Result<Tables> {
+        let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
+        // The extensions may fill the first cluster, whose size the header says.
+        let bits = first.get(20..24).map_or(0, byteorder::BigEndian::read_u32);
+        if (9..=21).contains(&bits) {
+            first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
+        }
+        let header = if flags.has(OpenFlags::CHECK) {
+            Header::parse_to_check(&first)?
+        } else {
+            Header::parse(&first, flags.has(OpenFlags::RDWR))?
+        };
+        let l1 = dev.read_vec(
+            "Could not read L1 table",
+            header.l1_offset,
+            u64::from(header.l1_size) * TABLE_ENTRY,
+        )?;
+        let l1 = device::words(&l1)?;
+        debug_assert!(l1.len() as u64 * TABLE_ENTRY <= MAX_L1_BYTES);
+        let reftable = dev.read_vec(
+            "Could not read the refcount table",
+            header.reftable_offset,
+            u64::from(header.reftable_clusters) << header.geometry.cluster_bits,
+        )?;
+        Ok(Tables {
+            reftable: device::words(&reftable)?,
+            extensions: header.extensions(&first)?,
+            backing_file: room::copy_of(header.backing_file(&first)?)?,
+            l1,
+            header,
+        })
+    }
 }
 
 impl Image {
@@ -108,10 +171,12 @@ impl Image {
     /// # Errors
     /// The system's, `InUse` when a guest, qemu-img or another handle has the image open, and those
     /// of [`Image::open_storage`].
+    #[allow(clippy::disallowed_methods)] // one box
     pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> {
+        let place = chain::Place::new(path.to_owned());
         let storage = FileStorage::open_path(path, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
-        image.path = Some(path.to_owned());
+        image.place = Some(place);
         Ok(image)
     }
 
@@ -119,13 +184,15 @@ impl Image {
     ///
     /// # Errors
     /// Those of [`FileStorage::open_fd`] and [`Image::open_storage`].
+    #[allow(clippy::disallowed_methods)] // one box
     pub fn open_fd(fd: std::os::fd::RawFd, flags: OpenFlags) -> Result<Image> {
         let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
         // Names in the image are relative to the folder that the file is in, if it still has one.
-        image.path = std::fs::read_link(format!("/proc/self/fd/{fd}"))
+        image.place = std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
             .ok()
-            .filter(|p| p.is_absolute());
+            .filter(|p| p.is_absolute())
+            .map(chain::Place::new);
         Ok(image)
     }
 
@@ -159,78 +226,88 @@ impl Image {
     }
 
     fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
-        let read_write = flags.has(OpenFlags::RDWR);
-        let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
-        // The extensions may fill the first cluster, whose size the header says.
-        let bits = first.get(20..24).map_or(0, byteorder::BigEndian::read_u32);
-        if (9..=21).contains(&bits) {
-            first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
-        }
-        let check = flags.has(OpenFlags::CHECK);
-        let header = if check {
-            Header::parse_to_check(&first)?
-        } else {
-            Header::parse(&first, read_write)?
-        };
-        let l1 = dev.read_vec(
-            "Could not read L1 table",
-            header.l1_offset,
-            u64::from(header.l1_size) * TABLE_ENTRY,
-        )?;
-        let l1 = device::words(&l1)?;
-        debug_assert!(l1.len() as u64 * TABLE_ENTRY <= MAX_L1_BYTES);
-        let g = header.geometry;
-        let reftable = dev.read_vec(
-            "Could not read the refcount table",
-            header.reftable_offset,
-            u64::from(header.reftable_clusters) << g.cluster_bits,
-        )?;
-        let reftable = device::words(&reftable)?;
-        let extensions = header.extensions(&first)?;
-        let backing_file = header.backing_file(&first)?.to_vec();
+        let seen = dev.stamp().filter(Stamp::is_settled);
+        let tables = Tables::read(&mut dev, flags)?;
         let mut image = Image {
+            chain: None,
+            data_file: None,
             dev,
             flags,
-            header,
-            extensions,
-            backing_file,
-            l1,
-            reftable,
+            header: tables.header,
+            extensions: tables.extensions,
+            backing_file: tables.backing_file,
+            l1: tables.l1,
+            reftable: tables.reftable,
             snapshots: SnapshotList::default(),
             view: None,
             l2_cache: mapping::L2Cache::default(),
             unpacked: None,
-            path: None,
-            chain: None,
-            data_file: None,
+            place: None,
+            compared: None,
             host_names: Vec::new(),
+            seen,
             preallocated: None,
             standing: Standing::Good,
             outcome: Outcome::None,
+            changed: Changed::default(),
             remark: None,
             refcount_memory: counts::MOST,
-            unchecked: check,
+            unchecked: flags.has(OpenFlags::CHECK),
         };
-        match image.load_snapshots() {
-            Ok(()) => {}
-            Err(e @ Error::Io { .. }) => return Err(e),
-            Err(_) if check => image.snapshots = SnapshotList::default(),
-            Err(e) => return Err(e),
+        image.load_what_is_good()?;
+        image.refuse_dirty()?;
+        Ok(image)
+    }
+
+    /// Read header and tables into memory again, and forget what was read by the old ones.
+    fn load(&mut self) -> Result<()> {
+        // Until all is read nothing is known.
+        self.seen = None;
+        let stamp = self.dev.stamp();
+        let tables = Tables::read(&mut self.dev, self.flags)?;
+        self.header = tables.header;
+        self.extensions = tables.extensions;
+        self.backing_file = tables.backing_file;
+        self.l1 = tables.l1;
+        self.reftable = tables.reftable;
+        self.forget_reads();
+        (self.view, self.chain, self.data_file) = (None, None, None);
+        self.load_what_is_good()?;
+        self.seen = stamp.filter(Stamp::is_settled);
+        self.refuse_dirty()
+    }
+
+    /// Load the snapshot table; of an image that is going to be checked it may be damaged.
+    fn load_what_is_good(&mut self) -> Result<()> {
+        match self.load_snapshots() {
+            Err(Error::TooBig(_) | Error::Invalid(_) | Error::Corrupt(_)) if self.unchecked => {
+                self.snapshots = SnapshotList::default();
+                Ok(())
+            }
+            other => other,
         }
-        if read_write && !check && image.header.incompatible & features::DIRTY != 0 {
+    }
+
+    fn refuse_dirty(&self) -> Result<()> {
+        if self.unchecked {
+            return Ok(());
+        }
+        if self.flags.has(OpenFlags::RDWR) && self.header.incompatible & features::DIRTY != 0 {
             return Err(Error::Unsupported(
                 "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qcow2-snapshot check -r all'"
                     .into(),
             ));
         }
-        Ok(image)
+        Ok(())
     }
 
     /// Close the image. Nothing is written.
     ///
     /// # Errors
     /// Those of closing or unlocking the file only; the handle is gone in any case.
-    pub fn close(self) -> Result<()> {
+    pub fn close(mut self) -> Result<()> {
+        self.chain = None;
+        self.data_file = None;
         self.dev.close()
     }
 
@@ -252,7 +329,7 @@ impl Image {
     }
 
     pub(crate) fn set_remark(&mut self, text: &str) {
-        self.remark = Some(text.to_owned());
+        self.remark = Some(text.into());
     }
 
     /// Tell `hook` how far a changing verb is, and let it cancel the verb; `None` takes it away.
@@ -287,11 +364,66 @@ impl Image {
         Ok(())
     }
 
+    /// Begin a call that reads what is seen of the disk.
+    pub(crate) fn begin_read(&mut self) -> Result<()> {
+        self.begin_look()?;
+        if self.view.as_ref().is_some_and(|v| v.gone) {
+            return Err(Error::NotFound(
+                "The snapshot that is read from was deleted by somebody else".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Begin a call that looks at the image. Where others may change it meanwhile (`FORCE_SHARE`), and have,
+    /// everything is read again: by the tables of before, bytes of another place would be found.
+    pub(crate) fn begin_look(&mut self) -> Result<()> {
+        self.usable()?;
+        if !self.flags.has(OpenFlags::FORCE_SHARE) {
+            return Ok(());
+        }
+        let mut changed = self.has_changed();
+        for layer in self.chain.iter_mut().flat_map(|c| c.iter_mut()) {
+            if let chain::Layer::Qcow2(image) = layer {
+                changed |= image.has_changed();
+            }
+        }
+        if changed {
+            self.load_again()?;
+        }
+        Ok(())
+    }
+
+    /// May somebody have changed the file since its tables were read?
+    fn has_changed(&mut self) -> bool {
+        let stamp = self.dev.stamp();
+        stamp.is_some() && stamp != self.seen
+    }
+
+    fn load_again(&mut self) -> Result<()> {
+        let (view, wanted) = (self.view.take(), self.snapshots.loaded);
+        let loaded = self.dev.length_now().and_then(|_| self.load());
+        // An ID is given again when it is free; a moment is not.
+        let same = |s: &Snapshot, of: &Snapshot| {
+            (&s.id, s.l1_table_offset) == (&of.id, of.l1_table_offset)
+                && (s.date_sec, s.date_nsec) == (of.date_sec, of.date_nsec)
+        };
+        self.view = view.map(|mut view| {
+            let entries = &self.snapshots.entries;
+            view.gone = !entries.iter().any(|s| same(s, &view.of));
+            view
+        });
+        if !wanted {
+            self.free_snapshots();
+        }
+        loaded
+    }
+
     /// Begin a changing verb: may this handle change the image at all?
     pub(crate) fn begin_change(&mut self) -> Result<()> {
         self.usable()?;
         self.remark = None;
-        self.outcome = Outcome::Unchanged;
+        (self.outcome, self.changed) = (Outcome::Unchanged, Changed::default());
         if !self.flags.has(OpenFlags::RDWR) {
             return Err(Error::Access("The image is opened read-only".into()));
         }
@@ -321,7 +453,7 @@ impl Image {
     pub(crate) fn begin_repair(&mut self) -> Result<()> {
         self.usable()?;
         self.remark = None;
-        self.outcome = Outcome::Unchanged;
+        (self.outcome, self.changed) = (Outcome::Unchanged, Changed::default());
         if !self.flags.has(OpenFlags::RDWR) {
             return Err(Error::Access("The image is opened read-only".into()));
         }
@@ -339,9 +471,24 @@ impl Image {
         self.outcome = outcome;
     }
 
+    /// Nothing is wrong any more: the handle is as any other from now on.
+    pub(crate) fn found_good(&mut self) {
+        self.unchecked = false;
+        self.flags = self.flags.without(OpenFlags::CHECK);
+    }
+
     /// A repair is over.
     pub(crate) fn end_repair(&mut self, ended: bool) {
         self.forget_reads();
+        if self.dev.changed {
+            // Any of them may have been written.
+            self.changed = Changed {
+                size: false,
+                l1: true,
+                reftable: true,
+                snapshots: true,
+            };
+        }
         if ended {
             self.outcome = Outcome::Done;
         } else if self.outcome == Outcome::Unknown {
@@ -358,35 +505,36 @@ impl Image {
     }
 
     /// The state that a verb replays on.
-    pub(crate) fn replay(&self) -> Result<Replay> {
+    pub(crate) fn replay(&mut self) -> Result<Replay> {
+        self.check_snapshots_inside()?;
         let h = &self.header;
-        let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable);
+        let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
         overlap.protect(
             Kind::ActiveL1,
             h.l1_offset,
             u64::from(h.l1_size) * TABLE_ENTRY,
-        );
+        )?;
         overlap.protect(
             Kind::Reftable,
             h.reftable_offset,
             u64::from(h.reftable_clusters) << h.geometry.cluster_bits,
-        );
-        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size);
+        )?;
+        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size)?;
         for s in &self.snapshots.entries {
             overlap.protect(
                 Kind::InactiveL1,
                 s.l1_table_offset,
                 u64::from(s.l1_size) * TABLE_ENTRY,
-            );
+            )?;
         }
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
-            overlap.protect(Kind::BitmapDirectory, offset, bytes);
+            overlap.protect(Kind::BitmapDirectory, offset, bytes)?;
         }
         Ok(Replay::new(
             h,
-            self.l1.clone(),
-            self.reftable.clone(),
+            room::copy_of(&self.l1)?,
+            room::copy_of(&self.reftable)?,
             overlap,
             !self.backing_file.is_empty(),
             self.dev.length(),
@@ -421,26 +569,35 @@ impl Image {
                 (_, true) => Standing::NoChanges,
                 _ => self.standing,
             };
+        } else {
+            // A verb that had to begin anew is done after all.
+            self.standing = Standing::Good;
         }
         if outcome == Outcome::Done {
-            let h = &mut self.header;
+            let (h, table) = (&mut self.header, replay.refs.table());
+            self.changed = Changed {
+                size: h.size != replay.header.size,
+                l1: h.l1_offset != replay.header.l1_offset || self.l1 != replay.l1,
+                reftable: h.reftable_offset != table.offset || self.reftable != table.entries,
+                snapshots: h.snapshots_offset != replay.header.snapshots_offset,
+            };
             h.size = replay.header.size;
             h.l1_size = replay.header.l1_size;
             h.l1_offset = replay.header.l1_offset;
             h.nb_snapshots = replay.header.nb_snapshots;
             h.snapshots_offset = replay.header.snapshots_offset;
-            let table = replay.refs.table();
             h.reftable_offset = table.offset;
             h.reftable_clusters = table.clusters as u32;
             if let Some(bits) = autoclear {
                 h.autoclear = bits;
             }
-            self.reftable = table.entries.clone();
+            self.reftable = replay.refs.take_entries();
             self.l1 = replay.l1;
             self.snapshots = crate::image::SnapshotList {
                 entries: list,
                 size: table_size,
                 loaded: true,
+                texts: Default::default(),
             };
         }
         result
@@ -450,6 +607,7 @@ impl Image {
     pub(crate) fn forget_reads(&mut self) {
         (self.l2_cache, self.unpacked) = (mapping::L2Cache::default(), None);
         self.preallocated = None;
+        self.compared = None;
     }
 
     /// Does the image have valid persistent bitmaps?

@@ -1,5 +1,6 @@
 //! What a write must not hit (`qcow2_check_metadata_overlap`, template "cached").
 
+use super::room;
 use crate::error::{Error, Result};
 use crate::format::entry;
 use crate::format::geometry::Geometry;
@@ -45,7 +46,7 @@ pub(crate) struct Overlap {
 }
 
 impl Overlap {
-    pub(crate) fn new(g: Geometry, l1: &[u64], reftable: &[u64]) -> Overlap {
+    pub(crate) fn new(g: Geometry, l1: &[u64], reftable: &[u64]) -> Result<Overlap> {
         let ranges = vec![(0, g.cluster_size(), Kind::Header)];
         let mut overlap = Overlap {
             g,
@@ -54,20 +55,21 @@ impl Overlap {
             active_l2: Vec::new(),
             refblocks: Vec::new(),
         };
-        overlap.follow(l1, reftable);
-        overlap
+        overlap.follow(l1, reftable)?;
+        Ok(overlap)
     }
 
     /// Protect the L2 tables and refcount blocks that these tables name, and no others.
-    pub(crate) fn follow(&mut self, l1: &[u64], reftable: &[u64]) {
-        let sorted = |table: &[u64], mask: u64| {
+    pub(crate) fn follow(&mut self, l1: &[u64], reftable: &[u64]) -> Result<()> {
+        let sorted = |table: &[u64], mask: u64| -> Result<Vec<u64>> {
             let named = table.iter().map(|e| e & mask);
-            let mut offsets: Vec<u64> = named.filter(|o| *o != 0).collect();
+            let mut offsets = room::collected(named.filter(|o| *o != 0))?;
             offsets.sort_unstable();
-            offsets
+            Ok(offsets)
         };
-        self.active_l2 = sorted(l1, entry::OFFSET_MASK);
-        self.refblocks = sorted(reftable, entry::REFTABLE_OFFSET_MASK);
+        self.active_l2 = sorted(l1, entry::OFFSET_MASK)?;
+        self.refblocks = sorted(reftable, entry::REFTABLE_OFFSET_MASK)?;
+        Ok(())
     }
 
     /// No refcount block may be in the table twice: one count would stand for two clusters. (QEMU
@@ -83,12 +85,15 @@ impl Overlap {
     }
 
     /// Protect `bytes` at `offset`.
-    pub(crate) fn protect(&mut self, kind: Kind, offset: u64, bytes: u64) {
-        if bytes != 0 {
-            let end = self.g.round_up(offset.saturating_add(bytes));
-            self.ranges
-                .push((offset - self.g.in_cluster(offset), end, kind));
+    pub(crate) fn protect(&mut self, kind: Kind, offset: u64, bytes: u64) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
         }
+        let end = self.g.round_up(offset.saturating_add(bytes));
+        let range = (offset - self.g.in_cluster(offset), end, kind);
+        room::push(&mut self.ranges, range)?;
+        // For `seal`, which never fails.
+        room::reserve(&mut self.furthest, self.ranges.len())
     }
 
     /// No longer protect ranges of this kind that begin at `offset`.
@@ -104,6 +109,7 @@ impl Overlap {
             .sort_unstable_by_key(|(start, end, _)| (*start, *end));
         let mut furthest = 0;
         self.furthest.clear();
+        #[allow(clippy::disallowed_methods)] // `protect` has made room
         self.furthest.extend(self.ranges.iter().map(|(_, end, _)| {
             furthest = furthest.max(*end);
             furthest

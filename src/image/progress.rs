@@ -47,6 +47,10 @@ pub(crate) struct Progress {
     stride: u64,
     /// Where the hook is called next: never, without one or outside of a stage.
     next: u64,
+    /// Bytes gone through that `total` does not have, since the hook was last asked about these.
+    passed: u64,
+    /// The verb looks again, in the middle of its second stage.
+    again: bool,
 }
 
 impl Progress {
@@ -58,15 +62,25 @@ impl Progress {
             total: 1,
             stride: STRIDE,
             next: u64::MAX,
+            passed: 0,
+            again: false,
         }
+    }
+
+    /// The verb begins anew where it was about to write: what it looks at until then is told as a
+    /// part of what it has to do in the second stage.
+    pub(crate) fn again(&mut self) {
+        self.again = true;
     }
 
     /// A stage begins. What it has to do is only worked out if somebody wants to know.
     pub(crate) fn begin(&mut self, stage: Stage, total: impl FnOnce() -> u64) {
-        if self.hook.is_some() {
+        if self.again {
+            self.again = stage == Stage::Check;
+        } else if self.hook.is_some() {
             (self.stage, self.done, self.total) = (stage, 0, total().max(1));
             self.stride = (self.total / CALLS).clamp(1, STRIDE);
-            self.next = self.stride;
+            (self.next, self.passed) = (self.stride, 0);
         }
     }
 
@@ -85,11 +99,29 @@ impl Progress {
         self.ask(self.done.min(self.total - 1))
     }
 
+    /// So many bytes are gone through that nobody foresaw: the hook can cancel there too. For loops
+    /// over what an image can make as long as it likes.
+    ///
+    /// # Errors
+    /// `Cancelled`.
+    #[inline]
+    pub(crate) fn pass(&mut self, bytes: u64) -> Result<()> {
+        self.passed = self.passed.saturating_add(bytes);
+        if self.passed < STRIDE || self.next == u64::MAX {
+            return Ok(());
+        }
+        self.passed = 0;
+        self.ask(self.done.min(self.total - 1))
+    }
+
     /// The stage is over.
     ///
     /// # Errors
     /// `Cancelled`.
     pub(crate) fn end(&mut self) -> Result<()> {
+        if self.again {
+            return Ok(());
+        }
         (self.done, self.next) = (0, u64::MAX);
         self.ask(self.total)
     }
@@ -143,6 +175,28 @@ mod tests {
         wanted.extend([(Stage::Check, total - 1, total); 3]);
         wanted.extend([(Stage::Check, total, total), (Stage::Reclaim, 1, 1)]);
         assert_eq!(*calls.borrow(), wanted);
+    }
+
+    #[test]
+    fn what_nobody_foresaw_is_not_done_but_can_be_cancelled() {
+        let calls = Rc::new(RefCell::new(Vec::new()));
+        let seen = Rc::clone(&calls);
+        let mut progress = Progress::new(Some(Box::new(move |_, done, total| {
+            seen.borrow_mut().push((done, total));
+            ControlFlow::Continue(())
+        })));
+        // Between stages nobody is asked.
+        progress.pass(5 * STRIDE).unwrap();
+        progress.begin(Stage::Check, || 8 * STRIDE);
+        progress.step(STRIDE / 4).unwrap();
+        for _ in 0..8 {
+            progress.pass(STRIDE / 4).unwrap();
+        }
+        assert_eq!(*calls.borrow(), [(STRIDE / 4, 8 * STRIDE); 2]);
+        let mut progress = Progress::new(Some(Box::new(|_, _, _| ControlFlow::Break(()))));
+        progress.begin(Stage::Check, || 1);
+        let errno = progress.pass(STRIDE).unwrap_err().errno();
+        assert_eq!(errno, libc::ECANCELED);
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod memory;
 
 use super::counts::Counts;
 use super::device::{self, Device};
+use super::room::{self, Clusters, Known};
 use crate::by_refcount_width;
 use crate::error::{Error, Result};
 use crate::format::entry::{OFFSET_MASK, REFTABLE_OFFSET_MASK};
@@ -19,7 +20,6 @@ use crate::format::refblock;
 use crate::format::run::{self, Run, Step};
 use byteorder::{BigEndian, ByteOrder};
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
 
 /// QEMU compares the number of refcount table entries with this (`QCOW_MAX_REFTABLE_SIZE`).
 const MAX_REFTABLE_ENTRIES: u64 = 8 << 20;
@@ -133,7 +133,7 @@ impl Block {
 }
 
 /// One place where the refcount table has been during the verb.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Table {
     pub(crate) offset: u64,
     pub(crate) clusters: u64,
@@ -166,7 +166,7 @@ pub(crate) struct Refcounts {
     /// Places of the refcount table, the current one last.
     pub(crate) tables: Vec<Table>,
     /// Loaded blocks by refcount table index.
-    blocks: Vec<Option<Box<Block>>>,
+    blocks: Vec<Option<Box<[Block; 1]>>>,
     /// What they take, and where they are.
     memory: memory::Memory,
     /// Runs of few clusters since the last long one: the walk jumps about.
@@ -177,13 +177,13 @@ pub(crate) struct Refcounts {
     pub(crate) epoch: usize,
     /// Clusters that held something before the verb and were freed by an explicit free, with the
     /// epoch whose publish makes the disk forget them.
-    pub(crate) forgotten: BTreeMap<u64, usize>,
+    pub(crate) forgotten: Known<usize>,
     /// Clusters freed without a hole.
-    pub(crate) kept: BTreeSet<u64>,
+    pub(crate) kept: Clusters,
     /// Clusters that were punched in QEMU's sequence although free before the verb.
-    pub(crate) punched: BTreeSet<u64>,
+    pub(crate) punched: Clusters,
     /// Clusters that explicit allocations of this verb have taken.
-    pub(crate) taken: BTreeSet<u64>,
+    pub(crate) taken: Clusters,
     /// Length that QEMU's writes of refcount structures give the file at least.
     pub(crate) reach: u64,
     /// Refcount blocks dropped by a shrinking resize.
@@ -228,10 +228,10 @@ impl Refcounts {
             short_runs: 0,
             next: 0,
             epoch: 0,
-            forgotten: BTreeMap::new(),
-            kept: BTreeSet::new(),
-            punched: BTreeSet::new(),
-            taken: BTreeSet::new(),
+            forgotten: Known::default(),
+            kept: Clusters::default(),
+            punched: Clusters::default(),
+            taken: Clusters::default(),
             reach: 0,
             dropped: Vec::new(),
             before: None,
@@ -243,6 +243,11 @@ impl Refcounts {
     pub(crate) fn table(&self) -> &Table {
         // `tables` is never empty: made with one, only pushed to.
         &self.tables[self.tables.len() - 1]
+    }
+
+    /// The entries of the table as it is now, which the replay has no more use for.
+    pub(crate) fn take_entries(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.table_mut().entries)
     }
 
     fn table_mut(&mut self) -> &mut Table {
@@ -265,7 +270,7 @@ impl Refcounts {
         self.blocks
             .iter()
             .enumerate()
-            .filter_map(|(i, b)| Some((i as u64, b.as_deref()?)))
+            .filter_map(|(i, b)| Some((i as u64, &b.as_deref()?[0])))
     }
 
     /// Does any loaded block have a peak?
@@ -283,12 +288,14 @@ impl Refcounts {
     }
 
     fn block_mut(&mut self, index: u64) -> Option<&mut Block> {
-        self.blocks.get_mut(index as usize)?.as_deref_mut()
+        let [block] = self.blocks.get_mut(index as usize)?.as_deref_mut()?;
+        Some(block)
     }
 
     /// The block at `index`, if it is loaded.
     pub(crate) fn block(&self, index: u64) -> Option<&Block> {
-        self.blocks.get(index as usize)?.as_deref()
+        let [block] = self.blocks.get(index as usize)?.as_deref()?;
+        Some(block)
     }
 
     /// The refcount of a cluster when the walk of create was done, whatever was freed since: the
@@ -418,6 +425,7 @@ impl Refcounts {
             let Some(Some(block)) = self.blocks.get_mut(index as usize) else {
                 break;
             };
+            let [block] = &mut **block;
             let Some(counts) = block.counts.fields_mut::<WIDTH>() else {
                 break;
             };
@@ -552,6 +560,7 @@ impl Refcounts {
         let mut scratch = Vec::new();
         let (mut at, mut run) = (self.next, 0);
         while run < n {
+            dev.progress.pass(TABLE_ENTRY)?;
             let index = g.reftable_index(HostCluster(at));
             if index >= self.table().entries.len() as u64 {
                 at += n - run;
@@ -603,14 +612,14 @@ impl Refcounts {
                 // Undo, and try the same clusters first.
                 for undo in start..c {
                     self.store(HostCluster(undo), 0)?;
-                    self.taken.remove(&undo);
+                    self.taken.remove(undo);
                 }
                 self.next = self.next.min(start);
                 return Ok(Reserved::Again);
             }
             debug_assert_eq!(self.get(dev, HostCluster(c))?, 0);
             self.store(HostCluster(c), 1)?;
-            self.taken.insert(c);
+            self.taken.insert(c)?;
         }
         debug_assert!(g.refcount_max() >= 1);
         Ok(Reserved::Done)
@@ -652,7 +661,7 @@ impl Refcounts {
         if own {
             self.store(new, 1)?;
         }
-        self.taken.insert(new.0);
+        self.taken.insert(new.0)?;
         if index < self.table().entries.len() as u64 {
             self.table_mut().entries[index as usize] = g.offset_of(new);
         } else {
@@ -693,13 +702,10 @@ impl Refcounts {
         }
         let clusters = entries / per_cluster;
 
-        let mut table: Vec<u64> = Vec::new();
-        table
-            .try_reserve_exact(entries as usize)
-            .map_err(|_| Error::NoMemory(entries * 8))?;
-        let old = self.table().clone();
-        table.extend(old.entries.iter().take(entries as usize));
-        table.resize(entries as usize, 0);
+        let old = (self.table().offset, self.table().clusters);
+        let all = self.table().entries.iter().copied();
+        let all = all.chain(std::iter::repeat(0));
+        let mut table = room::collected(all.take(entries as usize))?;
         table[new_index as usize] = new_block;
 
         // Which blocks are new, and where they and the table lie.
@@ -720,12 +726,13 @@ impl Refcounts {
         }
         let offset = g.offset_of(HostCluster(table_cluster));
         self.forget_before_writing(dev, offset, clusters * g.cluster_size())?;
-        self.tables.push(Table {
+        let table = Table {
             offset,
             clusters,
             entries: table,
             born: Some(self.epoch),
-        });
+        };
+        room::push(&mut self.tables, table)?;
         for index in first..total_blocks {
             self.load(dev, index)?;
         }
@@ -736,14 +743,14 @@ impl Refcounts {
                 ));
             }
             self.store(HostCluster(c), 1)?;
-            self.taken.insert(c);
+            self.taken.insert(c)?;
         }
         self.reach = self.reach.max(g.offset_of(HostCluster(end)));
         // The old table is forgotten when the header names the new one.
         self.free(
             dev,
-            old.offset,
-            old.clusters * g.cluster_size(),
+            old.0,
+            old.1 * g.cluster_size(),
             Freed::Kept,
             self.epoch,
         )
@@ -774,7 +781,7 @@ impl Refcounts {
             let left = self.bump(dev, HostCluster(c), false)?;
             self.store(HostCluster(c), left)?;
             if left == 0 {
-                self.release(c, bytes_end_up, forgotten_in);
+                self.release(c, bytes_end_up, forgotten_in)?;
             }
         }
         Ok(())
@@ -798,19 +805,19 @@ impl Refcounts {
     }
 
     /// Note what becomes of a cluster whose count has dropped to zero by an explicit free.
-    fn release(&mut self, c: u64, bytes_end_up: Freed, forgotten_in: usize) {
-        let born_here = self.taken.remove(&c);
+    fn release(&mut self, c: u64, bytes_end_up: Freed, forgotten_in: usize) -> Result<()> {
+        let born_here = self.taken.remove(c);
         if !born_here {
-            self.forgotten.insert(c, forgotten_in);
+            self.forgotten.insert(c, forgotten_in)?;
         }
         match bytes_end_up {
             Freed::Kept => {
-                self.punched.remove(&c);
-                self.kept.insert(c);
+                self.punched.remove(c);
+                self.kept.insert(c)
             }
             Freed::Punched => {
-                self.kept.remove(&c);
-                self.punched.insert(c);
+                self.kept.remove(c);
+                self.punched.insert(c)
             }
         }
     }
@@ -833,7 +840,7 @@ impl Refcounts {
         let mut wait_for = None;
         for c in first..=last {
             if self.count_before(dev, HostCluster(c))? != 0 {
-                wait_for = wait_for.max(Some(self.forgotten.get(&c).copied().unwrap_or(NEVER)));
+                wait_for = wait_for.max(Some(self.forgotten.get(c).copied().unwrap_or(NEVER)));
             }
         }
         match wait_for {
@@ -869,6 +876,7 @@ impl Refcounts {
             let counts = if self.block(index).is_some_and(|b| b.born.is_some()) {
                 Vec::new()
             } else if offset & REFTABLE_OFFSET_MASK != 0 {
+                dev.progress.pass(g.cluster_size())?;
                 dev.read_vec(
                     "Could not read a refcount block",
                     offset & REFTABLE_OFFSET_MASK,
@@ -893,12 +901,17 @@ impl Refcounts {
             .map_or(Ok(0), |b| b.counts.get(self.g, at))
     }
 
+    /// Which of the dropped blocks was at `index`? They are in order.
+    fn dropped_at(&self, index: u64) -> Option<usize> {
+        self.dropped.binary_search_by_key(&index, |d| d.index).ok()
+    }
+
     /// Has the verb changed counts in the block at `index`?
     pub(crate) fn may_lose(&self, index: u64) -> bool {
         match self.block(index) {
             Some(b) => b.dirty,
             // Not looked at, so not changed; or dropped, because everything in it is free.
-            None => self.dropped.iter().any(|d| d.index == index),
+            None => self.dropped_at(index).is_some(),
         }
     }
 
@@ -915,7 +928,7 @@ impl Refcounts {
         let left = block.map_or(Ok(0), |b| count(&b.counts))?;
         let peak = block.and_then(|b| b.peak.as_ref());
         let counted = peak.map_or(Ok(0), count)? != 0;
-        let punched = counted || self.punched.contains(&cluster.0);
+        let punched = counted || self.punched.contains(cluster.0);
         Ok(left == 0 && (new || punched || self.count_before(dev, cluster)? != 0))
     }
 
@@ -936,7 +949,8 @@ impl Refcounts {
         let g = self.g;
         let at = g.refblock_index(cluster);
         let index = g.reftable_index(cluster);
-        if let Some(d) = self.dropped.iter_mut().find(|d| d.index == index) {
+        let dropped = self.dropped_at(index);
+        if let Some(d) = dropped.and_then(|i| self.dropped.get_mut(i)) {
             if let Some(peak) = &mut d.peak {
                 refblock::set(g, peak, at, 1);
             }
@@ -947,8 +961,12 @@ impl Refcounts {
         let Some(block) = self.block_mut(index) else {
             return Err(self.not_described(cluster));
         };
-        let peak = block.peak.get_or_insert_with(|| block.counts.clone());
+        let mut peak = match block.peak.take() {
+            Some(peak) => peak,
+            None => Counts::new(g, room::owned(block.counts.bytes(g)?)?),
+        };
         peak.set(g, at, 1)?;
+        block.peak = Some(peak);
         block.raised = true;
         block.lowered = true;
         block.ours |= !block.dirty;
@@ -973,6 +991,9 @@ impl Refcounts {
             .0;
         while c < end {
             let index = g.reftable_index(HostCluster(c));
+            if in_scratch != Some(index) {
+                dev.progress.pass(TABLE_ENTRY)?;
+            }
             if self.entry(index) == 0 || self.block(index).is_some_and(|b| b.born.is_some()) {
                 run = 0;
                 c = g.first_cluster_of_block(index + 1).0;
@@ -981,7 +1002,7 @@ impl Refcounts {
             let at = g.refblock_index(HostCluster(c));
             if in_scratch != Some(index) {
                 if let Some(block) = self.block(index) {
-                    scratch = block.counts(g)?.into_owned();
+                    scratch = room::owned(block.counts(g)?)?;
                     if let Some(peak) = block.peak(g)? {
                         refblock::raise_to(g, &mut scratch, &peak, g.refblock_entries() as usize);
                     }
@@ -1014,9 +1035,13 @@ impl Refcounts {
     /// new state is published the table names it, and afterwards its counts go with it.
     fn find_untouched_in_dropped(&mut self, dev: &mut Device, n: u64) -> Result<Option<u64>> {
         let g = self.g;
+        if n > g.refblock_entries() {
+            return Ok(None);
+        }
         let mut dropped = std::mem::take(&mut self.dropped);
         let mut found = None;
         for d in &mut dropped {
+            dev.progress.pass(g.cluster_size())?;
             let before = dev.read_vec(
                 "Could not read a refcount block",
                 d.offset,
@@ -1051,18 +1076,15 @@ impl Refcounts {
 
     /// Has an allocation of this verb taken one of `n` clusters from `first` on?
     pub(crate) fn any_taken(&self, first: u64, n: u64) -> bool {
-        self.taken
-            .range(first..first.saturating_add(n))
-            .next()
-            .is_some()
+        (first..first.saturating_add(n)).any(|c| self.taken.contains(c))
     }
 
     /// Has the replay done anything to a cluster?
     fn touched(&self, c: u64) -> bool {
-        self.forgotten.contains_key(&c)
-            || self.punched.contains(&c)
-            || self.kept.contains(&c)
-            || self.taken.contains(&c)
+        self.forgotten.get(c).is_some()
+            || self.punched.contains(c)
+            || self.kept.contains(c)
+            || self.taken.contains(c)
     }
 
     /// QEMU's `qcow2_shrink_reftable`: drop blocks that describe nothing but themselves.
@@ -1071,15 +1093,22 @@ impl Refcounts {
         let mut scratch = Vec::new();
         let mut unused = Vec::new();
         for index in 0..self.table().entries.len() as u64 {
+            dev.progress.pass(TABLE_ENTRY)?;
             let offset = self.entry(index);
             if offset == 0 {
                 continue;
             }
             self.check_aligned(index, offset)?;
+            // Zeros, and a table may name a million of these: terabytes to look at.
+            if offset >= dev.length() && self.block(index).is_none() {
+                room::push(&mut unused, (index, offset))?;
+                continue;
+            }
             let mut copy = match self.block(index) {
-                Some(b) => b.counts(g)?.into_owned(),
+                Some(b) => room::owned(b.counts(g)?)?,
                 None => {
-                    scratch.resize(g.cluster_len(), 0);
+                    dev.progress.pass(g.cluster_size())?;
+                    room::resize(&mut scratch, g.cluster_len(), 0)?;
                     dev.read("Could not read a refcount block", offset, &mut scratch)?;
                     std::mem::take(&mut scratch)
                 }
@@ -1089,7 +1118,7 @@ impl Refcounts {
                 refblock::set(g, &mut copy, g.refblock_index(itself), 0);
             }
             if copy.iter().all(|b| *b == 0) {
-                unused.push((index, offset));
+                room::push(&mut unused, (index, offset))?;
             }
             scratch = copy;
         }
@@ -1099,6 +1128,7 @@ impl Refcounts {
             .saturating_add(self.table().entries.len() as u64 * TABLE_ENTRY);
         self.reach = self.reach.max(end);
         for (index, offset) in unused {
+            dev.progress.pass(TABLE_ENTRY)?;
             // `qcow2_discard_refcount_block`
             let cluster = g.cluster_of(offset);
             if self.get(dev, cluster)? != 1 {
@@ -1108,7 +1138,7 @@ impl Refcounts {
             }
             self.store(cluster, 0)?;
             self.next = self.next.min(cluster.0);
-            self.release(cluster.0, Freed::Punched, NEVER);
+            self.release(cluster.0, Freed::Punched, NEVER)?;
             self.table_mut().entries[index as usize] = 0;
             let block = self.take_block(index);
             if block.as_ref().is_none_or(|b| b.born.is_none()) {
@@ -1120,12 +1150,13 @@ impl Refcounts {
                     Ok(b.counts)
                 });
                 let counts = counts.transpose()?;
-                self.dropped.push(Dropped {
+                let dropped = Dropped {
                     index,
                     offset,
                     counts,
                     peak: None,
-                });
+                };
+                room::push(&mut self.dropped, dropped)?;
             }
         }
         Ok(())
@@ -1141,8 +1172,11 @@ impl Refcounts {
         while end > 0 {
             let index = g.reftable_index(HostCluster(end - 1));
             let first = g.first_cluster_of_block(index).0;
-            if let Some(counts) = self.counts(dev, index, &mut scratch)? {
-                let n = (end - first) as usize;
+            dev.progress.pass(TABLE_ENTRY)?;
+            let counts = self.counts(dev, index, &mut scratch)?.unwrap_or_default();
+            // A file may have terabytes of holes: only what is not zero is taken apart.
+            if let Some(byte) = counts.iter().rposition(|b| *b != 0) {
+                let n = ((end - first) as usize).min(g.block_entries_in(byte + 8));
                 if let Some(last) = (0..n).rev().find(|i| refblock::get(g, counts, *i) != 0) {
                     return Ok(first + last as u64);
                 }
@@ -1373,7 +1407,7 @@ mod tests {
         assert!(r.table().entries.len() > 64);
         // The old table's cluster is free and below everything: QEMU takes it at once.
         assert_eq!(at, 512);
-        assert_eq!(r.forgotten.get(&1), Some(&0));
+        assert_eq!(r.forgotten.get(1), Some(&0));
         r.forget_before_writing(&mut dev, at, 512).unwrap();
         assert_eq!(r.epoch, 1);
     }

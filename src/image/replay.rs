@@ -3,12 +3,12 @@
 use super::device::{self, Device};
 use super::overlap::{Kind, Overlap};
 use super::refcount::{Freed, Refcounts};
+use super::room::{self, Clusters, Known};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::{features, header::Header};
 use byteorder::{BigEndian, ByteOrder};
-use std::collections::BTreeMap;
 
 /// The fields in bytes 24 to 71 of the header that verbs switch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +35,8 @@ pub(crate) struct Replay {
     pub(crate) g: Geometry,
     pub(crate) refs: Refcounts,
     pub(crate) overlap: Overlap,
+    /// The header before the verb.
+    pub(crate) before: Switched,
     /// The header as it is at this point of the replay.
     pub(crate) header: Switched,
     /// The header at the end of each finished epoch.
@@ -42,10 +44,12 @@ pub(crate) struct Replay {
     /// The active L1 in memory.
     pub(crate) l1: Vec<u64>,
     /// L2 tables whose contents the replay has changed, by offset. An empty one is all zeros.
-    pub(crate) tables: BTreeMap<u64, Vec<u8>>,
-    /// Clusters that a resize takes and the goto that follows frees again, by offset. `true`: an L2
-    /// table of zeros. A resize may make millions of those, so they are not in `tables`.
-    pub(crate) temporary: BTreeMap<u64, bool>,
+    pub(crate) tables: Known<Vec<u8>>,
+    /// Clusters that a resize takes and the goto that follows frees again.
+    pub(crate) temporary: Clusters,
+    /// Those of them that are L2 tables of zeros. A resize may make millions, so they are not in
+    /// `tables`.
+    pub(crate) zero_tables: Clusters,
     /// The first L1 table's place and last contents, once it has moved. QEMU leaves them there.
     pub(crate) left_l1: Option<(u64, Vec<u64>)>,
     /// Contents for new clusters.
@@ -61,14 +65,15 @@ pub(crate) struct Replay {
 }
 
 /// The contents of an L2 table where they differ from the disk's, none for zeros, in a replay's
-/// `tables` and `temporary`.
+/// `tables` and `zero_tables`.
 pub(super) fn changed_table<'a>(
-    tables: &'a BTreeMap<u64, Vec<u8>>,
-    temporary: &BTreeMap<u64, bool>,
+    g: Geometry,
+    tables: &'a Known<Vec<u8>>,
+    zero_tables: &Clusters,
     offset: u64,
 ) -> Option<&'a [u8]> {
-    let zeros = || temporary.get(&offset).is_some_and(|zeros| *zeros);
-    match tables.get(&offset) {
+    let zeros = || zero_tables.contains(g.cluster_of(offset).0);
+    match tables.get(offset) {
         Some(table) => Some(table),
         None => zeros().then_some(&[]),
     }
@@ -85,6 +90,13 @@ impl Replay {
         memory: u64,
     ) -> Replay {
         let g = header.geometry;
+        let before = Switched {
+            size: header.size,
+            l1_size: header.l1_size,
+            l1_offset: header.l1_offset,
+            nb_snapshots: header.nb_snapshots,
+            snapshots_offset: header.snapshots_offset,
+        };
         overlap.seal();
         Replay {
             g,
@@ -96,17 +108,13 @@ impl Replay {
                 memory,
             ),
             overlap,
-            header: Switched {
-                size: header.size,
-                l1_size: header.l1_size,
-                l1_offset: header.l1_offset,
-                nb_snapshots: header.nb_snapshots,
-                snapshots_offset: header.snapshots_offset,
-            },
+            before,
+            header: before,
             epoch_headers: Vec::new(),
             l1,
-            tables: BTreeMap::new(),
-            temporary: BTreeMap::new(),
+            tables: Known::default(),
+            temporary: Clusters::default(),
+            zero_tables: Clusters::default(),
             left_l1: None,
             new_data: Vec::new(),
             reach: length,
@@ -123,6 +131,7 @@ impl Replay {
     }
 
     /// Keep the header of epochs that have ended.
+    #[allow(clippy::disallowed_methods)] // a verb has a handful of epochs
     pub(crate) fn close_epochs(&mut self) {
         while self.epoch_headers.len() < self.refs.epoch {
             self.epoch_headers.push(self.header);
@@ -137,20 +146,21 @@ impl Replay {
     }
 
     /// QEMU protects the refcount table where it is now.
-    fn follow_table(&mut self) {
+    fn follow_table(&mut self) -> Result<()> {
         let table = self.refs.table();
         if table.offset != self.protected_table {
             let (offset, bytes) = (table.offset, table.entries.len() as u64 * TABLE_ENTRY);
             self.overlap.release(Kind::Reftable, self.protected_table);
-            self.overlap.protect(Kind::Reftable, offset, bytes);
+            self.overlap.protect(Kind::Reftable, offset, bytes)?;
             self.overlap.seal();
             self.protected_table = offset;
         }
+        Ok(())
     }
 
     /// May `bytes` at `offset` get new contents?
     pub(crate) fn check_new(&mut self, offset: u64, bytes: u64) -> Result<()> {
-        self.follow_table();
+        self.follow_table()?;
         self.overlap.check(offset, bytes, None)
     }
 
@@ -172,26 +182,27 @@ impl Replay {
             .forget_before_writing(dev, offset, data.len() as u64)?;
         self.close_epochs();
         let last = g.cluster_of(end - 1).0;
-        if self.refs.punched.contains(&last) {
+        if self.refs.punched.contains(last) {
             let zeros_end = g.round_up(end).min(self.reach.max(end));
-            data.resize((zeros_end - offset) as usize, 0);
+            room::resize(&mut data, (zeros_end - offset) as usize, 0)?;
         }
         for c in g.cluster_of(offset).0..=last {
-            self.refs.punched.remove(&c);
+            self.refs.punched.remove(c);
         }
         self.reach = self.reach.max(end);
-        self.new_data.push(NewData {
+        let epoch = self.refs.epoch;
+        let new = NewData {
             label,
             offset,
             data,
-            epoch: self.refs.epoch,
-        });
-        Ok(())
+            epoch,
+        };
+        room::push(&mut self.new_data, new)
     }
 
     /// Has QEMU punched the cluster at `offset` in this verb?
     pub(crate) fn is_punched(&self, offset: u64) -> bool {
-        self.refs.punched.contains(&self.g.cluster_of(offset).0)
+        self.refs.punched.contains(self.g.cluster_of(offset).0)
     }
 
     /// QEMU's `qcow2_grow_l1_table(exact)`: the L1 table moves to a place with room for `entries`.
@@ -202,11 +213,9 @@ impl Replay {
         if entries > MAX_L1_BYTES / TABLE_ENTRY {
             return Err(Error::TooBig("L1 table would become too large".into()));
         }
-        let mut l1: Vec<u64> = Vec::new();
-        l1.try_reserve_exact(entries as usize)
-            .map_err(|_| Error::NoMemory(entries * TABLE_ENTRY))?;
-        l1.extend_from_slice(&self.l1);
-        l1.resize(entries as usize, 0);
+        let zeros = std::iter::repeat(0);
+        let all = self.l1.iter().copied().chain(zeros);
+        let l1 = room::collected(all.take(entries as usize))?;
 
         let bytes = entries * TABLE_ENTRY;
         let offset = self.refs.alloc(dev, bytes)?;
@@ -214,30 +223,50 @@ impl Replay {
         self.write_new(dev, "L1 table", offset, device::bytes_of(&l1)?)?;
 
         let (old_offset, old_bytes) = (self.header.l1_offset, self.l1.len() as u64 * TABLE_ENTRY);
-        // What a resize has entered in the table since stays in it when it is left.
+        // What a resize has entered in the table since stays in it when it is left. A table that an
+        // epoch before this one publishes is the old disk's until then.
         let left = device::bytes_of(&self.l1)?;
-        match self.new_data.iter_mut().find(|w| w.offset == old_offset) {
+        let epoch = self.refs.epoch;
+        let unpublished = |w: &&mut NewData| w.offset == old_offset && w.epoch == epoch;
+        match self.new_data.iter_mut().find(unpublished) {
             Some(made) => made
                 .data
                 .splice(..left.len().min(made.data.len()), left)
                 .for_each(drop),
-            None => self.left_l1 = Some((old_offset, self.l1.clone())),
+            None => self.left_l1 = Some((old_offset, room::copy_of(&self.l1)?)),
         }
         self.switch(|h| (h.l1_offset, h.l1_size) = (offset, entries as u32));
-        let epoch = self.refs.epoch;
         self.refs
             .free(dev, old_offset, old_bytes, Freed::Kept, epoch)?;
         self.overlap.release(Kind::ActiveL1, old_offset);
-        self.overlap.protect(Kind::ActiveL1, offset, bytes);
+        self.overlap.protect(Kind::ActiveL1, offset, bytes)?;
         self.overlap.seal();
         self.l1 = l1;
         Ok(())
     }
 
+    /// The cluster at `offset` is taken for a while only; `zeros`: as an L2 table of zeros.
+    pub(crate) fn take_for_a_while(&mut self, offset: u64, zeros: bool) -> Result<()> {
+        let cluster = self.g.cluster_of(offset).0;
+        if zeros {
+            self.zero_tables.insert(cluster)?;
+        } else {
+            self.zero_tables.remove(cluster);
+        }
+        self.temporary.insert(cluster)
+    }
+
+    /// The active L1 table, if it is made in the last epoch: the header names it when all is done.
+    pub(crate) fn grown_l1(&mut self) -> Option<&mut NewData> {
+        let (offset, epoch) = (self.header.l1_offset, self.refs.epoch);
+        let mut made = self.new_data.iter_mut();
+        made.find(|w| w.offset == offset && w.epoch == epoch)
+    }
+
     /// The contents of an L2 table at this point of the replay; none for zeros.
     fn read_table(&self, dev: &mut Device, offset: u64) -> Result<Vec<u8>> {
-        match changed_table(&self.tables, &self.temporary, offset) {
-            Some(table) => Ok(table.to_vec()),
+        match changed_table(self.g, &self.tables, &self.zero_tables, offset) {
+            Some(table) => room::copy_of(table),
             None if dev.ends_before(offset)? => Ok(Vec::new()),
             None => dev.read_vec("Could not read an L2 table", offset, self.g.cluster_size()),
         }

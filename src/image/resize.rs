@@ -3,6 +3,7 @@
 use super::device::{self, Device};
 use super::refcount::{Freed, NEVER};
 use super::replay::Replay;
+use super::room;
 use super::walk::check_repeats;
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
@@ -45,16 +46,17 @@ impl Replay {
         }
         let mut remaining = Vec::new();
         for index in (keep..self.l1.len()).rev() {
+            dev.progress.pass(TABLE_ENTRY)?;
             let offset = self.l1[index] & OFFSET_MASK;
             if offset != 0 {
                 self.refs
                     .free(dev, offset, g.cluster_size(), Freed::Punched, NEVER)?;
-                self.tables.remove(&offset);
+                self.tables.remove(offset);
                 self.l1[index] = 0;
                 let emptied = index.checked_sub(discarded.first);
                 let emptied = emptied.and_then(|i| discarded.emptied.get(i));
                 if emptied == Some(&true) && self.refs.get(dev, g.cluster_of(offset))? != 0 {
-                    remaining.push(offset);
+                    room::push(&mut remaining, offset)?;
                 }
             }
         }
@@ -66,7 +68,7 @@ impl Replay {
         }
 
         self.refs.shrink_table(dev)?;
-        self.overlap.follow(&self.l1, &self.refs.table().entries);
+        self.overlap.follow(&self.l1, &self.refs.table().entries)?;
         let length = self.length();
         let last = self.refs.last_cluster(dev, length)?;
         let wanted = (last + 1) << g.cluster_bits;
@@ -85,10 +87,6 @@ impl Replay {
         let (slice, mut unwritten) = (g.l2_slice_bytes(end), 0);
         let first = g.l1_index(start) as usize;
         let mut emptied = Vec::new();
-        let entries = self.l1.len().saturating_sub(first);
-        emptied
-            .try_reserve_exact(entries)
-            .map_err(|_| Error::NoMemory(entries as u64))?;
         check_repeats(g, self.l1.get(first..).unwrap_or_default())?;
         let mut at = start;
         while at < end {
@@ -103,7 +101,7 @@ impl Replay {
                 .is_some_and(|e| e & COPIED != 0);
             let (offset, mut table) = self.own_table(dev, l1_index, NEVER)?;
             if !owned {
-                self.temporary.insert(offset, false);
+                self.take_for_a_while(offset, false)?;
                 unwritten = 0;
             }
             let (size, mut changed) = (g.l2_entry_size(), false);
@@ -127,10 +125,10 @@ impl Replay {
                 }
                 word.fill(0);
             }
-            emptied.push(owned && changed);
+            room::push(&mut emptied, owned && changed)?;
             // Only the table at the new end still matters: the others go with the L1's tail.
             if from != 0 && (changed || !owned) {
-                self.tables.insert(offset, table);
+                self.tables.insert(offset, table)?;
             }
             at = next;
         }
@@ -214,8 +212,7 @@ impl Replay {
         if copies > MOST_COPIES {
             return Err(Error::NoMemory(copies));
         }
-        self.tables.insert(offset, table);
-        Ok(())
+        self.tables.insert(offset, table)
     }
 
     /// Own the table at `l1_index`; if it had to be made, remember what is in it until it is freed.
@@ -223,11 +220,11 @@ impl Replay {
         let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
         let (offset, table) = self.own_table(dev, l1_index, NEVER)?;
         if entry & COPIED == 0 {
-            self.temporary.insert(offset, table.is_empty());
+            self.take_for_a_while(offset, table.is_empty())?;
             if table.is_empty() {
-                self.tables.remove(&offset);
+                self.tables.remove(offset);
             } else {
-                self.keep_table(offset, table.clone())?;
+                self.keep_table(offset, room::copy_of(&table)?)?;
             }
         }
         Ok(table)
@@ -273,14 +270,13 @@ impl Replay {
         }
         let new = self.refs.alloc(dev, g.cluster_size())?;
         self.reach = self.reach.max(new.saturating_add(reach));
-        self.temporary.insert(new, false);
+        self.take_for_a_while(new, false)?;
         if let Some(word) = table.get_mut(at..at + 8) {
-            let old_word = word.to_vec();
+            let old_word = old.to_be_bytes();
             BigEndian::write_u64(word, new | COPIED);
             self.forget_cluster(dev, &old_word, NEVER)?;
         }
-        self.tables.insert(offset, table);
-        Ok(())
+        self.tables.insert(offset, table)
     }
 }
 

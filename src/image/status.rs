@@ -2,6 +2,7 @@
 
 use super::chain::Layer;
 use super::mapping::Extent;
+use super::room;
 use super::Image;
 use crate::error::{Error, Result};
 use crate::format::entry::REFTABLE_OFFSET_MASK;
@@ -62,7 +63,7 @@ impl Image {
     /// # Errors
     /// `EIO` past the end of the disk and for damaged tables; those of opening a backing file.
     pub fn block_status(&mut self, offset: u64, max: u64) -> Result<BlockStatus> {
-        self.usable()?;
+        self.begin_read()?;
         let Some(left) = self.length().checked_sub(offset) else {
             return Err(Error::Corrupt(format!(
                 "The offset {offset} is not within the disk"
@@ -98,22 +99,19 @@ impl Image {
         };
         match self.chain.as_ref()?.get(behind as usize)? {
             Layer::Qcow2(image) => image.data_path(),
-            Layer::Raw(_, path) => path.clone(),
+            Layer::Raw(_, path) => path.as_deref().map(Into::into),
         }
     }
 
     /// [`Image::host_path`] as C text that lives as long as the image.
     pub(crate) fn host_name(&mut self, depth: u32) -> Option<&CStr> {
-        let at = depth as usize;
-        if self.host_names.len() <= at {
-            self.host_names.resize(at + 1, None);
+        let name = CString::new(self.host_path(depth)?.as_os_str().as_bytes()).ok()?;
+        let known = self.host_names.iter().position(|n| *n == name);
+        let at = known.unwrap_or(self.host_names.len());
+        if known.is_none() {
+            room::push(&mut self.host_names, name).ok()?;
         }
-        let name = self.host_path(depth);
-        let slot = self.host_names.get_mut(at)?;
-        if slot.is_none() {
-            *slot = name.and_then(|n| CString::new(n.as_os_str().as_bytes()).ok());
-        }
-        slot.as_deref()
+        self.host_names.get(at).map(CString::as_c_str)
     }
 
     /// The first layer that says something of what is at `at` (qemu-img's `get_block_status`).
@@ -165,7 +163,7 @@ impl Image {
 
     /// What the image's own tables say (`qcow2_co_block_status`).
     fn own_piece(&mut self, at: u64, max: u64) -> Result<BlockStatus> {
-        let (extent, length) = self.extent(at, max)?;
+        let (extent, length) = self.extent(None, at, max)?;
         let mut piece = BlockStatus {
             start: at,
             length,
@@ -251,6 +249,10 @@ impl Image {
             }
             if g.in_cluster(offset) != 0 {
                 return Ok(false);
+            }
+            // Behind the end of the file no count is anything but zero.
+            if offset >= self.dev.length() {
+                continue;
             }
             let block =
                 self.dev

@@ -17,6 +17,8 @@
 //!
 //! A verb whose new data must go to clusters that the verb itself frees (QEMU reuses them at once)
 //! is cut into *epochs*, each with a publish of its own that makes the disk forget these clusters.
+//! One of them is *decisive*. Those before it move tables and publish nothing that a reader sees:
+//! the disk size and the snapshot table stay, and a table that moves keeps its contents.
 //! Counts are raised once, before the first publish, to the highest value that any epoch needs, and
 //! lowered once, after the last.
 
@@ -25,7 +27,8 @@ use super::overlap::Kind;
 use super::progress::Stage;
 use super::refcount::{Block, Refcounts};
 use super::replay::{Replay, Switched};
-use super::walk::{self, Counts, Flags, Marked, Pieces};
+use super::room;
+use super::walk::{self, Counts, Flags, Marked, Pieces, PIECE};
 use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::entry::{COPIED, REFTABLE_OFFSET_MASK};
@@ -34,6 +37,7 @@ use crate::format::header::{
     self, AFTER_SNAPSHOTS, AT_L1_SIZE, AT_REFTABLE, AT_SIZE, AT_SNAPSHOTS,
 };
 use crate::format::refblock;
+use byteorder::{BigEndian, ByteOrder};
 
 /// Bytes 24 to 71 of the header: all that a publish can switch.
 const SWITCHED: usize = (AFTER_SNAPSHOTS - AT_SIZE) as usize;
@@ -119,6 +123,9 @@ impl Update<'_> {
             )?;
             self.dev.barrier()?;
         }
+        if let Some(temporary) = &temporary {
+            temporary.write(self.dev)?;
+        }
         let crypt = self
             .dev
             .read_vec("Could not read the header", AT_SIZE, SWITCHED as u64)?;
@@ -126,7 +133,7 @@ impl Update<'_> {
 
         replay.close_epochs();
         for epoch in 0..=replay.refs.epoch {
-            self.prepare(replay, plan, epoch, temporary.as_ref())?;
+            self.prepare(replay, plan, epoch)?;
             self.dev.barrier()?;
             self.hook_up_blocks(g, &replay.refs, epoch)?;
 
@@ -134,11 +141,19 @@ impl Update<'_> {
             if decisive {
                 self.dev.progress.end()?;
             }
-            let fields = replay
+            let mut fields = replay
                 .epoch_headers
                 .get(epoch)
                 .copied()
                 .unwrap_or(replay.header);
+            if epoch < plan.decisive {
+                // An epoch before the decisive one moves tables. What a reader sees stays.
+                fields = Switched {
+                    l1_size: fields.l1_size,
+                    l1_offset: fields.l1_offset,
+                    ..replay.before
+                };
+            }
             self.publish_epoch(replay, plan, fields, epoch, &mut on_disk)?;
             if decisive {
                 self.outcome = Outcome::Done;
@@ -149,29 +164,12 @@ impl Update<'_> {
 
     /// New data, counts up, COPIED cleared. What extends the file comes first, so that a full disk
     /// is found before anything else is touched.
-    fn prepare(
-        &mut self,
-        replay: &mut Replay,
-        plan: &Plan,
-        epoch: usize,
-        temp: Option<&Temporary>,
-    ) -> Result<()> {
+    fn prepare(&mut self, replay: &mut Replay, plan: &Plan, epoch: usize) -> Result<()> {
         let g = replay.g;
         let length = self.dev.length();
         let mut writes = new_structures(&replay.refs, g, epoch)?;
-        writes.extend(
-            replay
-                .new_data
-                .iter()
-                .filter(|w| w.epoch == epoch)
-                .map(|w| (w.label, w.offset, w.data.as_slice().into())),
-        );
-        if let (0, Some(temp)) = (epoch, temp) {
-            writes.push((
-                "temporary L1 table",
-                temp.offset,
-                temp.contents.as_slice().into(),
-            ));
+        for w in replay.new_data.iter().filter(|w| w.epoch == epoch) {
+            room::push(&mut writes, (w.label, w.offset, w.data.as_slice().into()))?;
         }
         let extends =
             |w: &(&str, u64, std::borrow::Cow<[u8]>)| w.1.saturating_add(w.2.len() as u64) > length;
@@ -182,6 +180,7 @@ impl Update<'_> {
             self.dev.write(label, *offset, data)?;
         }
         if epoch == 0 {
+            self.fill_holes(replay, plan)?;
             self.raise_counts(&replay.refs, g)?;
             walk::rewrite_tables(
                 &mut replay.refs,
@@ -192,8 +191,44 @@ impl Update<'_> {
                 plan.counts,
             )?;
             for (offset, before, after) in &plan.copied {
-                self.write_l1(*offset, before, &without_new_flags(before, after))?;
+                self.write_l1(*offset, before, &without_new_flags(before, after)?)?;
             }
+        }
+        Ok(())
+    }
+
+    /// What is written in place from the first publish on must not need space: a full disk is to
+    /// be found now. Everything but these tables is written over something that is not zeros.
+    fn fill_holes(&mut self, replay: &Replay, plan: &Plan) -> Result<()> {
+        let (change, before, after) = &plan.l1;
+        if !matches!(change, L1Change::None | L1Change::Moved) {
+            self.fill_l1_holes(replay.header.l1_offset, before, after)?;
+        }
+        if let Some((offset, before, after)) = &plan.left {
+            self.fill_l1_holes(*offset, before, after)?;
+        }
+        for table in replay.refs.tables.iter().filter(|t| t.born.is_none()) {
+            for (index, _) in replay.refs.loaded().filter(|(_, b)| b.born.is_some()) {
+                if index < table.entries.len() as u64 {
+                    let at = table.offset.saturating_add(index * TABLE_ENTRY);
+                    self.dev.fill_holes(at, TABLE_ENTRY)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Update::write_l1`] will need no space.
+    fn fill_l1_holes(&mut self, offset: u64, before: &[u64], after: &[u64]) -> Result<()> {
+        let mut before = before.iter().copied().chain(std::iter::repeat(0));
+        let mut at = offset;
+        for piece in after.chunks(PIECE / TABLE_ENTRY as usize) {
+            let bytes = size_of_val(piece) as u64;
+            let same = piece.iter().zip(before.by_ref()).filter(|(a, b)| **a == *b);
+            if same.count() < piece.len() {
+                self.dev.fill_holes(at, bytes)?;
+            }
+            at = at.saturating_add(bytes);
         }
         Ok(())
     }
@@ -212,7 +247,7 @@ impl Update<'_> {
                 continue;
             }
             raised.clear();
-            raised.extend_from_slice(&old);
+            room::append(&mut raised, &old)?;
             raise(g, &mut raised, block.peak(g)?.as_deref(), &block.counts(g)?);
             out.write_changes(self.dev, block.offset, &old, &raised)?;
         }
@@ -237,7 +272,7 @@ impl Update<'_> {
             for (index, block) in refs.loaded().filter(|(_, b)| b.born == Some(epoch)) {
                 let entry = table.entries.get(index as usize).copied().unwrap_or(0);
                 if entry & REFTABLE_OFFSET_MASK == block.offset {
-                    entries.push((t, index, block.offset));
+                    room::push(&mut entries, (t, index, block.offset))?;
                 }
             }
         }
@@ -251,8 +286,15 @@ impl Update<'_> {
                         .block(describing)
                         .is_some_and(|b| b.born == Some(epoch))
             };
-            let (later, now): (Vec<_>, Vec<_>) =
-                entries.iter().partition(|(_, i, o)| waits(*i, *o));
+            let (mut later, mut now) = (Vec::new(), Vec::new());
+            for entry in entries {
+                let list = if waits(entry.1, entry.2) {
+                    &mut later
+                } else {
+                    &mut now
+                };
+                room::push(list, entry)?;
+            }
             if now.is_empty() {
                 return Err(Error::Corrupt(
                     "Refcount blocks describe each other in a circle".into(),
@@ -266,7 +308,7 @@ impl Update<'_> {
                     .saturating_add(index * TABLE_ENTRY);
                 self.dev
                     .write("refcount table entry", at, &offset.to_be_bytes())?;
-                known.push(index);
+                room::push(&mut known, index)?;
             }
             self.dev.barrier()?;
             entries = later;
@@ -286,7 +328,7 @@ impl Update<'_> {
         let decisive = epoch == plan.decisive;
         let (change, before, after) = &plan.l1;
         let target = encode(fields, &replay.refs, epoch, on_disk);
-        let bare = without_new_flags(before, after);
+        let bare = without_new_flags(before, after)?;
         match change {
             L1Change::Through(temp) if decisive => {
                 let via = encode(
@@ -353,11 +395,22 @@ impl Update<'_> {
 
     /// The changed 4 KiB pieces of an L1 table.
     fn write_l1(&mut self, offset: u64, before: &[u64], after: &[u64]) -> Result<()> {
-        let mut old = device::bytes_of(before)?;
-        let new = device::bytes_of(after)?;
-        old.resize(new.len(), 0);
+        const WORDS: usize = walk::PIECE / 8;
         let mut out = Pieces::new("L1 table");
-        out.write_changes(self.dev, offset, &old, &new)?;
+        let (mut at, mut piece) = (offset, [0; walk::PIECE]);
+        let mut old = before.iter().copied().chain(std::iter::repeat(0));
+        for words in after.chunks(WORDS) {
+            let mut same = true;
+            for word in words {
+                same &= old.next() == Some(*word);
+            }
+            let bytes = piece.get_mut(..words.len() * 8).unwrap_or_default();
+            if !same {
+                BigEndian::write_u64_into(words, bytes);
+                out.push(self.dev, at, bytes)?;
+            }
+            at = at.saturating_add(bytes.len() as u64);
+        }
         out.finish(self.dev)
     }
 
@@ -387,7 +440,7 @@ impl Update<'_> {
         )?;
         let (change, _, last) = &plan.l1;
         for (offset, before, after) in &plan.copied {
-            let bare = without_new_flags(before, after);
+            let bare = without_new_flags(before, after)?;
             // Entries published one by one are on the disk already, and stay: pieces are written whole.
             let published = matches!(change, L1Change::EachEntry)
                 && *offset == replay.header.l1_offset
@@ -398,7 +451,7 @@ impl Update<'_> {
         if !matches!(change, L1Change::None | L1Change::EachEntry) {
             self.write_l1(
                 replay.header.l1_offset,
-                &without_new_flags(before, after),
+                &without_new_flags(before, after)?,
                 after,
             )?;
         }
@@ -460,7 +513,7 @@ impl Update<'_> {
             if old != *counts {
                 out.write_changes(self.dev, block.offset, &old, &counts)?;
                 if block.freed {
-                    holes.add_freed(refs, g, index, &old, &counts, temp);
+                    holes.add_freed(refs, g, index, &old, &counts, temp)?;
                 }
             }
         }
@@ -474,20 +527,16 @@ impl Update<'_> {
                 if g.reftable_index(itself) == dropped.index {
                     refblock::set(g, &mut old, g.refblock_index(itself), 0);
                 }
-                holes.add_freed(refs, g, dropped.index, &old, &counts.bytes(g)?, temp);
+                holes.add_freed(refs, g, dropped.index, &old, &counts.bytes(g)?, temp)?;
             }
         }
-        let mut blocks: Vec<u64> = refs
-            .dropped
-            .iter()
-            .map(|d| g.cluster_of(d.offset).0)
-            .collect();
+        let mut blocks = room::collected(refs.dropped.iter().map(|d| g.cluster_of(d.offset).0))?;
         blocks.sort_unstable();
         // What was freed and then used again without new contents of its own keeps its bytes: only
         // a refcount block, or something that lying counts called free.
-        for c in refs.punched.iter() {
-            if blocks.binary_search(c).is_err() && refs.count_after(HostCluster(*c))? == 0 {
-                holes.add(*c);
+        for c in refs.punched.sorted()? {
+            if blocks.binary_search(&c).is_err() && refs.count_after(HostCluster(c))? == 0 {
+                holes.add(c)?;
             }
         }
         Ok(())
@@ -520,19 +569,15 @@ pub(super) fn final_length(replay: &Replay) -> u64 {
 }
 
 /// `after` with bit 63 only where `before` has it too: nothing is set before its time.
-fn without_new_flags(before: &[u64], after: &[u64]) -> Vec<u64> {
+fn without_new_flags(before: &[u64], after: &[u64]) -> Result<Vec<u64>> {
     let old = before.iter().copied().chain(std::iter::repeat(0));
-    after
-        .iter()
-        .zip(old)
-        .map(|(new, old)| {
-            if new & !COPIED == old & !COPIED {
-                new & (old | !COPIED)
-            } else {
-                new & !COPIED
-            }
-        })
-        .collect()
+    room::collected(after.iter().zip(old).map(|(new, old)| {
+        if new & !COPIED == old & !COPIED {
+            new & (old | !COPIED)
+        } else {
+            new & !COPIED
+        }
+    }))
 }
 
 /// Raise `new` to the counts that any published state needs.
@@ -550,14 +595,14 @@ type Write<'a> = (&'static str, u64, std::borrow::Cow<'a, [u8]>);
 fn new_structures(refs: &Refcounts, g: Geometry, epoch: usize) -> Result<Vec<Write<'static>>> {
     let mut writes: Vec<Write> = Vec::new();
     for (_, block) in refs.loaded().filter(|(_, b)| b.born == Some(epoch)) {
-        let mut counts = block.counts(g)?.into_owned();
+        let mut counts = room::owned(block.counts(g)?)?;
         if let Some(peak) = block.peak(g)? {
             refblock::raise_to(g, &mut counts, &peak, g.refblock_entries() as usize);
         }
-        writes.push(("refcount block", block.offset, counts.into()));
+        room::push(&mut writes, ("refcount block", block.offset, counts.into()))?;
     }
     for table in refs.tables.iter().filter(|t| t.born == Some(epoch)) {
-        let mut entries = table.entries.clone();
+        let mut entries = room::copy_of(&table.entries)?;
         for (index, block) in refs
             .loaded()
             .filter(|(_, b)| b.born.is_some_and(|e| e > epoch))
@@ -574,17 +619,15 @@ fn new_structures(refs: &Refcounts, g: Geometry, epoch: usize) -> Result<Vec<Wri
                 *entry = dropped.offset;
             }
         }
-        writes.push((
-            "refcount table",
-            table.offset,
-            device::bytes_of(&entries)?.into(),
-        ));
+        let bytes = device::bytes_of(&entries)?.into();
+        room::push(&mut writes, ("refcount table", table.offset, bytes))?;
     }
     Ok(writes)
 }
 
 /// Bytes 24 to 71 as they are to be after `epoch`; the encryption method stays as it is on disk.
 fn encode(h: Switched, refs: &Refcounts, epoch: usize, on_disk: &[u8]) -> Vec<u8> {
+    #[allow(clippy::disallowed_methods)] // 48 bytes
     let mut b = on_disk.to_vec();
     let mut put = |at: u64, bytes: &[u8]| {
         let from = (at - AT_SIZE) as usize;
@@ -620,6 +663,14 @@ fn check_blocks(replay: &Replay) -> Result<()> {
     Ok(())
 }
 
+const TEMPORARY_L1: &str = "temporary L1 table";
+
+/// Has a verb failed because there was no room for its temporary L1 table?
+pub(crate) fn no_room(e: &Error) -> bool {
+    let full = [libc::ENOSPC, libc::EDQUOT, libc::EFBIG];
+    matches!(e, Error::Io { op, .. } if *op == TEMPORARY_L1) && full.contains(&e.errno())
+}
+
 /// A copy of the new L1 contents that lives from one header switch to the next.
 pub(crate) struct Temporary {
     offset: u64,
@@ -636,7 +687,7 @@ impl Temporary {
             return Ok(None);
         };
         let g = replay.g;
-        let contents = device::bytes_of(&without_new_flags(before, after))?;
+        let contents = device::bytes_of(&without_new_flags(before, after)?)?;
         let bytes = contents.len() as u64;
         let inside = dev.length().saturating_sub(*offset).min(bytes);
         let old = dev.read_vec("Could not read free clusters", *offset, inside)?;
@@ -653,15 +704,30 @@ impl Temporary {
         (self.first..self.first + self.clusters).contains(&cluster)
     }
 
+    /// The first write of the verb: where the disk is full it is undone, and there are other ways.
+    fn write(&self, dev: &mut Device) -> Result<()> {
+        let length = dev.length();
+        let result = dev.write(TEMPORARY_L1, self.offset, &self.contents);
+        if result.as_ref().is_err_and(no_room) {
+            if self.offset.saturating_add(self.contents.len() as u64) > length {
+                dev.truncate(length)?;
+            }
+            self.restore(dev)?;
+        }
+        result
+    }
+
     /// Put back what was there; what lies past the end of the file goes with the last truncate.
     fn restore(&self, dev: &mut Device) -> Result<()> {
         if self.old.iter().all(|b| *b == 0) {
-            dev.discard(self.offset, self.old.len() as u64);
+            let bytes = self.old.len() as u64;
+            dev.discard(self.offset, bytes);
+            // Not every storage punches holes, and not every hole reads as zeros.
+            if dev.read_vec("Could not read free clusters", self.offset, bytes)? == self.old {
+                return Ok(());
+            }
         }
-        if !self.old.is_empty() {
-            dev.write("free clusters", self.offset, &self.old)?;
-        }
-        Ok(())
+        dev.write("free clusters", self.offset, &self.old)
     }
 }
 
@@ -672,11 +738,12 @@ struct Holes {
 }
 
 impl Holes {
-    fn add(&mut self, cluster: u64) {
+    fn add(&mut self, cluster: u64) -> Result<()> {
         match self.clusters.last_mut() {
             Some((first, n)) if *first + *n == cluster => *n += 1,
-            _ => self.clusters.push((cluster, 1)),
+            _ => room::push(&mut self.clusters, (cluster, 1))?,
         }
+        Ok(())
     }
 
     /// Clusters whose count goes from something to nothing, but for those whose bytes QEMU keeps.
@@ -688,16 +755,17 @@ impl Holes {
         old: &[u8],
         new: &[u8],
         temp: Option<&Temporary>,
-    ) {
+    ) -> Result<()> {
         let base = g.first_cluster_of_block(index).0;
         for i in 0..g.refblock_entries() as usize {
             if refblock::get(g, old, i) != 0 && refblock::get(g, new, i) == 0 {
                 let c = base + i as u64;
-                if !refs.kept.contains(&c) && !temp.is_some_and(|t| t.holds(c)) {
-                    self.add(c);
+                if !refs.kept.contains(c) && !temp.is_some_and(|t| t.holds(c)) {
+                    self.add(c)?;
                 }
             }
         }
+        Ok(())
     }
 
     /// `share`: what of the verb's progress all this is.

@@ -8,6 +8,7 @@ use super::device::Device;
 use super::overlap::Kind;
 use super::refcount::Refcounts;
 use super::replay::{changed_table, Replay};
+use super::room;
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster};
@@ -16,7 +17,7 @@ use crate::io::MAX_REQUEST;
 use byteorder::{BigEndian, ByteOrder};
 
 /// Changed tables are written in pieces of this many bytes, so that a flag does not cost a cluster.
-const PIECE: usize = 4096;
+pub(crate) const PIECE: usize = 4096;
 
 /// Our limit for the entries of L2 tables that an L1 table names again: about a second.
 const MAX_REPEATED_ENTRIES: u64 = 1 << 28;
@@ -88,11 +89,10 @@ impl Replay {
     /// Walk `l1`, in QEMU's order: the clusters of an L2 table, then the table itself.
     pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], step: Step) -> Result<Walked> {
         let g = self.g;
-        let mut out = Walked::default();
-        out.l1
-            .try_reserve_exact(l1.len())
-            .map_err(|_| Error::NoMemory(l1.len() as u64 * 8))?;
-        out.l1.extend_from_slice(l1);
+        let mut out = Walked {
+            l1: room::copy_of(l1)?,
+            ..Walked::default()
+        };
 
         check_repeats(g, l1)?;
         self.refs.begin_walk();
@@ -119,11 +119,8 @@ impl Replay {
         out: &mut Walked,
     ) -> Result<()> {
         let n = l1.len() - first;
-        let mut all: Vec<Counted> = Vec::new();
-        all.try_reserve_exact(n)
-            .map_err(|_| Error::NoMemory(size_of::<Counted>() as u64 * n as u64))?;
-        all.resize(n, Counted::default());
-        for window in self.refs.windows() {
+        let mut all = room::filled(n, Counted::default())?;
+        for window in self.refs.windows()? {
             self.refs.enter_window(window)?;
             let mut tables = TableReader::new(self.g, l1)?;
             for (index, counted) in (first..).zip(&mut all) {
@@ -154,7 +151,7 @@ impl Replay {
         let offset = entry & OFFSET_MASK;
         check_l2_offset(g, offset, index)?;
         // What is rewritten is the table on disk.
-        let changed = changed_table(&self.tables, &self.temporary, offset);
+        let changed = changed_table(g, &self.tables, &self.zero_tables, offset);
         let table = match changed {
             Some(changed) => changed,
             // All zeros, however many the L1 names.
@@ -207,7 +204,7 @@ impl Replay {
                     (true, false) => Ones::All,
                     (false, _) => Ones::None,
                 };
-                out.tables.push(Marked { offset, ones });
+                room::push(&mut out.tables, Marked { offset, ones })?;
             }
         }
         let new = offset | if own == Own::One { COPIED } else { 0 };
@@ -221,15 +218,12 @@ impl Replay {
 
 /// An L1 table may name an L2 table twice: QEMU counts it twice. It may not do so a million times,
 /// which would take hours.
-pub(super) fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
+pub(crate) fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
     if (l1.len() as u64).saturating_mul(g.l2_entries()) <= MAX_REPEATED_ENTRIES {
         return Ok(());
     }
-    let mut tables: Vec<u64> = Vec::new();
-    tables
-        .try_reserve_exact(l1.len())
-        .map_err(|_| Error::NoMemory(l1.len() as u64 * 8))?;
-    tables.extend(l1.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0));
+    let named = l1.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0);
+    let mut tables = room::collected(named)?;
     tables.sort_unstable();
     let repeats = tables.windows(2).filter(|w| w[0] == w[1]).count() as u64;
     if repeats.saturating_mul(g.l2_entries()) > MAX_REPEATED_ENTRIES {
@@ -462,13 +456,16 @@ pub(crate) fn rewrite_tables(
     if counts == Counts::NoneIsOne || !refs.jumped() {
         return rewrite_part(refs, dev, g, tables, flags, counts);
     }
-    let (some, sure): (Vec<Marked>, Vec<Marked>) =
-        tables.iter().partition(|t| t.ones == Ones::Some);
-    rewrite_part(refs, dev, g, &sure, flags, counts)?;
+    let these = |some| {
+        let tables = tables.iter().copied();
+        room::collected(tables.filter(move |t| (t.ones == Ones::Some) == some))
+    };
+    rewrite_part(refs, dev, g, &these(false)?, flags, counts)?;
+    let some = these(true)?;
     if some.is_empty() {
         return Ok(());
     }
-    for window in refs.windows() {
+    for window in refs.windows()? {
         refs.enter_window(window)?;
         rewrite_part(refs, dev, g, &some, flags, counts)?;
     }
@@ -486,7 +483,7 @@ fn rewrite_part(
     flags: Flags,
     counts: Counts,
 ) -> Result<()> {
-    let offsets: Vec<u64> = tables.iter().map(|t| t.offset).collect();
+    let offsets = room::collected(tables.iter().map(|t| t.offset))?;
     let mut reader = TableReader::new(g, &offsets)?;
     let mut out = Pieces::new("L2 table");
     let mut new = Vec::new();
@@ -499,7 +496,7 @@ fn rewrite_part(
             Ones::Some => counts,
         };
         new.clear();
-        new.extend_from_slice(table);
+        room::append(&mut new, table)?;
         if set_copied(refs, dev, g, &mut new, flags, counts)? {
             out.write_changes(dev, offset, table, &new)?;
         }
@@ -541,14 +538,13 @@ impl Pieces {
         Ok(())
     }
 
-    fn push(&mut self, dev: &mut Device, offset: u64, piece: &[u8]) -> Result<()> {
+    pub(crate) fn push(&mut self, dev: &mut Device, offset: u64, piece: &[u8]) -> Result<()> {
         let adjacent = self.offset.saturating_add(self.data.len() as u64) == offset;
         if !adjacent || self.data.len() + piece.len() > MAX_REQUEST {
             self.finish(dev)?;
             self.offset = offset;
         }
-        self.data.extend_from_slice(piece);
-        Ok(())
+        room::append(&mut self.data, piece)
     }
 
     /// Write what is left.

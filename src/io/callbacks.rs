@@ -25,6 +25,12 @@ pub trait Callbacks {
     fn open_file(&mut self, _name: &[u8], _format: &[u8]) -> Option<Result<Box<dyn Callbacks>>> {
         None
     }
+    /// Called before each write, barrier and discard, with its label.
+    fn event(&mut self, _label: &'static str) {}
+    /// The length of what the backing file shows; `None` when the caller has no such function.
+    fn backing_length(&mut self) -> Option<i64> {
+        None
+    }
     /// The last call, exactly once; never when the open failed.
     fn close(&mut self);
 }
@@ -99,8 +105,9 @@ impl Storage for CallbackStorage {
         Ok(())
     }
 
-    fn write(&mut self, _label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
+    fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
         check_range(offset, data.len() as u64)?;
+        self.callbacks.event(label);
         // Before the attempt: a write that fails may have written something.
         self.flush.changed();
         let mut at = offset;
@@ -120,6 +127,9 @@ impl Storage for CallbackStorage {
         check_range(offset, bytes)?;
         let end = offset + bytes;
         let mut at = offset;
+        if self.discard {
+            self.callbacks.event("discard");
+        }
         while self.discard && at < end {
             let piece = (end - at).min(MAX_REQUEST as u64);
             let Some(answer) = self.callbacks.discard(at, piece) else {
@@ -138,7 +148,15 @@ impl Storage for CallbackStorage {
 
     fn barrier(&mut self) -> Result<()> {
         let callbacks = &mut self.callbacks;
-        self.flush.barrier(|| status(callbacks.flush()))
+        self.flush.barrier(|| {
+            callbacks.event("barrier");
+            status(callbacks.flush())
+        })
+    }
+
+    fn backing_length(&mut self) -> Option<Result<u64>> {
+        let answer = self.callbacks.backing_length()?;
+        Some(u64::try_from(answer).map_err(|_| failure(answer)))
     }
 
     fn open_named(&mut self, name: &[u8], format: &[u8]) -> Option<Result<Box<dyn Storage>>> {

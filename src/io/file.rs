@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::lock::{self, FileKind, ImageLock};
-use super::{discard_unsupported, FlushState, Run, Storage};
+use super::{discard_unsupported, FlushState, Run, Stamp, Storage};
 use crate::error::{Error, Result};
+use crate::words::printable;
 
 pub use super::lock::LockMode;
 
@@ -50,17 +52,17 @@ impl FileStorage {
     /// `Invalid` for anything else that is not a regular file, `InUse` when the locks of
     /// somebody else forbid it.
     pub fn open_path(path: &Path, options: &FileOptions) -> Result<FileStorage> {
-        let name = path.display().to_string();
+        FileStorage::open_path_as(path, path, options)
+    }
+
+    /// Open a plain path that messages call `shown`.
+    ///
+    /// # Errors
+    /// As [`FileStorage::open_path`].
+    pub fn open_path_as(path: &Path, shown: &Path, options: &FileOptions) -> Result<FileStorage> {
+        let name = printable(shown.as_os_str().as_bytes());
         let context = format!("Could not open '{name}'");
-        // O_NONBLOCK: opening a FIFO must not wait for its other end; it means nothing for a
-        // regular file. O_NOCTTY: opening a terminal must not make it the controlling one.
-        // The standard library adds O_CLOEXEC.
-        let file = File::options()
-            .read(true)
-            .write(options.write)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-            .map_err(|e| os_error(&context, e))?;
+        let file = open(path, options.write).map_err(|e| os_error(&context, e))?;
         let kind = lock::file_kind(file.as_raw_fd()).map_err(|e| os_error(&context, e))?;
         require_regular(kind, &name).map_err(|e| e.context(&context))?;
         FileStorage::start(file, options, &name).map_err(|e| e.context(&context))
@@ -158,22 +160,24 @@ impl Storage for FileStorage {
         // Before the attempt: a write that fails may have written something.
         self.flush.changed();
         let file = self.file()?;
-        let mut at = offset;
-        while !data.is_empty() {
-            if at >= i64::MAX as u64 {
-                return Err(raw(libc::EFBIG));
-            }
-            match file.write_at(data, at) {
-                Ok(0) => return Err(raw(libc::EIO)),
-                Ok(n) => {
-                    at += n as u64;
-                    data = data.get(n..).unwrap_or_default();
+        lock::without_sigxfsz(|| {
+            let mut at = offset;
+            while !data.is_empty() {
+                if at >= i64::MAX as u64 {
+                    return Err(raw(libc::EFBIG));
                 }
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(e),
+                match file.write_at(data, at) {
+                    Ok(0) => return Err(raw(libc::EIO)),
+                    Ok(n) => {
+                        at += n as u64;
+                        data = data.get(n..).unwrap_or_default();
+                    }
+                    Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                    Err(e) => return Err(e),
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     fn truncate(&mut self, length: u64) -> io::Result<()> {
@@ -182,7 +186,8 @@ impl Storage for FileStorage {
             return Err(raw(libc::EFBIG));
         }
         self.flush.changed();
-        self.file()?.set_len(length)
+        let file = self.file()?;
+        lock::without_sigxfsz(|| file.set_len(length))
     }
 
     fn discard(&mut self, offset: u64, bytes: u64) -> io::Result<()> {
@@ -236,6 +241,16 @@ impl Storage for FileStorage {
     fn identity(&mut self) -> Option<(u64, u64)> {
         let kind = lock::file_kind(self.file().ok()?.as_raw_fd()).ok()?;
         Some((kind.device, kind.inode))
+    }
+
+    fn stamp(&mut self) -> Option<Stamp> {
+        use std::os::unix::fs::MetadataExt;
+        let m = self.file().ok()?.metadata().ok()?;
+        Some(Stamp {
+            length: m.len(),
+            seconds: m.ctime(),
+            nanoseconds: m.ctime_nsec(),
+        })
     }
 
     fn close(mut self: Box<Self>) -> io::Result<()> {
@@ -311,15 +326,20 @@ fn check_flags(flags: i32, write: bool) -> Result<()> {
     }
 }
 
+fn open(path: &Path, write: bool) -> io::Result<File> {
+    let mut options = File::options();
+    // O_NONBLOCK: opening a FIFO must not wait for its other end; it means nothing for a
+    // regular file. O_NOCTTY: opening a terminal must not make it the controlling one.
+    let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+    options.read(true).write(write).custom_flags(flags);
+    lock::open(&options, path)
+}
+
 /// Open the file behind `fd` a second time; `None` when that cannot be done here.
 fn reopen(fd: RawFd, kind: FileKind, write: bool) -> io::Result<Option<File>> {
     // The calling thread's own table: it may differ from the main thread's (CLONE_FILES).
     let path = format!("/proc/thread-self/fd/{fd}");
-    let opened = File::options()
-        .read(true)
-        .write(write)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path);
+    let opened = open(Path::new(&path), write);
     match opened {
         // Whatever is mounted at /proc may not be the kernel's.
         Ok(file) if lock::file_kind(file.as_raw_fd())? == kind => Ok(Some(file)),

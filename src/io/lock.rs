@@ -18,8 +18,10 @@
 //! This is the only file outside `capi` that may contain `unsafe`; the blocks are system calls.
 #![allow(unsafe_code)]
 
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use crate::error::{Error, Result};
 
@@ -35,6 +37,9 @@ pub enum LockMode {
     /// As `qemu-img -U`: reading beside a writer, refusing nothing to others.
     ForceShare,
 }
+
+/// The lowest descriptor that is none of the standard ones.
+const LOWEST: libc::c_int = libc::STDERR_FILENO + 1;
 
 /// First byte of the "I use permission i" locks.
 const USES: i64 = 100;
@@ -80,15 +85,15 @@ pub struct ImageLock {
 impl ImageLock {
     /// Take the locks of `mode`; `image` is what messages call the image.
     ///
-    /// Where the kernel or the file system has no such locks none are taken, as QEMU's
-    /// `locking=auto` does: then QEMU does not hold any either.
+    /// Where the kernel or the file system cannot even say whether there are such locks none are
+    /// taken, as QEMU's `locking=auto` does: then QEMU does not hold any either.
     ///
     /// # Errors
     /// `InUse` when somebody else's locks forbid it, `Os` when a lock call fails. Nothing is
     /// held afterwards.
     pub fn take(fd: BorrowedFd<'_>, mode: LockMode, image: &str) -> Result<ImageLock> {
         let mut lock = ImageLock::default();
-        if mode == LockMode::None || !locks_work(fd)? {
+        if mode == LockMode::None || !locks_work(fd) {
             return Ok(lock);
         }
         match lock.take_and_test(fd, mode, image) {
@@ -110,13 +115,7 @@ impl ImageLock {
         for byte in bytes {
             match set_lock(fd, libc::F_RDLCK, byte) {
                 Ok(()) => self.held.push(byte),
-                Err(e) if denied(&e) => {
-                    return Err(in_use(&format!("Failed to lock byte {byte}"), image))
-                }
-                Err(source) => {
-                    let context = format!("Failed to lock byte {byte}");
-                    return Err(Error::Os { context, source });
-                }
+                Err(e) => return Err(refused(e, format!("Failed to lock byte {byte}"), image)),
             }
         }
         for &p in uses {
@@ -148,11 +147,19 @@ fn test_byte(fd: BorrowedFd<'_>, byte: i64, what: String, image: &str) -> Result
     match is_locked(fd, byte, 1) {
         Ok(false) => Ok(()),
         Ok(true) => Err(in_use(&what, image)),
-        Err(e) if denied(&e) => Err(in_use(&what, image)),
-        Err(source) => Err(Error::Os {
+        Err(e) => Err(refused(e, what, image)),
+    }
+}
+
+/// A lock call failed. Linux says EAGAIN where somebody else has the lock; EACCES, which POSIX allows
+/// for that too, comes from a security module or a server: nobody else is to blame.
+fn refused(e: io::Error, what: String, image: &str) -> Error {
+    match e.raw_os_error() {
+        Some(libc::EAGAIN) => in_use(&what, image),
+        _ => Error::Os {
             context: what,
-            source,
-        }),
+            source: e,
+        },
     }
 }
 
@@ -162,24 +169,11 @@ fn in_use(what: &str, image: &str) -> Error {
     ))
 }
 
-/// POSIX lets a lock call answer either of these for "somebody else has it".
-fn denied(e: &io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES))
-}
-
-/// Does this file have open-file-description locks? Asked with a query that takes nothing.
-fn locks_work(fd: BorrowedFd<'_>) -> Result<bool> {
-    match is_locked(fd, 0, 0) {
-        Ok(_) => Ok(true),
-        Err(e) => match e.raw_os_error() {
-            // An old kernel, a sandbox; a network file system mounted without a lock service.
-            Some(libc::EINVAL | libc::ENOSYS | libc::ENOLCK | libc::EOPNOTSUPP) => Ok(false),
-            _ => Err(Error::Os {
-                context: "Failed to query the image locks".into(),
-                source: e,
-            }),
-        },
-    }
+/// Does this file have open-file-description locks? Asked with a query that takes nothing, and
+/// whatever the failure it means no (QEMU's `qemu_has_file_lock`): an old kernel, a sandbox, a
+/// network file system without a lock service.
+fn locks_work(fd: BorrowedFd<'_>) -> bool {
+    is_locked(fd, 0, 0).is_ok()
 }
 
 /// Take or release one byte without waiting.
@@ -236,11 +230,23 @@ pub(super) fn file_flags(fd: RawFd) -> io::Result<libc::c_int> {
     retry(|| unsafe { libc::fcntl(fd, libc::F_GETFL) })
 }
 
-/// A second descriptor for the same open file, closed on exec.
+/// Open a file: the one place where that is done. The standard library adds O_CLOEXEC.
+///
+/// The descriptor is no standard one. With descriptor 0, 1 or 2 closed the system gives that number to
+/// the next file, and what the program prints would go into the image.
+pub(super) fn open(options: &OpenOptions, path: &Path) -> io::Result<File> {
+    let file = options.open(path)?;
+    if file.as_raw_fd() >= LOWEST {
+        return Ok(file);
+    }
+    duplicate(file.as_raw_fd()).map(File::from)
+}
+
+/// A second descriptor for the same open file, closed on exec and no standard one.
 pub(super) fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: F_DUPFD_CLOEXEC takes an integer; a number that is not an open descriptor is
     // answered with EBADF.
-    let new = retry(|| unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0 as libc::c_int) })?;
+    let new = retry(|| unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, LOWEST) })?;
     // SAFETY: the kernel has just made this descriptor for us, so nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(new) })
 }
@@ -327,6 +333,46 @@ pub(super) fn close(fd: OwnedFd) -> io::Result<()> {
     Err(e)
 }
 
+/// Make a request that may grow a file past the process's limit (`ulimit -f`): it fails with
+/// EFBIG, and the SIGXFSZ that would end the program does not come.
+///
+/// The kernel sends that signal to the thread that writes. It is blocked during the request, and
+/// taken away again before anybody can see it. One that was there before stays.
+pub(super) fn without_sigxfsz<T>(request: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    // SAFETY: signal sets are integers, for which all zeros is a value.
+    let (mut only, mut before, mut pending): (libc::sigset_t, libc::sigset_t, libc::sigset_t) =
+        unsafe { std::mem::zeroed() };
+    // SAFETY: the three sets are ours to read and to write. Only what was blocked can be pending.
+    let theirs = unsafe {
+        libc::sigemptyset(&mut only);
+        libc::sigaddset(&mut only, libc::SIGXFSZ);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &only, &mut before);
+        libc::sigismember(&before, libc::SIGXFSZ) == 1
+            && libc::sigpending(&mut pending) == 0
+            && libc::sigismember(&pending, libc::SIGXFSZ) == 1
+    };
+    let result = request();
+    if !theirs && matches!(&result, Err(e) if e.raw_os_error() == Some(libc::EFBIG)) {
+        let now = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // Nothing to take is an answer as well: EFBIG has other causes.
+        // SAFETY: a set and a time to read; nobody wants to know more of the signal.
+        let _ = retry(|| unsafe { libc::sigtimedwait(&only, std::ptr::null_mut(), &now) });
+    }
+    // SAFETY: the set was filled in by the first call.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &before, std::ptr::null_mut()) };
+    result
+}
+
+/// Does the program run with rights that its caller does not have (set-uid, file capabilities)?
+/// This is what `secure_getenv()` asks.
+pub(super) fn has_foreign_rights() -> bool {
+    // SAFETY: no precondition.
+    unsafe { libc::getauxval(libc::AT_SECURE) != 0 }
+}
+
 /// Our limit for the helpers of one call. QEMU unpacks on four threads.
 const MOST_HELPERS: usize = 3;
 
@@ -400,9 +446,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
-    use std::fs::File;
     use std::os::fd::AsFd;
-    use std::path::Path;
 
     const MODES: [LockMode; 4] = [
         LockMode::None,
@@ -412,7 +456,7 @@ mod tests {
     ];
 
     fn open(path: &Path) -> File {
-        File::options().read(true).write(true).open(path).unwrap()
+        super::open(File::options().read(true).write(true), path).unwrap()
     }
 
     /// The bytes between 0 and 300 that somebody other than `file` has locked.

@@ -5,6 +5,7 @@
 //! used by the crash and fault tests ([`trace`]) implement the same trait.
 
 use std::io::{Error, Result};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 pub mod callbacks;
 pub mod file;
@@ -23,6 +24,27 @@ pub enum Run {
     Data(u64),
     /// A hole of that many bytes; `None`: nothing but a hole up to the end, or past it.
     Hole(Option<u64>),
+}
+
+/// What changes with a file: its length, and when it was last changed (the inode's `ctime`, which
+/// every write sets).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// Length in bytes.
+    pub length: u64,
+    /// Seconds since the epoch.
+    pub seconds: i64,
+    /// Nanoseconds within the second.
+    pub nanoseconds: i64,
+}
+
+impl Stamp {
+    /// A change after this stamp was taken gets another one: not so right after a change, since file
+    /// systems count time in steps (of 2 s at most).
+    pub(crate) fn is_settled(&self) -> bool {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        now.is_ok_and(|now| (now.as_secs() as i64).saturating_sub(self.seconds) > 2)
+    }
 }
 
 /// One image's bytes.
@@ -74,9 +96,20 @@ pub trait Storage {
         None
     }
 
+    /// What tells whether somebody has changed this file. `None` where the storage cannot tell.
+    fn stamp(&mut self) -> Option<Stamp> {
+        None
+    }
+
     /// Open, for reading, another file that the image names. `None` where the storage has no means
     /// of its own for that: then a name is a path.
     fn open_named(&mut self, _name: &[u8], _format: &[u8]) -> Option<Result<Box<dyn Storage>>> {
+        None
+    }
+
+    /// The length of what the image's backing file shows, asked of the storage's owner. `None` where
+    /// the storage has no means of its own for that: then the file is opened.
+    fn backing_length(&mut self) -> Option<Result<u64>> {
         None
     }
 

@@ -21,8 +21,8 @@ use std::fmt;
 use std::io::{Error, Result};
 use std::rc::Rc;
 
-use super::memory::{read_bytes, resize_bytes, write_bytes, zero_bytes};
-use super::Storage;
+use super::memory::{read_bytes, resize_bytes, write_bytes, zero_bytes, MemoryStorage};
+use super::{Run, Storage};
 
 mod crash;
 
@@ -251,6 +251,55 @@ struct State {
     seen: u64,
     /// Requests that `fault` failed.
     fired: u64,
+    /// Which blocks of a full disk the file has.
+    full: Option<FullDisk>,
+}
+
+/// A file system without a free block, but for those that the file gives back.
+#[derive(Debug)]
+struct FullDisk {
+    block: u64,
+    has: Vec<bool>,
+    free: u64,
+}
+
+impl FullDisk {
+    fn has(&self, block: u64) -> bool {
+        usize::try_from(block)
+            .ok()
+            .and_then(|i| self.has.get(i))
+            .is_some_and(|has| *has)
+    }
+
+    fn set(&mut self, blocks: std::ops::Range<u64>, has: bool) {
+        for i in blocks {
+            let Ok(i) = usize::try_from(i) else { return };
+            if i >= self.has.len() {
+                if !has {
+                    return;
+                }
+                self.has.resize(i + 1, false);
+            }
+            if let Some(slot) = self.has.get_mut(i).filter(|slot| **slot != has) {
+                *slot = has;
+                self.free = if has {
+                    self.free.saturating_sub(1)
+                } else {
+                    self.free + 1
+                };
+            }
+        }
+    }
+
+    /// Take blocks for these bytes.
+    fn take(&mut self, offset: u64, bytes: u64) -> Result<()> {
+        let blocks = offset / self.block..offset.saturating_add(bytes).div_ceil(self.block);
+        if blocks.clone().filter(|i| !self.has(*i)).count() as u64 > self.free {
+            return Err(Error::from_raw_os_error(libc::ENOSPC));
+        }
+        self.set(blocks, true);
+        Ok(())
+    }
 }
 
 impl State {
@@ -278,6 +327,9 @@ impl State {
     }
 
     fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
+        if let Some(full) = &mut self.full {
+            full.take(offset, data.len() as u64)?;
+        }
         write_bytes(&mut self.bytes, offset, data)?;
         self.events.push(Event::Write {
             label,
@@ -292,6 +344,8 @@ impl State {
 #[derive(Debug)]
 pub struct TraceStorage {
     state: Rc<RefCell<State>>,
+    /// Length of the files that names open.
+    named: Option<u64>,
 }
 
 /// The test's end of a [`TraceStorage`]; good after the storage has been closed.
@@ -310,6 +364,16 @@ impl TraceStorage {
         };
         TraceStorage {
             state: Rc::new(RefCell::new(state)),
+            named: None,
+        }
+    }
+
+    /// Names in the image open files of zeros, of this length.
+    #[must_use]
+    pub fn with_named(self, length: u64) -> TraceStorage {
+        TraceStorage {
+            named: Some(length),
+            ..self
         }
     }
 
@@ -326,6 +390,7 @@ impl Trace {
     pub fn storage(&self) -> TraceStorage {
         TraceStorage {
             state: Rc::clone(&self.state),
+            named: None,
         }
     }
 
@@ -368,6 +433,16 @@ impl Trace {
         state.fired = 0;
     }
 
+    /// From now on the disk is full. The file has the blocks, of so many bytes each, that are not
+    /// all zeros: it has been copied by `cp --sparse=always`.
+    pub fn fill_disk(&self, block: u64) {
+        let mut state = self.state.borrow_mut();
+        let blocks = state.bytes.chunks(usize::try_from(block).unwrap_or(1));
+        let has = blocks.map(|b| b.iter().any(|b| *b != 0)).collect();
+        let free = 0;
+        state.full = Some(FullDisk { block, has, free });
+    }
+
     /// How many requests failed since [`Trace::set_fault`].
     pub fn fired(&self) -> u64 {
         self.state.borrow().fired
@@ -405,6 +480,9 @@ impl Storage for TraceStorage {
         let mut state = self.state.borrow_mut();
         state.admit(RequestKind::Truncate, 0)?;
         resize_bytes(&mut state.bytes, length)?;
+        if let Some(full) = &mut state.full {
+            full.set(length.div_ceil(full.block)..u64::MAX, false);
+        }
         state.events.push(Event::Truncate { length });
         Ok(())
     }
@@ -413,6 +491,10 @@ impl Storage for TraceStorage {
         let mut state = self.state.borrow_mut();
         state.admit(RequestKind::Discard, bytes)?;
         zero_bytes(&mut state.bytes, offset, bytes);
+        if let Some(full) = &mut state.full {
+            let end = offset.saturating_add(bytes) / full.block;
+            full.set(offset.div_ceil(full.block)..end, false);
+        }
         state.events.push(Event::Discard { offset, bytes });
         Ok(())
     }
@@ -423,6 +505,25 @@ impl Storage for TraceStorage {
         state.admit(RequestKind::Barrier, 0)?;
         state.events.push(Event::Barrier);
         Ok(())
+    }
+
+    fn run(&mut self, offset: u64) -> Option<Run> {
+        let state = self.state.borrow();
+        let full = state.full.as_ref()?;
+        let first = offset / full.block;
+        let has = full.has(first);
+        let blocks = full.has.len() as u64;
+        match (first..blocks).find(|i| full.has(*i) != has) {
+            Some(end) if has => Some(Run::Data(end * full.block - offset)),
+            Some(end) => Some(Run::Hole(Some(end * full.block - offset))),
+            None if has => Some(Run::Data((blocks * full.block).saturating_sub(offset))),
+            None => Some(Run::Hole(None)),
+        }
+    }
+
+    fn open_named(&mut self, _name: &[u8], _format: &[u8]) -> Option<Result<Box<dyn Storage>>> {
+        let length = usize::try_from(self.named?).ok()?;
+        Some(Ok(Box::new(MemoryStorage::new(vec![0; length]))))
     }
 
     fn close(self: Box<Self>) -> Result<()> {

@@ -275,6 +275,7 @@ impl Image {
             entries: table.entries,
             size: table.bytes,
             loaded: true,
+            ..SnapshotList::default()
         };
     }
 
@@ -313,7 +314,7 @@ impl Image {
             self.dev.barrier()?;
             self.header.incompatible = bits;
         }
-        self.unchecked = false;
+        self.found_good();
         Ok(())
     }
 

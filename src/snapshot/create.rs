@@ -1,6 +1,6 @@
 //! `qcow2_snapshot_create`.
 
-use super::{NewSnapshot, Snapshot};
+use super::{copies, NewSnapshot, Snapshot};
 use crate::error::{Error, Result};
 use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
@@ -10,9 +10,11 @@ use crate::image::device::{bytes_of, zeroed};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::replay::Replay;
 use crate::image::resize::shared_but_copied;
+use crate::image::room;
 use crate::image::update::{L1Change, Plan};
 use crate::image::walk::{set_copied, Counts, Flags};
 use crate::image::Image;
+use crate::words::printable;
 
 impl Image {
     /// Create a snapshot of the active disk. Returns its ID.
@@ -50,19 +52,19 @@ impl Image {
             replay.reach = replay
                 .reach
                 .max(self.header.l1_offset.saturating_add(l1_bytes));
-            plan.copied
-                .push((self.header.l1_offset, self.l1.clone(), walked.l1.clone()));
+            let (before, after) = (room::copy_of(&self.l1)?, room::copy_of(&walked.l1)?);
+            room::push(&mut plan.copied, (self.header.l1_offset, before, after))?;
         }
         replay.l1 = walked.l1;
         plan.clear = walked.tables;
         plan.counts = if walked.ones {
-            plan.set = plan.clear.clone();
+            plan.set = room::copy_of(&plan.clear)?;
             Counts::Published
         } else {
             Counts::NoneIsOne
         };
-        let mut list = self.snapshots.entries.clone();
-        list.push(self.new_entry(new, &id, l1_copy));
+        let mut list = copies(&self.snapshots.entries)?;
+        room::push(&mut list, self.new_entry(new, &id, l1_copy)?)?;
         let table_size = self.replay_table(&mut replay, &mut plan, &list)?;
         self.replay_release_of_vm_state(&mut replay, &mut plan, new.vm_state_size)?;
 
@@ -95,10 +97,10 @@ impl Image {
         } else if entries.iter().any(|s| s.id == new.id) {
             return Err(Error::Exists(format!(
                 "A snapshot with the ID '{}' exists already",
-                String::from_utf8_lossy(&new.id)
+                printable(&new.id)
             )));
         } else {
-            new.id.clone()
+            room::copy_of(&new.id)?
         };
         let g = self.header.geometry;
         let first = g.l1_entries_for(self.header.size);
@@ -114,12 +116,12 @@ impl Image {
         Ok(id)
     }
 
-    fn new_entry(&self, new: &NewSnapshot, id: &[u8], l1_table_offset: u64) -> Snapshot {
-        Snapshot {
+    fn new_entry(&self, new: &NewSnapshot, id: &[u8], l1_table_offset: u64) -> Result<Snapshot> {
+        Ok(Snapshot {
             l1_table_offset,
             l1_size: self.header.l1_size,
-            id: id.to_vec(),
-            name: new.name.clone(),
+            id: room::copy_of(id)?,
+            name: room::copy_of(&new.name)?,
             date_sec: new.date_sec,
             date_nsec: new.date_nsec,
             vm_clock_nsec: new.vm_clock_nsec,
@@ -132,7 +134,7 @@ impl Image {
                 KNOWN_EXTRA
             },
             unknown_extra_data: Vec::new(),
-        }
+        })
     }
 
     /// QEMU's `qcow2_cluster_discard(NEVER)` over the VM state: in an epoch of its own, since the
@@ -148,7 +150,7 @@ impl Image {
         }
         let g = self.header.geometry;
         replay.next_epoch()?;
-        let before = replay.l1.clone();
+        let before = room::copy_of(&replay.l1)?;
         let mut index = g.l1_entries_for(self.header.size);
         let mut left = g.clusters_for(bytes);
         while left > 0 {
@@ -182,7 +184,7 @@ impl Image {
             replay.write_new(&mut self.dev, "L2 table", offset, table)?;
             (index, left) = (index + 1, left - n);
         }
-        plan.l1 = (L1Change::EachEntry, before, replay.l1.clone());
+        plan.l1 = (L1Change::EachEntry, before, room::copy_of(&replay.l1)?);
         Ok(())
     }
 }

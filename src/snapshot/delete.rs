@@ -1,10 +1,12 @@
 //! `qcow2_snapshot_delete`.
 
+use super::copies;
 use crate::error::{Error, Result};
 use crate::format::geometry::TABLE_ENTRY;
 use crate::format::run::Step;
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
+use crate::image::room;
 use crate::image::update::Plan;
 use crate::image::walk::Marked;
 use crate::image::Image;
@@ -26,7 +28,7 @@ impl Image {
         let index = self
             .find(id, name)
             .ok_or_else(|| Error::NotFound("Can't find the snapshot".into()))?;
-        let mut list = self.snapshots.entries.clone();
+        let mut list = copies(&self.snapshots.entries)?;
         let gone = list.remove(index);
         let l1 = self.snapshot_l1(gone.l1_table_offset, gone.l1_size)?;
         self.check_apart_from_active(&gone)?;
@@ -61,11 +63,11 @@ impl Image {
                 .l1_offset
                 .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
             replay.reach = replay.reach.max(end);
-            plan.copied
-                .push((self.header.l1_offset, self.l1.clone(), active.l1.clone()));
+            let (before, after) = (room::copy_of(&self.l1)?, room::copy_of(&active.l1)?);
+            room::push(&mut plan.copied, (self.header.l1_offset, before, after))?;
         }
         replay.l1 = active.l1;
-        plan.set = merged(dropped.tables, active.tables);
+        plan.set = merged(dropped.tables, active.tables)?;
 
         let list = self.as_written(list);
         self.commit(replay, &plan, list, table_size)
@@ -73,10 +75,10 @@ impl Image {
 }
 
 /// Tables of both walks, each once, with what is known of it.
-pub(super) fn merged(mut a: Vec<Marked>, b: Vec<Marked>) -> Vec<Marked> {
-    a.extend(b);
+pub(super) fn merged(mut a: Vec<Marked>, b: Vec<Marked>) -> Result<Vec<Marked>> {
+    room::append(&mut a, &b)?;
     // By offset, and of the same table first the one that says most.
     a.sort_unstable();
     a.dedup_by_key(|t| t.offset);
-    a
+    Ok(a)
 }

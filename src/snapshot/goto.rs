@@ -1,7 +1,7 @@
 //! `qcow2_snapshot_goto`.
 
 use super::delete::merged;
-use super::Snapshot;
+use super::{copies, Snapshot};
 use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
@@ -13,9 +13,18 @@ use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Refcounts;
 use crate::image::replay::Replay;
 use crate::image::resize::shared_but_copied;
-use crate::image::update::{L1Change, Plan};
+use crate::image::room;
+use crate::image::update::{no_room, L1Change, Plan};
 use crate::image::walk::{Counts, Walked};
 use crate::image::Image;
+
+/// Where a temporary L1 table may go. Disks are full at times.
+#[derive(Clone, Copy, PartialEq)]
+enum Room {
+    Anywhere,
+    InFile,
+    Nowhere,
+}
 
 impl Image {
     /// Make the active disk what the snapshot with this ID, else with this name, holds.
@@ -45,28 +54,39 @@ impl Image {
         let stored_l1 = self.snapshot_l1(snapshot.l1_table_offset, snapshot.l1_size)?;
         self.check_apart_from_active(&snapshot)?;
 
+        for room in [Room::Anywhere, Room::InFile] {
+            match self.replace_disk(&snapshot, &stored_l1, room) {
+                Err(e) if no_room(&e) => self.dev.progress.again(),
+                result => return result,
+            }
+        }
+        self.replace_disk(&snapshot, &stored_l1, Room::Nowhere)
+    }
+
+    /// The verb, when all is known that it needs.
+    fn replace_disk(&mut self, snapshot: &Snapshot, stored_l1: &[u64], room: Room) -> Result<()> {
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
         let tables = || {
             let entries = |size| replay.g.l1_entries_for(size);
             let cut = entries(self.header.size).saturating_sub(entries(snapshot.disk_size));
-            table_bytes(replay.g, &[&stored_l1, &self.l1, &stored_l1])
+            table_bytes(replay.g, &[stored_l1, &self.l1, stored_l1])
                 .saturating_add(cut << replay.g.cluster_bits)
         };
         self.dev.progress.begin(Stage::Check, tables);
-        self.replay_resize(&mut replay, &snapshot)?;
+        self.replay_resize(&mut replay, snapshot)?;
         replay.grow_l1(&mut self.dev, stored_l1.len() as u64)?;
-        let up = replay.walk(&mut self.dev, &stored_l1, Step::Up)?;
+        let up = replay.walk(&mut self.dev, stored_l1, Step::Up)?;
         if up.l1_changed {
             let end = snapshot
                 .l1_table_offset
                 .saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
             replay.reach = replay.reach.max(end);
-            plan.copied
-                .push((snapshot.l1_table_offset, stored_l1.clone(), up.l1.clone()));
+            let (before, after) = (room::copy_of(stored_l1)?, room::copy_of(&up.l1)?);
+            room::push(&mut plan.copied, (snapshot.l1_table_offset, before, after))?;
         }
         let mut new_l1 = up.l1;
-        new_l1.resize(replay.l1.len(), 0);
-        let change = self.choose_publish(&mut replay, &new_l1)?;
+        room::resize(&mut new_l1, replay.l1.len(), 0)?;
+        let change = self.choose_publish(&mut replay, &new_l1, room)?;
         let old_l1 = std::mem::take(&mut replay.l1);
         let mut down = replay.walk(&mut self.dev, &old_l1, Step::Down)?;
         // A table may have 32 MiB.
@@ -83,14 +103,14 @@ impl Image {
             }
         };
         replay.l1 = last.l1;
-        (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables));
+        (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables)?);
         if !up.ones && !down.ones {
             plan.counts = Counts::NoneIsOne;
         }
         plan.decisive = replay.refs.epoch;
         self.place_l1(&mut replay, &mut plan, change)?;
 
-        let (list, table_size) = (self.sized_again(snapshot.disk_size), self.snapshots.size);
+        let (list, table_size) = (self.sized_again(snapshot.disk_size)?, self.snapshots.size);
         let torn = matches!(plan.l1.0, L1Change::InPlace);
         self.commit(replay, &plan, list, table_size)?;
         if torn {
@@ -102,12 +122,12 @@ impl Image {
     }
 
     /// The list as it is read back at the new disk size: entries that store none follow the disk.
-    fn sized_again(&self, size: u64) -> Vec<Snapshot> {
-        let mut list = self.snapshots.entries.clone();
+    fn sized_again(&self, size: u64) -> Result<Vec<Snapshot>> {
+        let mut list = copies(&self.snapshots.entries)?;
         for s in list.iter_mut().filter(|s| s.extra_data_size < EXTRA_2014) {
             s.disk_size = size;
         }
-        list
+        Ok(list)
     }
 
     /// Bring the disk to the snapshot's size, in memory.
@@ -141,7 +161,9 @@ impl Image {
         } else {
             let entries = replay.g.l1_entries_for(new);
             // The one case in which a verb needs the backing file, for its length.
-            let backing = self.backing_length()?;
+            let backing = self
+                .backing_length()
+                .map_err(|e| e.context("Could not learn the length of the backing file"))?;
             replay.grow_l1(&mut self.dev, entries)?;
             if backing > old {
                 replay.cover_backing(&mut self.dev, old, new)?;
@@ -153,14 +175,20 @@ impl Image {
 
     /// How the new L1 table can be published. Called when all allocations have been replayed and
     /// before counts go down: a table written in place needs both disks counted.
-    fn choose_publish(&mut self, replay: &mut Replay, new_l1: &[u64]) -> Result<L1Change> {
+    fn choose_publish(
+        &mut self,
+        replay: &mut Replay,
+        new_l1: &[u64],
+        room: Room,
+    ) -> Result<L1Change> {
         let bytes = new_l1.len() as u64 * TABLE_ENTRY;
         let offset = replay.header.l1_offset;
         replay.overlap.check(offset, bytes, Some(Kind::ActiveL1))?;
         replay.reach = replay.reach.max(offset.saturating_add(bytes));
-        if offset != self.header.l1_offset {
+        if replay.grown_l1().is_some() {
             return Ok(L1Change::Moved);
         }
+        // Where the L1 grew in an epoch before the last it is on the disk with the old contents.
         // Entries beyond the old end are zero on disk or were never looked at: QEMU writes them too.
         let old = self.l1.iter().copied().chain(std::iter::repeat(0));
         let differs = |(new, old): (&u64, u64)| new & !COPIED != old & !COPIED;
@@ -183,10 +211,16 @@ impl Image {
         let end = replay
             .g
             .clusters_for(self.dev.length().max(replay.length()));
-        let place = match replay.refs.find_untouched(&mut self.dev, end, clusters)? {
-            Some(c) => Some(c),
-            None => replay.refs.find_untouched(&mut self.dev, 1, clusters)?,
-        };
+        let mut place = None;
+        if room == Room::Anywhere {
+            place = replay.refs.find_untouched(&mut self.dev, end, clusters)?;
+        }
+        if place.is_none() && room != Room::Nowhere {
+            place = replay.refs.find_untouched(&mut self.dev, 1, clusters)?;
+        }
+        let length = self.dev.length();
+        let ends = |c| replay.g.offset_of(HostCluster(c)).saturating_add(bytes);
+        let place = place.filter(|c| room == Room::Anywhere || ends(*c) <= length);
         match place {
             Some(c) => Ok(L1Change::Through(replay.g.offset_of(HostCluster(c)))),
             None => {
@@ -199,16 +233,16 @@ impl Image {
     /// Tables that the resize made are free again, with a hole where they were; none of the tables
     /// that it emptied may have survived in a snapshot.
     fn check_after_resize(&mut self, replay: &mut Replay) -> Result<()> {
-        for (offset, is_table) in std::mem::take(&mut replay.temporary) {
-            let cluster = replay.g.cluster_of(offset);
+        let temporary = std::mem::take(&mut replay.temporary);
+        for cluster in temporary.sorted()?.into_iter().map(HostCluster) {
+            self.dev.progress.pass(TABLE_ENTRY)?;
             if replay.refs.get(&mut self.dev, cluster)? == 0 {
-                replay.refs.punched.insert(cluster.0);
-            } else if is_table {
-                return Err(shared_but_copied(offset));
+                replay.refs.punched.insert(cluster.0)?;
+            } else if replay.zero_tables.contains(cluster.0) {
+                return Err(shared_but_copied(replay.g.offset_of(cluster)));
             }
         }
-        let changed: Vec<u64> = replay.tables.keys().copied().collect();
-        for offset in changed {
+        for offset in replay.tables.sorted()? {
             let cluster = replay.g.cluster_of(offset);
             if replay.refs.get(&mut self.dev, cluster)? != 0 {
                 return Err(shared_but_copied(offset));
@@ -221,7 +255,7 @@ impl Image {
     fn place_l1(&mut self, replay: &mut Replay, plan: &mut Plan, change: L1Change) -> Result<()> {
         let before = match &change {
             L1Change::Moved => Vec::new(),
-            _ => self.l1.clone(),
+            _ => room::copy_of(&self.l1)?,
         };
         match &change {
             L1Change::Through(offset) => {
@@ -235,18 +269,14 @@ impl Image {
             }
             L1Change::Moved => {
                 // The table that the growth allocated takes the snapshot's contents at once.
-                let bare: Vec<u64> = replay.l1.iter().map(|e| e & !COPIED).collect();
-                let (offset, epoch) = (replay.header.l1_offset, replay.refs.epoch);
-                let grown = replay
-                    .new_data
-                    .iter_mut()
-                    .find(|w| w.offset == offset && w.epoch == epoch);
-                let Some(grown) = grown else {
-                    return Err(Error::Corrupt(
-                        "The grown L1 table is not in the last epoch".into(),
+                let bare = room::collected(replay.l1.iter().map(|e| e & !COPIED))?;
+                let bare = bytes_of(&bare)?;
+                let Some(grown) = replay.grown_l1() else {
+                    return Err(Error::Unsupported(
+                        "The L1 table would have to be published before its contents are known"
+                            .into(),
                     ));
                 };
-                let bare = bytes_of(&bare)?;
                 grown.data.splice(..bare.len().min(grown.data.len()), bare);
             }
             _ => {}
@@ -256,10 +286,10 @@ impl Image {
             let bytes = after.len() as u64 * TABLE_ENTRY;
             let (first, n) = (replay.g.cluster_of(offset).0, replay.g.clusters_for(bytes));
             if !replay.refs.any_taken(first, n) {
-                plan.left = Some((offset, self.l1.clone(), after));
+                plan.left = Some((offset, room::copy_of(&self.l1)?, after));
             }
         }
-        plan.l1 = (change, before, replay.l1.clone());
+        plan.l1 = (change, before, room::copy_of(&replay.l1)?);
         Ok(())
     }
 }

@@ -11,7 +11,7 @@ impl Image {
     /// `Unsupported` for images with an external data file, as QEMU answers; those of
     /// [`Image::read_snapshots`] on an image that is opened to be checked and whose table is damaged.
     pub fn snapshot_list(&mut self) -> Result<&[Snapshot]> {
-        self.usable()?;
+        self.begin_look()?;
         if self.header.has_data_file() {
             return Err(Error::Unsupported(
                 "Internal snapshots are not supported on images with an external data file".into(),

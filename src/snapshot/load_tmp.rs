@@ -12,7 +12,7 @@ impl Image {
     /// `Invalid` on a read-write handle; `NotFound`; `TooBig` or `Invalid` for an L1 table out of
     /// bounds.
     pub fn snapshot_load_tmp(&mut self, id: Option<&[u8]>, name: Option<&[u8]>) -> Result<()> {
-        self.usable()?;
+        self.begin_look()?;
         if self.flags.has(OpenFlags::RDWR) {
             return Err(Error::Invalid("Device is not readonly".into()));
         }
@@ -32,6 +32,8 @@ impl Image {
         self.view = Some(View {
             l1,
             size: snapshot.disk_size & !511,
+            of: snapshot,
+            gone: false,
         });
         Ok(())
     }

@@ -1,5 +1,10 @@
 //! The verbs, in QEMU's words. Each reads as three paragraphs: check, replay, write.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
+use crate::error::Result;
+use crate::image::room;
+
 mod create;
 mod delete;
 mod goto;
@@ -7,7 +12,23 @@ mod list;
 mod load_tmp;
 mod table;
 
+/// A copy of a list whose entries take up to 64 MiB.
+fn copies(list: &[Snapshot]) -> Result<Vec<Snapshot>> {
+    let mut out = Vec::new();
+    for s in list {
+        let copy = Snapshot {
+            id: room::copy_of(&s.id)?,
+            name: room::copy_of(&s.name)?,
+            unknown_extra_data: room::copy_of(&s.unknown_extra_data)?,
+            ..*s
+        };
+        room::push(&mut out, copy)?;
+    }
+    Ok(out)
+}
+
 /// One snapshot of the table in memory.
+#[allow(clippy::disallowed_methods)] // a derived Clone, for programs; see `copies`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// Offset of the snapshot's L1 table in the image file.
@@ -37,6 +58,7 @@ pub struct Snapshot {
 }
 
 /// What a caller says of a snapshot to create (QEMU's `QEMUSnapshotInfo`).
+#[allow(clippy::disallowed_methods)] // a derived Clone, for programs
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NewSnapshot {
     /// ID to use, or empty to have the next free one made.

@@ -1,15 +1,15 @@
 //! The snapshot table as a whole: reading, finding, writing a new one.
 
-use super::Snapshot;
+use super::{copies, Snapshot};
 use crate::error::{Error, Result};
-use crate::format::geometry::MAX_SNAPSHOT_TABLE_BYTES;
+use crate::format::geometry::{MAX_SNAPSHOT_TABLE_BYTES, TABLE_ENTRY};
 use crate::format::header::AT_SNAPSHOTS;
 use crate::format::record;
 use crate::image::progress::Stage;
 use crate::image::refcount::Freed;
 use crate::image::replay::Replay;
 use crate::image::update::Plan;
-use crate::image::{device, Image, SnapshotList};
+use crate::image::{device, room, Image, SnapshotList};
 
 /// The table is read in requests of this size.
 const READ_AHEAD: u64 = 1 << 20;
@@ -21,6 +21,8 @@ impl Image {
     pub(crate) fn load_snapshots(&mut self) -> Result<()> {
         // A handle that is to check the image has taken the header as it is.
         self.header.validate_snapshots()?;
+        // Where no lock keeps others out, the file may have been cut.
+        self.dev.length_now()?;
         let start = self.header.snapshots_offset;
         let mut list = SnapshotList {
             loaded: true,
@@ -52,23 +54,30 @@ impl Image {
                     .read_vec("Could not read the snapshot table", at, want)?;
                 window_at = at;
             };
+            self.dev.check_inside(
+                format_args!(
+                    "Entry {} of {} of the snapshot table",
+                    index + 1,
+                    self.header.nb_snapshots
+                ),
+                at,
+                len,
+            )?;
             at = at.saturating_add(len);
             if at.saturating_sub(start) > MAX_SNAPSHOT_TABLE_BYTES {
                 return Err(Error::TooBig("Snapshot table is too big".into()));
             }
-            list.entries
-                .try_reserve(1)
-                .map_err(|_| Error::NoMemory(at - start))?;
-            list.entries.push(snapshot);
+            room::push(&mut list.entries, snapshot)?;
         }
         list.size = at - start;
         self.snapshots = list;
+        self.compared = None;
         Ok(())
     }
 
     /// The first snapshot that matches: by ID and name together, or by the one that is given
     /// (`find_snapshot_by_id_and_name`).
-    pub(super) fn find(&self, id: Option<&[u8]>, name: Option<&[u8]>) -> Option<usize> {
+    pub(crate) fn find(&self, id: Option<&[u8]>, name: Option<&[u8]>) -> Option<usize> {
         if id.is_none() && name.is_none() {
             return None;
         }
@@ -76,6 +85,22 @@ impl Image {
             .entries
             .iter()
             .position(|s| id.is_none_or(|id| s.id == id) && name.is_none_or(|name| s.name == name))
+    }
+
+    /// Are the L1 tables of all snapshots in the file? A verb may make it longer, and one that is cut
+    /// off would then look like a table of zeros.
+    pub(crate) fn check_snapshots_inside(&mut self) -> Result<()> {
+        for s in &self.snapshots.entries {
+            self.dev.check_inside(
+                format_args!(
+                    "The L1 table of snapshot '{}'",
+                    String::from_utf8_lossy(&s.id)
+                ),
+                s.l1_table_offset,
+                u64::from(s.l1_size).saturating_mul(TABLE_ENTRY),
+            )?;
+        }
+        Ok(())
     }
 
     /// Does the L1 table of a snapshot lie in the active L1 table? Only in a damaged image.
@@ -147,7 +172,8 @@ impl Image {
             .map_err(|_| Error::NoMemory(size))?;
         for s in list {
             let gap = record::align(out.len() as u64) as usize;
-            out.extend_from_slice(old.get(out.len()..gap).unwrap_or_default());
+            let stays = old.get(out.len()..gap).unwrap_or_default();
+            room::append(&mut out, stays)?;
             record::encode(s, self.compat_2_1(), &mut out);
         }
         Ok(out)
@@ -197,7 +223,7 @@ impl Image {
 
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
         self.dev.progress.begin(Stage::Check, || 0);
-        let list = self.snapshots.entries.clone();
+        let list = copies(&self.snapshots.entries)?;
         let size = self.replay_table(&mut replay, &mut plan, &list)?;
 
         let list = self.as_written(list);

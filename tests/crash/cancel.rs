@@ -90,7 +90,7 @@ fn one_cancel(
     seen: &mut HashSet<u64>,
     judged: &mut u64,
 ) -> Result<bool, (String, Vec<u8>)> {
-    let storage = TraceStorage::new(before.to_vec());
+    let storage = recorder(before);
     let trace = storage.trace();
     let bad = |why: String| Err((why, trace.contents()));
     let mut image = match Image::open_storage(Box::new(storage), OpenFlags::RDWR) {

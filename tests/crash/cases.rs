@@ -223,6 +223,19 @@ pub fn rare(seeds: u64) -> Vec<Chain> {
             vec![snap1(), snap0()],
         ),
         (
+            "goto to a larger disk, and to a larger L1 still in the old one's place".into(),
+            Shape {
+                disk: 40,
+                snapshots: [Some(200), Some(300), None],
+                extra_l1: 2,
+                vm: 3,
+                short_l1: true,
+                refcount_order: 6,
+                ..base
+            },
+            vec![snap0(), snap1()],
+        ),
+        (
             "goto to a larger L1 at the same size".into(),
             Shape {
                 extra_l1: 70,
@@ -410,7 +423,27 @@ pub fn rare(seeds: u64) -> Vec<Chain> {
             ));
         }
     }
-    let mut out = vec![];
+    // In this one a resize enters its own tables in an L1 that another takes the place of before the
+    // publish: the epoch before it must show the old disk.
+    let mut out = vec![Chain {
+        name: "goto to a larger disk over a longer backing file, L1 in the old one's place".into(),
+        image: craft::image(
+            Shape {
+                disk: 64 * 70,
+                snapshots: [Some(64 * 71), Some(64 * 72), None],
+                extra_l1: 20,
+                vm: 3,
+                gaps: 16,
+                short_l1: true,
+                refcount_order: 6,
+                backing: true,
+                writes: 60,
+                ..base
+            },
+            239,
+        ),
+        verbs: vec![snap0(), snap1()],
+    }];
     for (name, shape, verbs) in shapes {
         for seed in 1..=seeds {
             out.push(Chain {
@@ -436,7 +469,9 @@ pub fn random(seed: u64) -> Chain {
     };
     let disks = [1, 7, 40, 40, 200, 64 * 70, 64 * 150];
     let same = pick(&disks);
-    let resized = v3 && pick(&[0, 0, 1]) == 1;
+    // Most shapes are bent to where two epochs of a goto come from: another disk size, an active
+    // L1 shorter than it wants, a snapshot's L1 longer still, refcount blocks that are soon full.
+    let resized = v3 && pick(&[0, 1, 1]) == 1;
     let mut disk = || if resized { pick(&disks) } else { same };
     let sizes = [disk(), disk(), disk(), disk()];
     let small = cluster_bits == 9;
@@ -445,7 +480,7 @@ pub fn random(seed: u64) -> Chain {
         v3,
         extended,
         refcount_order: if v3 {
-            pick(&[4, 4, 4, 0, 1, 2, 3, 5, 6, 6]) as u32
+            pick(&[6, 6, 6, 6, 6, 6, 4, 4, 0, 1, 2, 3, 5]) as u32
         } else {
             4
         },
@@ -455,7 +490,7 @@ pub fn random(seed: u64) -> Chain {
             Some(sizes[2]).filter(|_| pick(&[0, 1, 1]) == 1),
             Some(sizes[3]).filter(|_| pick(&[0, 1]) == 1),
         ],
-        extra_l1: pick(&[0, 0, 1, 70]),
+        extra_l1: pick(&[0, 1, 2, 20, 70]),
         vm: pick(&[0, 2, 4]),
         writes: pick(&[3, 12, 40]),
         packed: pick(&[0, 0, 1, 4]),
@@ -467,12 +502,13 @@ pub fn random(seed: u64) -> Chain {
         })
         .filter(|_| small && pick(&[0, 1]) == 1),
         unknown_autoclear: v3 && pick(&[0, 0, 0, 1]) == 1,
-        short_l1: pick(&[0, 0, 0, 1]) == 1,
+        short_l1: pick(&[0, 1, 1]) == 1,
+        backing: v3 && pick(&[0, 0, 1]) == 1,
     };
     let mut verbs = vec![];
     for i in 0..pick(&[1, 2, 4]) {
         let name = format!("snap{}", pick(&[0, 1, 2])).into_bytes();
-        verbs.push(match pick(&[0, 1, 1, 2, 2, 3, 4]) {
+        verbs.push(match pick(&[0, 1, 1, 2, 2, 2, 2, 2, 2, 3, 4]) {
             0 => create(&format!("new{i}"), pick(&[1, 10, 70]) << cluster_bits),
             1 => create(&format!("new{i}"), 0),
             2 => Verb::Goto(name),

@@ -34,6 +34,8 @@ pub struct Shape {
     pub unknown_autoclear: bool,
     /// Active L1 with fewer entries than the snapshots'.
     pub short_l1: bool,
+    /// The image names a backing file (version 3).
+    pub backing: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +63,7 @@ impl Default for Shape {
             fill: None,
             unknown_autoclear: false,
             short_l1: false,
+            backing: false,
         }
     }
 }
@@ -477,6 +480,12 @@ fn layout(m: &mut Maker, active: &L1, snaps: &[(L1, u64)]) -> Result<Vec<u8>, St
         );
         put(&mut out, 96, &s.refcount_order.to_be_bytes());
         put(&mut out, 100, &104u32.to_be_bytes());
+        if s.backing {
+            // Behind the end of the extensions.
+            put(&mut out, 8, &112u64.to_be_bytes());
+            put(&mut out, 16, &4u32.to_be_bytes());
+            put(&mut out, 112, b"base");
+        }
     }
     for i in 0..blocks {
         let block = place[&Thing::Block(i)] * cs;

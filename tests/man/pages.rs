@@ -572,6 +572,11 @@ fn overview(header: &Header) -> String {
          qcow2 images, byte for byte as QEMU does, and reads the disk and the VM state of each. \
          Each function has a page of its own.",
     );
+    page.request(".PP");
+    page.text(
+        "It is for 64-bit Linux with glibc, whose headers a C compiler needs too (Debian: libc6-dev). \
+         musl is not supported.",
+    );
     page.request(".SS Functions");
     for function in &header.functions {
         page.request(".TP");

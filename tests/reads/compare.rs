@@ -1,5 +1,6 @@
 //! One image, by qemu and by the library.
 
+use super::changes;
 use super::files::{at, R};
 use super::generate::QEMU;
 use super::qemu::Tools;
@@ -21,6 +22,7 @@ pub struct Counts {
     vm_ranges: u64,
     encrypted: u64,
     not_mapped: u64,
+    changes: changes::Counts,
 }
 
 impl fmt::Display for Counts {
@@ -29,7 +31,7 @@ impl fmt::Display for Counts {
             f,
             "{} disks and snapshots read ({} MiB), {} maps ({} extents), {} of them of snapshots also \
              as qemu-nbd shows them ({} with holes of the file), {} ranges of VM state; \
-             not compared: {} encrypted images, offsets of {} snapshots that goto refuses",
+             not compared: {} encrypted images, offsets of {} snapshots that goto refuses; {}",
             self.disks,
             self.bytes >> 20,
             self.maps,
@@ -38,7 +40,8 @@ impl fmt::Display for Counts {
             self.ahead,
             self.vm_ranges,
             self.encrypted,
-            self.not_mapped
+            self.not_mapped,
+            self.changes
         )
     }
 }
@@ -50,17 +53,6 @@ const COPY: &str = "copy.qcow2";
 
 pub fn image(rng: &mut Rng, tools: &mut Tools, counts: &mut Counts) -> R<()> {
     let path = tools.dir.join(QEMU);
-    if tools.luks {
-        let mut image = ours(Image::open(&path, OpenFlags::read_only()))?;
-        let refused =
-            image.length() == 0 || image.read(0, &mut [0]).is_err_and(|e| e.errno() == 95);
-        counts.encrypted += 1;
-        return if refused {
-            Ok(())
-        } else {
-            Err("encrypted data was read".into())
-        };
-    }
     let names: Vec<Vec<u8>> = Qcow::open(&path)?
         .snaps
         .into_iter()
@@ -73,6 +65,18 @@ pub fn image(rng: &mut Rng, tools: &mut Tools, counts: &mut Counts) -> R<()> {
                 .to_vec()
         })
         .collect();
+    changes::image(rng, tools, &names, &mut counts.changes)?;
+    if tools.luks {
+        let mut image = ours(Image::open(&path, OpenFlags::read_only()))?;
+        let refused =
+            image.length() == 0 || image.read(0, &mut [0]).is_err_and(|e| e.errno() == 95);
+        counts.encrypted += 1;
+        return if refused {
+            Ok(())
+        } else {
+            Err("encrypted data was read".into())
+        };
+    }
     disk(rng, tools, counts, None)?;
     for name in &names {
         disk(rng, tools, counts, Some(name))?;

@@ -1,16 +1,17 @@
 //! The four actions of `qemu-img snapshot`, with its messages.
 
 use std::ffi::OsStr;
+use std::io::IsTerminal;
 use std::os::unix::ffi::OsStrExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use qcow2_snapshot::{Error, Image, NewSnapshot, Outcome, Snapshot};
 
-use crate::cli::{Action, Request};
+use crate::cli::{self, Action, Request};
 use crate::listing;
 use crate::progress::VerbBar;
 use crate::signals::Asked;
-use crate::stop::{print, strerror, Stop};
+use crate::stop::{explained, print, say, strerror, Stop};
 use crate::target::{warn_of_raw, Opened, Target};
 
 /// Room for text in QEMU's `QEMUSnapshotInfo`, which qemu-img goes through.
@@ -24,9 +25,8 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
     let mut image = match target.open(request.file, write)? {
         Opened::Image(image) => image,
         Opened::Other { .. } if link => {
-            return Err(Stop::NotServed(
-                b"The image is not in qcow2 format, and there is no other qemu-img in PATH"
-                    .to_vec(),
+            return Err(Stop::not_served(
+                "The image is not in qcow2 format, and there is no other qemu-img in PATH",
             ))
         }
         Opened::Other { guessed } => return without_snapshots(request, guessed),
@@ -50,10 +50,10 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
         Ok(()) => Ok(()),
         Err((Some(Error::Cancelled(text)), _)) => Err(asked.stop(could_not(verb, name, &text))),
         // The locks go with the image, before another program wants them.
-        Err((Some(Error::Unsupported(text)), _))
+        Err((Some(Error::Unsupported(_)), lines))
             if link && image.last_outcome() != Outcome::Unknown =>
         {
-            Err(Stop::NotServed(text.into_bytes()))
+            Err(Stop::NotServed(lines))
         }
         Err((_, lines)) => Err(Stop::Failed(lines)),
     }
@@ -65,18 +65,22 @@ type Failure = (Option<Error>, Vec<Vec<u8>>);
 fn list(image: &mut Image, json: bool, link: bool) -> Result<(), Stop> {
     let snapshots: Vec<Snapshot> = match image.snapshot_list() {
         Ok(list) => list.iter().map(as_qemu_sees_it).collect(),
-        Err(e) if link || json => {
-            return Err(Stop::NotServed(
-                format!("Could not list the snapshots: {e}").into_bytes(),
-            ))
+        // qemu-img says nothing and is content where there cannot be any.
+        Err(Error::Unsupported(text)) if !(link || json) => {
+            say(cli::NAME, &[text.into_bytes()]);
+            return Ok(());
         }
-        // qemu-img says nothing and is content.
-        Err(_) => return Ok(()),
+        Err(e) => {
+            let sentence = e.to_string();
+            let line = format!("Could not list the snapshots: {sentence}");
+            return Err(Stop::NotServed(explained(&e, &sentence, line.into())));
+        }
     };
     if json {
         print(listing::json(&snapshots).as_bytes())
     } else {
-        print(&listing::table(&snapshots))
+        let terminal = std::io::stdout().is_terminal();
+        print(&listing::table(&snapshots, terminal))
     }
 }
 
@@ -93,37 +97,18 @@ fn create(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
     };
     image.snapshot_create(&new).map(|_| ()).map_err(|e| {
         let line = could_not("create", name, &strerror(e.errno()));
-        (Some(e), vec![line])
+        failure(e, line)
     })
 }
 
 fn apply(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
     image.snapshot_goto(name.as_bytes()).map_err(|e| {
-        let text = e.to_string();
-        let mut lines = Vec::new();
-        if matches!(e, Error::Busy(_)) {
-            lines.push(could_not("apply", name, &text));
-        } else {
-            if printed_apart(&text) {
-                lines.push(text.into_bytes());
-            }
-            let text = format!("Failed to load snapshot: {}", strerror(e.errno()));
-            lines.push(could_not("apply", name, &text));
-        }
-        (Some(e), lines)
+        let text = match &e {
+            Error::Busy(text) => text.clone(),
+            _ => format!("Failed to load snapshot: {}", strerror(e.errno())),
+        };
+        failure(e, could_not("apply", name, &text))
     })
-}
-
-/// Errors whose text QEMU prints on a line of its own, before the errno's.
-fn printed_apart(text: &str) -> bool {
-    const APART: [&str; 5] = [
-        "Snapshot L1 table too large",
-        "Snapshot L1 table offset invalid",
-        "The new size must be a multiple of 512",
-        "Can't resize a v2 image which has snapshots",
-        "Can't resize an image with bitmaps",
-    ];
-    APART.contains(&text)
 }
 
 fn delete(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
@@ -132,7 +117,7 @@ fn delete(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
             .iter()
             .map(as_qemu_sees_it)
             .find(|s| s.name == name.as_bytes()),
-        Err(e) => return Err((Some(e), vec![could_not("delete", name, NOT_FOUND)])),
+        Err(e) => return Err(failure(e, could_not("delete", name, NOT_FOUND))),
     };
     let Some(found) = found else {
         return Err((None, vec![could_not("delete", name, NOT_FOUND)]));
@@ -141,26 +126,42 @@ fn delete(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
     image
         .snapshot_delete(Some(&found.id), Some(&found.name))
         .map_err(|e| {
-            let line = could_not("delete", name, &delete_words(&e));
-            (Some(e), vec![line])
+            let said = e.to_string();
+            let named = STEPS
+                .iter()
+                .find_map(|step| Some((step, said.strip_prefix(step)?.strip_prefix(": ")?)));
+            let (step, sentence) = match (named, &e) {
+                (Some((step, rest)), _) => (Some(step), rest),
+                // QEMU writes the list first. Here it has its place when the verb is done.
+                (None, Error::Io { .. } | Error::Os { .. } | Error::Corrupt(_)) => {
+                    let done = image.last_outcome() == Outcome::Done;
+                    (STEPS.get(usize::from(done)), said.as_str())
+                }
+                (None, _) => (None, said.as_str()),
+            };
+            let text = match step {
+                Some(step) => format!("{step}: {}", strerror(e.errno())),
+                None => said.clone(),
+            };
+            let line = could_not("delete", name, &text);
+            let lines = explained(&e, sentence, line);
+            (Some(e), lines)
         })
 }
 
-/// The step that failed, and then the errno's words, where the library knows more.
-fn delete_words(e: &Error) -> String {
-    const STEPS: [&str; 3] = [
-        "Failed to remove snapshot from snapshot list",
-        "Failed to free the cluster and L1 table",
-        "Failed to update snapshot status in disk",
-    ];
-    let text = e.to_string();
-    match STEPS.iter().find(|s| text.starts_with(**s)) {
-        Some(step) => format!("{step}: {}", strerror(e.errno())),
-        None => text,
-    }
-}
+/// The steps of a delete, for which QEMU has words.
+const STEPS: [&str; 3] = [
+    "Failed to remove snapshot from snapshot list",
+    "Failed to free the cluster and L1 table",
+    "Failed to update snapshot status in disk",
+];
 
 const NOT_FOUND: &str = "snapshot not found";
+
+fn failure(e: Error, line: Vec<u8>) -> Failure {
+    let lines = explained(&e, &e.to_string(), line);
+    (Some(e), lines)
+}
 
 fn could_not(verb: &str, name: &OsStr, text: &str) -> Vec<u8> {
     let before = format!("Could not {verb} snapshot '");
@@ -180,14 +181,18 @@ fn without_snapshots(request: &Request, guessed: bool) -> Result<(), Stop> {
     }
     let line = match request.action {
         Action::List if request.json => {
-            b"Could not list the snapshots: Operation not supported".to_vec()
+            let text = "Could not list the snapshots: Image is not in qcow2 format";
+            return Err(Stop::failed(text));
         }
         Action::List => return Ok(()),
         Action::Create(name) => could_not("create", name, &strerror(libc::ENOTSUP)),
         Action::Apply(name) => could_not("apply", name, "Block driver does not support snapshots"),
         Action::Delete(name) => could_not("delete", name, NOT_FOUND),
     };
-    Err(Stop::failed(line))
+    Err(Stop::Failed(vec![
+        b"Image is not in qcow2 format".to_vec(),
+        line,
+    ]))
 }
 
 /// A snapshot with ID and name as they fit into QEMU's struct.

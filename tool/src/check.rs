@@ -31,9 +31,11 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
     let force = m.get_flag("force-share");
     let flags = OpenFlags::CHECK
         | match (fix.writes(), force) {
-            (true, true) => return Err(Stop::failed(format!(
+            (true, true) => {
+                return Err(Stop::failed(format!(
                 "Could not open '{shown}': force-share=on can only be used with read-only images"
-            ))),
+            )))
+            }
             (true, false) => OpenFlags::RDWR,
             (false, true) => OpenFlags::FORCE_SHARE,
             (false, false) => OpenFlags::read_only(),

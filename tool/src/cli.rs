@@ -8,16 +8,17 @@ use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint};
 /// The program's own name.
 pub(crate) const NAME: &str = "qcow2-snapshot";
 /// First words that are no image.
-pub(crate) const SUBCOMMANDS: [&str; 3] = ["export", "check", "completions"];
-/// Long options that QEMU does not have. They cannot be abbreviated, so that abbreviations of
-/// QEMU's options mean what they mean there.
-pub(crate) const EXTENSIONS: [&str; 2] = ["output", "version"];
+pub(crate) const SUBCOMMANDS: [&str; 4] = ["export", "check", "diff", "completions"];
+/// Long options that QEMU does not have. An abbreviation that also fits options of QEMU means those.
+pub(crate) const EXTENSIONS: [&str; 3] = ["output", "no-lock", "version"];
+/// Shells with a completion script.
+pub(crate) const SHELLS: [&str; 3] = ["bash", "zsh", "fish"];
 /// The options of which there can be one.
 pub(crate) const ACTIONS: [&str; 4] = ["list", "apply", "create", "delete"];
 
 const AFTER: &str = "\
 Only one of -l, -a, -c and -d can be given; without any the snapshots are listed.
-Every option above but --output and --version is also one of 'qemu-img snapshot'.
+Every option above but --output, --no-lock and --version is also one of 'qemu-img snapshot'.
 
 A link to this program that is named qemu-img and stands early in PATH serves
 'qemu-img snapshot' and hands everything else to the qemu-img behind it.";
@@ -34,6 +35,8 @@ fn flag(long: &'static str, short: Option<char>, help: &'static str) -> Arg {
     }
 }
 
+/// Where the hint is `Other` and the value's name SNAPSHOT, one that exists is meant: the
+/// completions offer the image's.
 fn valued(long: &'static str, short: Option<char>, value: &'static str, help: &'static str) -> Arg {
     let arg = Arg::new(long)
         .long(long)
@@ -47,6 +50,14 @@ fn valued(long: &'static str, short: Option<char>, value: &'static str, help: &'
         Some(c) => arg.short(c),
         None => arg,
     }
+}
+
+fn no_lock() -> Arg {
+    flag(
+        "no-lock",
+        None,
+        "Take no image lock, where the file system refuses them: nobody else may use the image meanwhile",
+    )
 }
 
 /// `--help` where clap may print its page at once.
@@ -81,12 +92,15 @@ fn qemu_options(command: Command) -> Command {
             "SNAPSHOT",
             "Make the disk what the snapshot with this ID, else with this name, holds",
         ))
-        .arg(valued(
-            "create",
-            Some('c'),
-            "SNAPSHOT",
-            "Create a snapshot with this name",
-        ))
+        .arg(
+            valued(
+                "create",
+                Some('c'),
+                "SNAPSHOT",
+                "Create a snapshot with this name",
+            )
+            .value_hint(ValueHint::Unknown),
+        )
         .arg(valued(
             "delete",
             Some('d'),
@@ -144,30 +158,71 @@ pub(crate) fn command() -> Command {
                 .value_parser(["human", "json"])
                 .action(ArgAction::Append),
         )
+        .arg(no_lock())
         .arg(flag("version", None, "Print the version and exit"))
         .subcommand(export_command())
         .subcommand(check_command())
+        .subcommand(diff_command())
         .subcommand(
             Command::new("completions")
+                .infer_long_args(true)
                 .about("Print a completion script for a shell")
                 .arg(help())
-                .arg(
-                    Arg::new("SHELL")
-                        .required(true)
-                        .value_parser(clap::value_parser!(clap_complete::Shell)),
-                ),
+                .arg(Arg::new("SHELL").required(true).value_parser(SHELLS)),
+        )
+}
+
+fn operand(name: &'static str, help: &'static str, hint: ValueHint) -> Arg {
+    Arg::new(name)
+        .help(help)
+        .required(true)
+        .value_hint(hint)
+        .value_parser(OsStringValueParser::new())
+}
+
+fn diff_command() -> Command {
+    Command::new("diff")
+        .infer_long_args(true)
+        .about("Show what changed on the disk from one snapshot to another, or to the disk as it is")
+        .arg(help())
+        .arg(flag(
+            "compare",
+            None,
+            "Compare the data too, and show exactly what differs; without it only tables are read",
+        ))
+        .arg(flag(
+            "force-share",
+            Some('U'),
+            "Open the image even if a guest writes to it: the result may be torn",
+        ))
+        .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
+        .arg(
+            Arg::new("output")
+                .long("output")
+                .value_name("FORMAT")
+                .help("How to show it: human, or json with the fields of 'qemu-img map' and what was there")
+                .value_parser(["human", "json"])
+                .overrides_with("output"),
+        )
+        .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
+        .arg(operand(
+            "FROM",
+            "The older snapshot's ID, else its name",
+            ValueHint::Other,
+        ))
+        .arg(
+            operand(
+                "TO",
+                "The newer snapshot; without it the disk as it is",
+                ValueHint::Other,
+            )
+            .required(false),
         )
 }
 
 fn export_command() -> Command {
-    let operand = |name: &'static str, help: &'static str, hint: ValueHint| {
-        Arg::new(name)
-            .help(help)
-            .required(true)
-            .value_hint(hint)
-            .value_parser(OsStringValueParser::new())
-    };
     Command::new("export")
+        .infer_long_args(true)
         .about("Write the disk that a snapshot holds to a new sparse raw file")
         .arg(help())
         .arg(flag(
@@ -175,6 +230,7 @@ fn export_command() -> Command {
             Some('U'),
             "Open the image even if a guest writes to it: the result may be torn",
         ))
+        .arg(no_lock())
         .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
         .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
         .arg(operand(
@@ -184,7 +240,7 @@ fn export_command() -> Command {
         ))
         .arg(operand(
             "OUT",
-            "The raw file to make; it must not exist",
+            "The raw file to make; it must not exist. '-' is the standard output",
             ValueHint::FilePath,
         ))
 }
@@ -245,6 +301,7 @@ pub(crate) struct Request<'a> {
     pub(crate) image_opts: bool,
     pub(crate) object: bool,
     pub(crate) force_share: bool,
+    pub(crate) no_lock: bool,
     pub(crate) quiet: bool,
     pub(crate) json: bool,
 }
@@ -273,6 +330,8 @@ impl<'a> Request<'a> {
             image_opts: m.get_flag("image-opts"),
             object: last("object").is_some(),
             force_share: m.get_flag("force-share"),
+            // Not an option under the name qemu-img.
+            no_lock: m.try_get_one("no-lock").ok().flatten() == Some(&true),
             quiet: m.get_flag("quiet"),
             json: output
                 .and_then(|mut o| o.next_back())

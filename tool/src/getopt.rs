@@ -146,11 +146,14 @@ impl Words<'_> {
         if let Some(exact) = options.iter().find(|o| o.long.as_bytes() == name) {
             return Ok(exact);
         }
-        let candidates: Vec<&Opt> = options
+        let extends = |o: &Opt| EXTENSIONS.contains(&o.long.as_str());
+        let (more, mut candidates): (Vec<&Opt>, Vec<&Opt>) = options
             .iter()
             .filter(|o| o.long.as_bytes().starts_with(name))
-            .filter(|o| !EXTENSIONS.contains(&o.long.as_str()))
-            .collect();
+            .partition(|o| extends(o));
+        if candidates.is_empty() {
+            candidates = more;
+        }
         match candidates.as_slice() {
             [] => Err(self.complain(&[b"unrecognized option '--", word, b"'"])),
             [one] => Ok(one),

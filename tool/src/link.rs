@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::Metadata;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use crate::stop::{without_number, Stop};
@@ -23,8 +23,8 @@ pub(crate) fn run(called: &OsStr, args: &[OsString]) -> ExitCode {
     let who = format!("{} snapshot", called.to_string_lossy());
     let result = match args.split_first() {
         Some((word, rest)) if word == "snapshot" => serve(&who, rest),
-        _ => Err(Stop::NotServed(
-            b"Only 'snapshot' is served here, and there is no other qemu-img in PATH".to_vec(),
+        _ => Err(Stop::not_served(
+            "Only 'snapshot' is served here, and there is no other qemu-img in PATH",
         )),
     };
     let result = match result {
@@ -40,7 +40,7 @@ fn serve(who: &str, args: &[OsString]) -> Result<(), Stop> {
 }
 
 /// Become the next `qemu-img`. Comes back only when that does not work.
-fn pass_on(called: &OsStr, args: &[OsString], why: Vec<u8>) -> Result<(), Stop> {
+fn pass_on(called: &OsStr, args: &[OsString], why: Vec<Vec<u8>>) -> Result<(), Stop> {
     let before = std::env::var(PASSED).unwrap_or_default();
     let mut passed: Vec<String> = before.split(' ').map(str::to_owned).collect();
     if let Ok(own) = std::fs::metadata("/proc/self/exe") {
@@ -62,15 +62,12 @@ fn pass_on(called: &OsStr, args: &[OsString], why: Vec<u8>) -> Result<(), Stop> 
     )))
 }
 
-/// The first program of this name that has not had the call yet.
+/// The first program of this name that has not had the call yet. Only in absolute folders: an empty
+/// or relative part of PATH would run what somebody has put into the current folder.
 fn next_in_path(passed: &[String]) -> Option<(PathBuf, String)> {
     let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).find_map(|folder| {
-        let folder = if folder.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            folder.as_path()
-        };
+    let mut folders = std::env::split_paths(&path).filter(|folder| folder.is_absolute());
+    folders.find_map(|folder| {
         let file = folder.join(NAME);
         let found = std::fs::metadata(&file).ok()?;
         let id = identity(&found);

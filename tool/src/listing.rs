@@ -7,8 +7,8 @@ use qcow2_snapshot::Snapshot;
 /// What QEMU stores where there is no instruction count.
 const NO_ICOUNT: u64 = u64::MAX;
 
-/// The table; nothing without snapshots.
-pub(crate) fn table(snapshots: &[Snapshot]) -> Vec<u8> {
+/// The table; nothing without snapshots. `terminal`: nothing in a name may reach it as a command.
+pub(crate) fn table(snapshots: &[Snapshot], terminal: bool) -> Vec<u8> {
     let mut out = Vec::new();
     if snapshots.is_empty() {
         return out;
@@ -32,9 +32,40 @@ pub(crate) fn table(snapshots: &[Snapshot]) -> Vec<u8> {
             clock(s.vm_clock_nsec),
             icount,
         ];
-        row(&mut out, &s.id, &s.name, cells);
+        match terminal {
+            true => row(&mut out, &visible(&s.id), &visible(&s.name), cells),
+            false => row(&mut out, &s.id, &s.name, cells),
+        }
     }
     out
+}
+
+/// A name for people: what a terminal would act on is written as `ls -b` writes it.
+pub(crate) fn visible(name: &[u8]) -> Vec<u8> {
+    let mut out = String::new();
+    for chunk in name.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            // Line separators and what turns the direction of writing are no controls by name.
+            let acts = matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+            match c {
+                '\n' => out.push_str("\\n"),
+                '\t' => out.push_str("\\t"),
+                c if c.is_control() || acts => {
+                    let mut bytes = [0; 4];
+                    octal(&mut out, c.encode_utf8(&mut bytes).as_bytes());
+                }
+                c => out.push(c),
+            }
+        }
+        octal(&mut out, chunk.invalid());
+    }
+    out.into_bytes()
+}
+
+fn octal(out: &mut String, bytes: &[u8]) {
+    for b in bytes {
+        out.push_str(&format!("\\{b:03o}"));
+    }
 }
 
 /// C's `%-7s %-16s %8s %19s %15s %10s`: widths in bytes, and nothing is cut.
@@ -71,7 +102,7 @@ fn clock(nanoseconds: u64) -> String {
 }
 
 /// QEMU's `size_to_str`: the unit changes at 1000 of it, not at 1024.
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
     // The exponent that C's frexp() gives: its fraction is at least a half.
     let scaled = bytes as f64 / (1000.0 / 1024.0);
@@ -131,10 +162,13 @@ pub(crate) fn json(snapshots: &[Snapshot]) -> String {
     format!("[\n{}\n]\n", items.join(",\n"))
 }
 
-/// A JSON string in ASCII, as QEMU writes it. Bytes that are not UTF-8 become U+FFFD.
+/// A JSON string in ASCII, as QEMU writes it.
 pub(crate) fn quoted(text: &[u8]) -> String {
     let mut out = String::from('"');
-    for c in String::from_utf8_lossy(text).chars() {
+    let mut rest = text;
+    while !rest.is_empty() {
+        let (c, n) = first_letter(rest);
+        rest = rest.get(n..).unwrap_or_default();
         match c {
             '"' => out.push_str("\\\""),
             '\\' => out.push_str("\\\\"),
@@ -154,6 +188,35 @@ pub(crate) fn quoted(text: &[u8]) -> String {
     }
     out.push('"');
     out
+}
+
+/// The first letter of a text, and its length in bytes. What is no letter is U+FFFD, once for as many
+/// bytes as QEMU takes together: a first byte, of the old forms of up to six bytes too, with
+/// the following ones that it announces, as far as they are there. Noncharacters are no
+/// letters either, and NUL has a form of two bytes.
+fn first_letter(text: &[u8]) -> (char, usize) {
+    const NONE: char = char::REPLACEMENT_CHARACTER;
+    let first = text.first().copied().unwrap_or_default();
+    let announced = match first.leading_ones() {
+        0 => return (first.into(), 1),
+        n @ 2..=6 => n as usize,
+        _ => return (NONE, 1),
+    };
+    let mut code = u32::from(first & (0x7f >> announced));
+    let follow = text.get(1..).unwrap_or_default().iter();
+    let follow = follow.take_while(|b| **b & 0xc0 == 0x80);
+    let mut n = 1;
+    for b in follow.take(announced - 1) {
+        code = code << 6 | u32::from(b & 0x3f);
+        n += 1;
+    }
+    let letter = char::from_u32(code).filter(|c| match c {
+        _ if n < announced => false,
+        '\0' => n == 2,
+        '\u{fdd0}'..='\u{fdef}' => false,
+        c => c.len_utf8() == n && code & 0xfffe != 0xfffe,
+    });
+    (letter.unwrap_or(NONE), n)
 }
 
 #[cfg(test)]

@@ -9,12 +9,16 @@
 //!    │    └── listing   the table and its JSON form
 //!    ├── export         a snapshot's disk as a raw file
 //!    ├── check          check and repair
+//!    ├── diff           what changed between two snapshots
+//!    ├── complete       what the completion scripts of the shells ask for
 //!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
 
 mod actions;
 mod check;
 mod cli;
+mod complete;
+mod diff;
 mod export;
 mod getopt;
 mod link;
@@ -34,6 +38,7 @@ use std::process::ExitCode;
 use stop::Stop;
 
 fn main() -> ExitCode {
+    signals::outlive_the_file_size_limit();
     let mut args = std::env::args_os();
     let called = args.next().unwrap_or_else(|| cli::NAME.into());
     let args: Vec<OsString> = args.collect();
@@ -52,12 +57,37 @@ fn run(args: &[OsString]) -> Result<(), Stop> {
     if cli::SUBCOMMANDS.contains(&word) && !alone {
         return subcommand(args);
     }
+    if word == complete::WORD && args.len() > 1 {
+        return complete::run(args.get(1..).unwrap_or_default());
+    }
     let command = cli::command();
-    let matches = getopt::parse(command, args, cli::NAME)?;
-    actions::run(&cli::Request::new(&matches), false)
+    getopt::parse(command, args, cli::NAME)
+        .and_then(|matches| actions::run(&cli::Request::new(&matches), false))
+        .map_err(|stop| match (&stop, meant(word)) {
+            (Stop::Usage(_) | Stop::NotServed(_), Some(hint)) => Stop::Usage(hint),
+            _ => stop,
+        })
 }
 
-/// `export` and `completions`: nothing that QEMU has, so clap's own words are good.
+/// What somebody may have meant by a first word that is neither an image nor a subcommand.
+fn meant(word: &str) -> Option<String> {
+    let instead = match word {
+        "list" | "ls" => "-l FILE",
+        "create" => "-c SNAPSHOT FILE",
+        "apply" | "revert" | "goto" => "-a SNAPSHOT FILE",
+        "delete" | "remove" | "rm" => "-d SNAPSHOT FILE",
+        // As in "qemu-img snapshot -l FILE".
+        "snapshot" => "-l|-c|-a|-d ... FILE",
+        _ => return None,
+    };
+    let hint = format!(
+        "'{word}' is not a subcommand; use '{} {instead}'",
+        cli::NAME
+    );
+    (!Path::new(word).exists()).then_some(hint)
+}
+
+/// `export`, `diff` and `completions`: nothing that QEMU has, so clap's own words are good.
 fn subcommand(args: &[OsString]) -> Result<(), Stop> {
     let name = OsString::from(cli::NAME);
     let words = std::iter::once(&name).chain(args);
@@ -65,22 +95,16 @@ fn subcommand(args: &[OsString]) -> Result<(), Stop> {
     match matches.subcommand() {
         Some(("export", m)) => export::run(m),
         Some(("check", m)) => check::run(m),
-        Some(("completions", m)) => {
-            let shell = m.get_one::<clap_complete::Shell>("SHELL").copied();
-            let mut script = Vec::new();
-            if let Some(shell) = shell {
-                clap_complete::generate(shell, &mut cli::command(), cli::NAME, &mut script);
-            }
-            stop::print(&script)
-        }
+        Some(("diff", m)) => diff::run(m),
+        Some(("completions", m)) => stop::print(complete::script(m).as_bytes()),
         _ => Ok(()),
     }
 }
 
 /// Say on the standard error what went wrong, in QEMU's form; the exit code is QEMU's.
 fn report(prefix: &str, help: &str, result: Result<(), Stop>) -> ExitCode {
-    let mut text = Vec::new();
-    let code = match result {
+    let more = format!("Try '{help}' for more information");
+    match result {
         Ok(()) => return ExitCode::SUCCESS,
         Err(Stop::Help(page)) => {
             // Nobody is there to be told when the output is closed.
@@ -88,41 +112,35 @@ fn report(prefix: &str, help: &str, result: Result<(), Stop>) -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(Stop::Options(line)) => {
-            text.extend_from_slice(&line);
-            text.extend_from_slice(format!("\nTry '{help}' for more information\n").as_bytes());
-            1
+            // getopt has put the name before it.
+            let text = [&line, b"\n".as_slice(), more.as_bytes(), b"\n"].concat();
+            let _ = std::io::stderr().write_all(&text);
         }
         Err(Stop::Usage(line)) => {
-            text = [prefix.as_bytes(), b": ", line.as_bytes()].concat();
-            text.extend_from_slice(format!("\nTry '{help}' for more information\n").as_bytes());
-            1
+            let text = format!("{prefix}: {line}\n{more}\n");
+            let _ = std::io::stderr().write_all(text.as_bytes());
         }
-        Err(Stop::Failed(lines)) => {
-            for line in lines {
-                text.extend_from_slice(&[prefix.as_bytes(), b": ", &line, b"\n"].concat());
-            }
-            1
-        }
-        Err(Stop::NotServed(line)) => {
-            text = [prefix.as_bytes(), b": ", &line, b"\n"].concat();
-            1
+        Err(Stop::Failed(lines) | Stop::NotServed(lines)) => stop::say(prefix, &lines),
+        Err(Stop::Clap(e)) if e.use_stderr() => {
+            let text = e.render().to_string();
+            let text = text.strip_prefix("error: ").unwrap_or(&text);
+            let text = format!("{prefix}: {text}");
+            let _ = std::io::stderr().write_all(text.as_bytes());
         }
         Err(Stop::Code(code, line)) => {
             if !line.is_empty() {
-                text = [prefix.as_bytes(), b": ", line.as_bytes(), b"\n"].concat();
+                stop::say(prefix, &[line.into_bytes()]);
             }
-            i32::from(code)
+            return ExitCode::from(code);
         }
         Err(Stop::Clap(e)) => {
             let _ = e.print();
-            i32::from(e.use_stderr())
+            return ExitCode::SUCCESS;
         }
         Err(Stop::Interrupted(signal, line)) => {
-            text = [prefix.as_bytes(), b": ", &line, b"\n"].concat();
-            128 + i32::from(signal) // as shells say it
+            stop::say(prefix, &[line]);
+            return ExitCode::from(128 + signal); // as shells say it
         }
-    };
-    // One write, so that messages of programs that run side by side do not mix.
-    let _ = std::io::stderr().write_all(&text);
-    ExitCode::from(code as u8)
+    }
+    ExitCode::FAILURE
 }

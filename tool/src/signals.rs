@@ -4,10 +4,19 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 
 use crate::stop::{without_number, Stop};
+
+/// A write past the limit of `ulimit -f` fails ("File too large") instead of ending the program. By a
+/// handler that does nothing: what is ignored would stay ignored in the next `qemu-img`.
+pub(crate) fn outlive_the_file_size_limit() {
+    if ignored() & (1 << (SIGXFSZ - 1)) == 0 {
+        // Without it the signal ends the program, which an image survives as it does a kill.
+        let _ = flag::register(SIGXFSZ, Arc::default());
+    }
+}
 
 /// The signal that has asked the program to end, if one has.
 #[derive(Clone)]

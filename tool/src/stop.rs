@@ -2,6 +2,17 @@
 
 use std::io::Write;
 
+use qcow2_snapshot::Error;
+/// The English words for an errno, and for a failed request.
+pub(crate) use qcow2_snapshot::{os_words as without_number, strerror};
+
+/// The way out of damage, in one place.
+const REPAIR: &str =
+    "The image is damaged: 'qcow2-snapshot check' says where, 'qcow2-snapshot check -r all' repairs what it can";
+/// The way out where bitmaps are in the way.
+const REMOVE_BITMAPS: &str =
+    "'qemu-img bitmap --remove FILE BITMAP' removes a bitmap; 'qemu-img info FILE' names them";
+
 /// Every way out but success.
 #[derive(Debug)]
 pub(crate) enum Stop {
@@ -14,7 +25,7 @@ pub(crate) enum Stop {
     /// It did not work. Each line follows the program's name.
     Failed(Vec<Vec<u8>>),
     /// Nothing was changed, and qemu-img might be able to do it.
-    NotServed(Vec<u8>),
+    NotServed(Vec<Vec<u8>>),
     /// With this exit code. The line, if there is one, follows the program's name.
     Code(u8, String),
     /// clap's complaint, or its help.
@@ -28,6 +39,11 @@ impl Stop {
     pub(crate) fn failed(text: impl Into<Vec<u8>>) -> Stop {
         Stop::Failed(vec![text.into()])
     }
+
+    /// One line of text.
+    pub(crate) fn not_served(text: impl Into<Vec<u8>>) -> Stop {
+        Stop::NotServed(vec![text.into()])
+    }
 }
 
 impl From<clap::Error> for Stop {
@@ -36,18 +52,47 @@ impl From<clap::Error> for Stop {
     }
 }
 
-/// The system's words for an errno.
-pub(crate) fn strerror(errno: i32) -> String {
-    without_number(&std::io::Error::from_raw_os_error(errno))
+/// What the library says of `error`, the way out where there is one, and `line`, for which
+/// scripts look. What is in `line` anyway is not said twice.
+pub(crate) fn explained(error: &Error, sentence: &str, line: Vec<u8>) -> Vec<Vec<u8>> {
+    let mut lines = Vec::new();
+    if !line.ends_with(format!(": {sentence}").as_bytes()) {
+        lines.push(sentence.into());
+    }
+    if sentence.contains("bitmap") {
+        lines.push(REMOVE_BITMAPS.into());
+    } else if is_damage(error) && !sentence.contains("qcow2-snapshot check") {
+        lines.push(REPAIR.into());
+    }
+    lines.push(line);
+    lines
 }
 
-/// The system's words without Rust's "(os error N)".
-pub(crate) fn without_number(e: &std::io::Error) -> String {
-    let text = e.to_string();
-    match text.rfind(" (os error ") {
-        Some(at) => text.get(..at).unwrap_or_default().to_owned(),
-        None => text,
+/// Does the image contradict itself? Else it is the call, the disk or a limit.
+fn is_damage(error: &Error) -> bool {
+    match error {
+        Error::Corrupt(_) => true,
+        // The corrupt bit.
+        Error::Access(text) => text.contains("corrupt"),
+        // QEMU's errno for these is that of a bad argument.
+        Error::Invalid(text) | Error::TooBig(text) => {
+            ["Snapshot L1 table", "Snapshot table is", "which is in use"]
+                .iter()
+                .any(|part| text.contains(part))
+        }
+        _ => false,
     }
+}
+
+/// Say lines on the standard error, each behind the program's name, in one write, so that
+/// messages of programs that run side by side do not mix.
+pub(crate) fn say(prefix: &str, lines: &[Vec<u8>]) {
+    let mut text = Vec::new();
+    for line in lines {
+        text.extend_from_slice(&[prefix.as_bytes(), b": ", line, b"\n"].concat());
+    }
+    // There is nobody to tell when the standard error is closed.
+    let _ = std::io::stderr().write_all(&text);
 }
 
 /// Write to the standard output. A reader that went away is not an error.

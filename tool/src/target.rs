@@ -5,10 +5,11 @@ use std::io::{Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use qcow2_snapshot::{Error, Image, OpenFlags};
+use qcow2_snapshot::format::probe::{probe, PROBE_BYTES};
+use qcow2_snapshot::{printable, Error, Image, OpenFlags};
 
 use crate::cli::Request;
-use crate::stop::Stop;
+use crate::stop::{explained, without_number, Stop};
 
 /// The image that a call names.
 #[derive(Debug, PartialEq, Eq)]
@@ -17,6 +18,7 @@ pub(crate) struct Target {
     /// `None`: look at the first bytes.
     driver: Option<Driver>,
     force_share: bool,
+    no_lock: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +54,7 @@ impl Target {
             (false, format) => from_name(request.file, format)?,
         };
         target.force_share |= request.force_share;
+        target.no_lock |= request.no_lock;
         Ok(target)
     }
 
@@ -66,6 +69,10 @@ impl Target {
             (false, true) => OpenFlags::FORCE_SHARE,
             (false, false) => OpenFlags::read_only(),
         };
+        let flags = match self.no_lock {
+            true => flags | OpenFlags::NO_LOCK,
+            false => flags,
+        };
         let error = match Image::open(&self.path, flags) {
             Ok(image) if self.driver != Some(Driver::Raw) => {
                 return Ok(Opened::Image(Box::new(image)))
@@ -76,56 +83,65 @@ impl Target {
         if let (Some(head), false) = (head(&self.path), is_about_the_file(&error)) {
             match self.driver {
                 Some(Driver::Raw) => return Ok(Opened::Other { guessed: false }),
-                None if !is_qcow2(&head) => {
-                    let guessed = is_raw(&head);
-                    return Ok(Opened::Other { guessed });
-                }
+                None => match probe(&head, self.path.as_os_str().as_bytes()) {
+                    "qcow2" => {}
+                    format => {
+                        let guessed = format == "raw";
+                        return Ok(Opened::Other { guessed });
+                    }
+                },
                 _ => {}
             }
         }
-        Err(could_not_open(shown, &self.words(&error)))
+        let words = open_words(&error, &self.path);
+        let line = not_opened(shown, &words);
+        Err(Stop::NotServed(explained(&error, &words, line)))
     }
+}
 
-    /// QEMU's words where the library says it in its own.
-    fn words(&self, error: &Error) -> String {
-        let text = error.to_string();
-        let text = match error {
-            Error::Os { .. } => text.as_str(),
-            _ => text
-                .strip_prefix(&format!("Could not open '{}': ", self.path.display()))
-                .unwrap_or(&text),
-        };
-        match error {
-            Error::InUse(_) => text
-                .strip_prefix("The image is in use: ")
-                .unwrap_or(text)
-                .replacen(". Is another", "\nIs another", 1),
-            // QEMU's hint, on a line of its own.
-            _ if text.starts_with("Too much extra metadata in snapshot table entry") => {
-                format!(
-                    "{text}\nYou can force-remove this extra metadata with qcow2-snapshot check -r all"
-                )
+/// Why an image could not be opened, without the words that it could not, and in QEMU's where the
+/// library says it in its own.
+pub(crate) fn open_words(error: &Error, path: &Path) -> String {
+    let text = error.to_string();
+    let text = text
+        .strip_prefix(&format!(
+            "Could not open '{}': ",
+            printable(path.as_os_str().as_bytes())
+        ))
+        .unwrap_or(&text);
+    match error {
+        Error::Os { context, source } if context.starts_with("Could not open '") => {
+            match text.contains("Failed to lock byte") || text.contains("Failed to get ") {
+                true => format!("{text}\nUse --no-lock if nobody else uses the image"),
+                false => without_number(source).into_owned(),
             }
-            _ => text.to_owned(),
         }
+        Error::InUse(_) => text
+            .strip_prefix("The image is in use: ")
+            .unwrap_or(text)
+            .replacen(". Is another", "\nIs another", 1),
+        // QEMU's hint, on a line of its own.
+        _ if text.starts_with("Too much extra metadata in snapshot table entry") => {
+            format!(
+                "{text}\nYou can force-remove this extra metadata with qcow2-snapshot check -r all"
+            )
+        }
+        _ => text.to_owned(),
     }
 }
 
 /// `Could not open 'NAME': TEXT`
+pub(crate) fn not_opened(name: &OsStr, text: &str) -> Vec<u8> {
+    let before = b"Could not open '".as_slice();
+    [before, name.as_bytes(), b"': ", text.as_bytes()].concat()
+}
+
 fn could_not_open(name: &OsStr, text: &str) -> Stop {
-    Stop::NotServed(
-        [
-            b"Could not open '",
-            name.as_bytes(),
-            b"': ",
-            text.as_bytes(),
-        ]
-        .concat(),
-    )
+    Stop::not_served(not_opened(name, text))
 }
 
 fn not_served(text: &str) -> Stop {
-    Stop::NotServed(text.as_bytes().to_vec())
+    Stop::not_served(text)
 }
 
 /// A file name, perhaps with a protocol before it.
@@ -161,6 +177,7 @@ fn from_name(name: &OsStr, format: Option<&OsStr>) -> Result<Target, Stop> {
         path: PathBuf::from(OsStr::from_bytes(path)),
         driver,
         force_share: false,
+        no_lock: false,
     })
 }
 
@@ -170,6 +187,7 @@ fn from_options(text: &OsStr) -> Result<Target, Stop> {
         path: PathBuf::new(),
         driver: None,
         force_share: false,
+        no_lock: false,
     };
     for (key, value) in split_options(text.as_bytes()) {
         match (key.as_slice(), value.as_slice()) {
@@ -183,6 +201,8 @@ fn from_options(text: &OsStr) -> Result<Target, Stop> {
             (b"file.filename", path) => target.path = OsString::from_vec(path.to_vec()).into(),
             (b"force-share", b"on") => target.force_share = true,
             (b"force-share", b"off") => target.force_share = false,
+            (b"file.locking", b"off") => target.no_lock = true,
+            (b"file.locking", b"auto") => target.no_lock = false,
             (key, value) => {
                 let option = format!(
                     "{}={}",
@@ -190,7 +210,7 @@ fn from_options(text: &OsStr) -> Result<Target, Stop> {
                     String::from_utf8_lossy(value)
                 );
                 let text = format!(
-                    "--image-opts: '{option}' is not supported here, only driver=qcow2, file.driver=file, file.filename=PATH and force-share=on"
+                    "--image-opts: '{option}' is not supported here, only driver=qcow2, file.driver=file, file.filename=PATH, file.locking=off and force-share=on"
                 );
                 return Err(not_served(&text));
             }
@@ -247,36 +267,8 @@ fn head(path: &Path) -> Option<Vec<u8>> {
     }
     let mut bytes = Vec::new();
     let file = std::fs::File::open(path).ok()?;
-    file.take(512).read_to_end(&mut bytes).ok()?;
+    file.take(PROBE_BYTES as u64).read_to_end(&mut bytes).ok()?;
     Some(bytes)
-}
-
-/// QEMU's probe for qcow2: the magic, and a version above 1.
-fn is_qcow2(head: &[u8]) -> bool {
-    let version = head.get(4..8).and_then(|b| b.try_into().ok());
-    head.starts_with(b"QFI\xfb") && version.map_or(0, u32::from_be_bytes) >= 2
-}
-
-/// No format that QEMU would recognise by its first bytes.
-fn is_raw(head: &[u8]) -> bool {
-    let known: [(usize, &[u8]); 13] = [
-        (0, b"QFI\xfb"),
-        (0, b"QED\0"),
-        (0, b"KDMV"),
-        (0, b"COWD"),
-        (0, b"# Disk DescriptorFile"),
-        (0, b"vhdxfile"),
-        (0, b"conectix"),
-        (0, b"LUKS\xba\xbe"),
-        (0, b"WithoutFreeSpace"),
-        (0, b"WithouFreSpacExt"),
-        (0, b"Bochs Virtual HD Image"),
-        (0, b"#!/bin/sh\n#V2.0 Format\n"),
-        (64, &[0x7f, 0x10, 0xda, 0xbe]),
-    ];
-    !known
-        .iter()
-        .any(|(at, magic)| head.get(*at..).is_some_and(|h| h.starts_with(magic)))
 }
 
 /// QEMU's words, for scripts that look for them.
@@ -303,6 +295,17 @@ mod tests {
         let target = from_options(OsStr::new("driver=qcow2,file.filename=a,,b")).unwrap();
         assert_eq!(target.path, Path::new("a,b"));
         assert_eq!(target.driver, Some(Driver::Qcow2));
+    }
+
+    #[test]
+    fn a_lock_that_is_refused_names_the_way_out() {
+        let target = from_name(OsStr::new("a"), None).unwrap();
+        let error = |errno| Error::Os {
+            context: "Could not open 'a': Failed to lock byte 100".to_owned(),
+            source: std::io::Error::from_raw_os_error(errno),
+        };
+        let text = open_words(&error(libc::EACCES), &target.path);
+        assert!(text.ends_with("Permission denied\nUse --no-lock if nobody else uses the image"));
     }
 
     #[test]

@@ -154,7 +154,9 @@ fn ctrl_c_removes_the_partial_output() {
         while leftovers(folder).is_empty() && child.try_wait().unwrap().is_none() {
             std::thread::yield_now();
         }
-        run(Path::new("kill"), &["-s", signal, &child.id().to_string()]);
+        // The shell's own: the program is not everywhere.
+        let kill = format!("kill -s {signal} {}", child.id());
+        run(Path::new("sh"), &["-c", &kill]);
         let ended = child.wait_with_output().unwrap();
         assert_eq!(ended.status.code(), Some(code), "{ended:?}");
         assert_eq!(leftovers(folder), Vec::<String>::new());
@@ -164,4 +166,64 @@ fn ctrl_c_removes_the_partial_output() {
         std::fs::metadata(folder.join("out.raw")).unwrap().len(),
         256 << 20
     );
+}
+
+#[test]
+fn a_dash_is_the_standard_output() {
+    let folder = common::image("names", "after-7");
+    let folder = folder.path();
+    let run = |out: &str| {
+        let mut command = Command::new(common::tool());
+        command.args(["export", "image.qcow2", "1", out]);
+        command.current_dir(folder).output().unwrap()
+    };
+    let piped = run("-");
+    assert_eq!((piped.status.code(), piped.stderr), (Some(0), vec![]));
+    assert!(!folder.join("-").exists());
+    assert_eq!(run("./-").status.code(), Some(0));
+    let file = std::fs::read(folder.join("-")).unwrap();
+    assert!(!file.is_empty() && file == piped.stdout);
+
+    // A reader that has gone has not got the disk.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(common::tool());
+    command.args(["export", "image.qcow2", "1", "-"]);
+    let gone = said(command.current_dir(folder).stdout(writer));
+    let words = "qcow2-snapshot: Could not write the output: Broken pipe\n";
+    assert_eq!((gone.code, gone.err.as_str()), (Some(1), words));
+}
+
+/// `export/no_links.c`: as on a file system that can neither link nor rename without replacing.
+#[test]
+fn a_finished_copy_gets_its_name_on_every_file_system() {
+    if !common::have("cc", "export to a file system without links") {
+        return;
+    }
+    let folder = common::image("names", "after-7");
+    let folder = folder.path();
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/export/no_links.c");
+    let made = Command::new("cc")
+        .args(["-Wall", "-Werror", "-o"])
+        .args([&folder.join("no_links"), &source])
+        .status();
+    assert!(made.unwrap().success());
+    let run = |words: &[&str]| said(Command::new("./no_links").current_dir(folder).args(words));
+    let able = run(&["ln", "image.qcow2", "link"]);
+    if able.code == Some(77) {
+        println!("SKIPPED: no seccomp here: export to a file system without links was not tested");
+        return;
+    }
+    assert_eq!(able.code, Some(1), "links still work: {able:?}");
+    let tool = common::tool().to_str().unwrap();
+    let export = [tool, "export", "image.qcow2", "1", "out.raw"];
+    let got = run(&export);
+    assert_eq!((got.code, got.err.as_str()), (Some(0), ""));
+    assert!(std::fs::metadata(folder.join("out.raw")).unwrap().len() > 0);
+    // And still nobody's file is replaced.
+    std::fs::write(folder.join("out.raw"), "mine").unwrap();
+    assert!(run(&export).err.contains("File exists"));
+    assert_eq!(std::fs::read(folder.join("out.raw")).unwrap(), b"mine");
+    let partial: Vec<_> = leftovers(folder);
+    assert_eq!(partial, ["out.raw"]);
 }

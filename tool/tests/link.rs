@@ -2,7 +2,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
-use common::{image, link, qemu_img, said, Said};
+use common::{assert_says, image, link, qemu_img, said, Said};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
@@ -220,7 +220,30 @@ fn with_the_link_everything_says_what_the_real_one_says() {
             got.err = got
                 .err
                 .replace("--help' for more info\n", "--help' for more information\n");
-            assert_eq!(got, expected, "{case}: {call:?}");
+            assert_says(&got, &expected, "qemu-img: ", &(case, call));
         }
     }
+}
+
+#[test]
+fn what_is_in_the_current_folder_is_never_run() {
+    let (link, trap) = (link(), echo());
+    std::fs::create_dir(trap.path().join("bin")).unwrap();
+    std::fs::rename(
+        trap.path().join("qemu-img"),
+        trap.path().join("bin/qemu-img"),
+    )
+    .unwrap();
+    std::fs::copy(
+        trap.path().join("bin/qemu-img"),
+        trap.path().join("qemu-img"),
+    )
+    .unwrap();
+    for part in ["", ".", "bin", "./bin"] {
+        let path = [link.path(), Path::new(part)];
+        let got = by_name(&path, trap.path(), &["info", "x"]);
+        assert_eq!((got.code, got.out.as_str()), (Some(1), ""), "'{part}'");
+    }
+    let path = [link.path(), Path::new(""), &trap.path().join("bin")];
+    assert_eq!(by_name(&path, trap.path(), &["info", "x"]).code, Some(42));
 }

@@ -2,7 +2,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
-use common::{cases, ours, prepare, qemu_img, said, theirs, unpacked, Said};
+use common::{assert_says, cases, ours, prepare, qemu_img, said, theirs, unpacked, Said};
 use qcow2_snapshot::{Image, NewSnapshot, OpenFlags};
 use std::path::Path;
 use std::process::Command;
@@ -56,7 +56,19 @@ fn every_reference_image_is_listed_as_by_qemu_img() {
                 expected = by_info(&qemu, folder);
             }
             let got = ours(folder, &["-l", "image.qcow2"]);
-            assert_eq!(got, expected, "{name}: {}", packed.display());
+            // Agreed: what qemu-img keeps to itself.
+            if name == "data-file" && expected.code == Some(0) {
+                expected.err = "qcow2-snapshot: Internal snapshots are not supported on images with an external data file\n".into();
+            }
+            // Agreed: qemu-img reads zeros where the file ends before the table.
+            if name == "damaged-table-past-end" {
+                assert!(
+                    got.code == Some(1) && got.err.contains("end of the file"),
+                    "{got:?}"
+                );
+                continue;
+            }
+            assert_says(&got, &expected, "qcow2-snapshot: ", &packed);
             assert_eq!(ours(folder, &["image.qcow2"]), got, "{name}: no action");
             if got.code == Some(0) && name != "data-file" {
                 let json = ours(folder, &["--output=json", "image.qcow2"]);
@@ -265,7 +277,8 @@ fn names_of_all_kinds_are_made_and_shown_as_by_qemu_img() {
         a.push(OsStr::new("a.qcow2"));
         let mut b = words.to_vec();
         b.push(OsStr::new("image.qcow2"));
-        assert_eq!(ours(folder, &b), theirs(&qemu, folder, &a), "{words:?}");
+        let expected = theirs(&qemu, folder, &a);
+        assert_says(&ours(folder, &b), &expected, "qcow2-snapshot: ", &words);
     };
     let undated = |file: &str| {
         let text = ours(folder, &["--output=json", file]).out;
@@ -296,4 +309,99 @@ fn without_snapshots_the_json_array_is_empty() {
     let folder = common::image("names", "before");
     let got = ours(folder.path(), &["--output=json", "image.qcow2"]);
     assert_eq!((got.code, got.out.as_str()), (Some(0), "[\n]\n"));
+}
+
+#[test]
+fn names_that_are_not_utf_8_are_in_json_as_by_qemu_img_info() {
+    let Some(qemu) = qemu_img("JSON of names that are not UTF-8") else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let made = ["create", "-q", "-f", "qcow2", "image.qcow2", "1M"];
+    let made = said(Command::new(&qemu).current_dir(folder).args(made));
+    assert_eq!(made.code, Some(0), "{made:?}");
+    // Forms that are too long, surrogates, noncharacters, old forms of five and six bytes, ends that are missing.
+    let mut names: Vec<Vec<u8>> = [
+        b"\xc0\x80".as_slice(),
+        b"\xc0\x81\xc1\xbf\xe0\x9f\xbf\xf0\x8f\xbf\xbf",
+        b"\xed\xa0\x80\xed\xbf\xbf\xee\x80\x80",
+        b"\xef\xb7\x8f\xef\xb7\x90\xef\xb7\xaf\xef\xb7\xb0",
+        b"\xef\xbf\xbd\xef\xbf\xbe\xef\xbf\xbf\xf0\x9f\xbf\xbe\xf0\x9f\xbf\xbd",
+        b"\xf4\x8f\xbf\xbd\xf4\x90\x80\x80\xf7\xbf\xbf\xbf",
+        b"\xf8\x88\x80\x80\x80x\xfb\xbf\xbf\xbf\xbfx\xfc\x84\x80\x80\x80\x80x\xfd\xbf\xbf\xbf\xbf\xbf",
+        b"\x80\xbfx\xc3x\xe2\x82x\xe2x\xf0\x9f\x98x\xf8\x88x\xfe\xffx\xe2",
+        b"a\x7f\x01\xc2\x80\xc2\x9b",
+    ]
+    .map(<[u8]>::to_vec)
+    .into();
+    let mut random = 88_172_645_463_325_252u64;
+    let mut below = |n: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % n
+    };
+    let parts = b"\x80\x9f\xbf\xc0\xc2\xdf\xe0\xe2\xed\xef\xf0\xf4\xf8\xfc\xff";
+    for _ in 0..120 {
+        let letters = 1 + below(60);
+        names.push(
+            (0..letters)
+                .map(|_| match below(3) {
+                    0 => 0x80 | below(128) as u8,
+                    1 => parts[below(parts.len() as u64) as usize],
+                    _ => 0x80 | below(64) as u8,
+                })
+                .collect(),
+        );
+    }
+    let mut image = Image::open(&folder.join("image.qcow2"), OpenFlags::RDWR).unwrap();
+    for name in names {
+        let new = NewSnapshot {
+            name,
+            ..NewSnapshot::default()
+        };
+        image.snapshot_create(&new).unwrap();
+    }
+    image.close().unwrap();
+    let got = ours(folder, &["--output=json", "image.qcow2"]).out;
+    let expected = json_by_info(&qemu, folder);
+    for (got, expected) in got.lines().zip(expected.lines()) {
+        assert_eq!(got, expected);
+    }
+    assert_eq!(got, expected);
+}
+
+#[test]
+fn a_terminal_gets_no_control_characters_of_names_and_a_pipe_gets_them_all() {
+    if !common::have("script", "the listing on a terminal") {
+        return;
+    }
+    let folder = common::image("v3-4k", "before");
+    let name = "a\u{1b}[31m\tb\nc\u{9b}\u{202e}ü \\";
+    assert_eq!(
+        ours(folder.path(), &["-c", name, "image.qcow2"]).code,
+        Some(0)
+    );
+    let raw = Command::new(common::tool())
+        .current_dir(folder.path())
+        .args(["-l", "image.qcow2"])
+        .output()
+        .unwrap();
+    let raw = String::from_utf8(raw.stdout).unwrap();
+    assert!(raw.contains(name), "{raw:?}");
+    let shell = format!("{} -l image.qcow2", common::tool().display());
+    let shown = Command::new("script")
+        .current_dir(folder.path())
+        .args(["-qec", &shell, "/dev/null"])
+        .stdin(std::process::Stdio::null())
+        .output()
+        .unwrap();
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    let escaped = "a\\033[31m\\tb\\nc\\302\\233\\342\\200\\256ü \\";
+    assert!(shown.contains(escaped), "{shown:?}");
+    assert!(
+        !shown.contains('\u{1b}') && !shown.contains('\u{9b}'),
+        "{shown:?}"
+    );
 }

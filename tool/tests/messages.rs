@@ -2,7 +2,7 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 mod common;
-use common::{cases, image, ours, prepare, qemu_img, said, theirs, unpacked, NAME};
+use common::{assert_says, cases, image, ours, prepare, qemu_img, said, theirs, unpacked, NAME};
 use std::path::Path;
 use std::process::Command;
 
@@ -113,7 +113,7 @@ fn the_same_is_said_as_by_qemu_img() {
         fill(a.path());
         fill(b.path());
         let expected = theirs(&qemu, a.path(), call);
-        assert_eq!(ours(b.path(), call), expected, "{call:?}");
+        assert_says(&ours(b.path(), call), &expected, "qcow2-snapshot: ", call);
         for file in ["image.qcow2", "raw.img"] {
             assert!(
                 std::fs::read(a.path().join(file)).unwrap()
@@ -169,7 +169,7 @@ fn verbs_on_reference_images_end_as_by_qemu_img() {
                     assert_eq!(codes, (Some(0), Some(1)), "{name}: {call:?}");
                     continue;
                 }
-                assert_eq!(got, expected, "{name}: {packed:?}: {call:?}");
+                assert_says(&got, &expected, "qcow2-snapshot: ", &(&name, packed, call));
                 compared += 1;
             }
         }
@@ -261,7 +261,8 @@ fn options_of_today_and_refusals_have_their_own_words() {
     expect(
         &["-f", "raw", "-c", "x", "raw.img"],
         1,
-        "qcow2-snapshot: Could not create snapshot 'x': Operation not supported\n",
+        "qcow2-snapshot: Image is not in qcow2 format\n\
+         qcow2-snapshot: Could not create snapshot 'x': Operation not supported\n",
     );
     expect(
         &["-f", "qcow2", "-l", "raw.img"],
@@ -316,10 +317,10 @@ fn create_stores_what_qemu_img_stores_at_the_same_time() {
                     .env("FAKETIME", "2024-02-29 12:34:56"),
             )
         };
-        let expected = run(&qemu, &["snapshot"], a.path());
+        let mut expected = run(&qemu, &["snapshot"], a.path());
         let got = run(common::tool(), &[], b.path());
-        assert_eq!(got.code, expected.code, "{call:?}: {got:?}");
-        assert_eq!(got.err, common::as_today(&expected.err, &qemu));
+        expected.err = common::as_today(&expected.err, &qemu);
+        assert_says(&got, &expected, "qcow2-snapshot: ", &call);
         assert!(
             std::fs::read(a.path().join("image.qcow2")).unwrap()
                 == std::fs::read(b.path().join("image.qcow2")).unwrap(),
@@ -349,28 +350,219 @@ fn a_closed_output_is_no_crash() {
     assert_eq!((got.code, got.err.as_str()), (Some(0), ""));
 }
 
+/// An image whose second L2 entry names a cluster that no refcount block describes, or that is past
+/// all limits. Entries from 1 on, so that other tables stay as they are.
+fn damaged(entry: u64) -> tempfile::TempDir {
+    let folder = image("v3-64k", "before");
+    let path = folder.path().join("image.qcow2");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let word = |b: &[u8], at: usize| {
+        let word = b[at..at + 8].try_into().unwrap();
+        u64::from_be_bytes(word) as usize & 0x00ff_ffff_ffff_fe00
+    };
+    let l1 = word(&bytes, 40);
+    let l2 = word(&bytes, l1);
+    bytes[l2 + 8..l2 + 16].copy_from_slice(&entry.to_be_bytes());
+    std::fs::write(&path, bytes).unwrap();
+    folder
+}
+
+const REPAIR: &str = "qcow2-snapshot: The image is damaged: 'qemu-img check' says where, 'qemu-img check -r all' repairs what it can\n";
+
 #[test]
-fn completions_are_scripts_for_the_shell() {
-    for shell in ["bash", "zsh", "fish"] {
-        let got = ours(Path::new("."), &["completions", shell]);
-        assert_eq!(got.code, Some(0));
-        assert!(got.out.contains(NAME) && got.out.contains("force-share"));
-        if said(Command::new("sh").args(["-c", "command -v \"$0\"", shell])).code != Some(0) {
-            println!("SKIPPED: no {shell} here: its completion script was only looked at");
-            continue;
-        }
-        let folder = tempfile::tempdir().unwrap();
-        let script = folder.path().join("script");
-        let raw = Command::new(common::tool())
-            .args(["completions", shell])
-            .output()
-            .unwrap();
-        std::fs::write(&script, raw.stdout).unwrap();
-        let checked = said(Command::new(shell).arg("-n").arg(&script));
-        assert_eq!(
-            (checked.code, checked.err.as_str()),
-            (Some(0), ""),
-            "{shell}"
-        );
+fn a_failure_says_what_the_library_knows_and_the_way_out_before_qemu_imgs_line() {
+    let says = |folder: &Path, words: &[&str], lines: &[&str]| {
+        let got = ours(folder, words);
+        let expected: String = lines
+            .iter()
+            .map(|l| match l.ends_with('\n') {
+                true => (*l).to_owned(),
+                false => format!("{NAME}: {l}\n"),
+            })
+            .collect();
+        assert_eq!(got.err, expected, "{words:?}");
+        assert_eq!(got.code, Some(1), "{words:?}");
+    };
+    let absent = damaged(0x8000_007f_0000_0000);
+    let sentence = "No refcount block describes the cluster at 0x7f00000000, which is in use";
+    for (verb, line) in [
+        ("-c", "Could not create snapshot 'one': Input/output error"),
+        (
+            "-a",
+            "Could not apply snapshot 'one': Failed to load snapshot: Input/output error",
+        ),
+    ] {
+        let words = [verb, "one", "image.qcow2"];
+        says(absent.path(), &words, &[sentence, REPAIR, line]);
     }
+    let far = damaged(0x80ff_ffff_ffff_0000);
+    let sentence = "The cluster at 0xffffffffff0000, which is in use, is out of range";
+    let line = "Could not create snapshot 'x': File too large";
+    says(
+        far.path(),
+        &["-c", "x", "image.qcow2"],
+        &[sentence, REPAIR, line],
+    );
+
+    let other = image("data-file", "before");
+    let sentence = "Internal snapshots are not supported on images with an external data file";
+    let line = "Could not create snapshot 'x': Operation not supported";
+    says(other.path(), &["-c", "x", "image.qcow2"], &[sentence, line]);
+    let line = format!("Could not list the snapshots: {sentence}");
+    let json = ["--output=json", "image.qcow2"];
+    says(other.path(), &json, &[line.as_str()]);
+
+    let bitmaps = image("bitmap-goto", "before");
+    let list = ours(bitmaps.path(), &["-l", "image.qcow2"]).out;
+    let id = list.lines().nth(2).unwrap().split(' ').next().unwrap();
+    let got = ours(bitmaps.path(), &["-a", id, "image.qcow2"]);
+    let hint = "qcow2-snapshot: 'qemu-img bitmap --remove FILE BITMAP' removes a bitmap; 'qemu-img info FILE' names them\n";
+    let line = format!(
+        "qcow2-snapshot: Could not apply snapshot '{id}': Device has active dirty bitmaps\n"
+    );
+    assert_eq!((got.code, got.err), (Some(1), format!("{hint}{line}")));
+
+    // What the two have in common is said once, also by export and for a name that needs no care.
+    let folder = absent.path();
+    for words in [
+        ["-c", "x", "no such.qcow2"].as_slice(),
+        &["-l", "no such.qcow2"],
+        &["export", "no such.qcow2", "1", "out"],
+    ] {
+        let line = "Could not open 'no such.qcow2': No such file or directory";
+        says(folder, words, &[line]);
+    }
+}
+
+#[test]
+fn errors_of_all_kinds_begin_with_the_name() {
+    let folder = image("names", "after-7");
+    let calls: &[&[&str]] = &[
+        &[],
+        &["--bogus"],
+        &["-z"],
+        &["-a"],
+        &["--output=xml", "image.qcow2"],
+        &["--output"],
+        &["-l", "-a", "x", "image.qcow2"],
+        &["-l", "nothing"],
+        &["-c", "x", "/dev/null"],
+        &["export"],
+        &["export", "image.qcow2", "1"],
+        &["export", "--bogus", "image.qcow2", "1", "out"],
+        &["export", "image.qcow2", "nothing", "out"],
+        &["export", "image.qcow2", "1", "image.qcow2"],
+        &["completions"],
+        &["completions", "tcsh"],
+        &["create", "x", "image.qcow2"],
+    ];
+    for call in calls {
+        let got = ours(folder.path(), call);
+        assert_eq!(got.code, Some(1), "{call:?}: {got:?}");
+        assert!(got.err.starts_with("qcow2-snapshot: "), "{call:?}: {got:?}");
+        assert!(!got.err.contains("error: "), "{call:?}: {got:?}");
+    }
+}
+
+#[test]
+fn long_options_may_be_abbreviated() {
+    let folder = image("names", "after-7");
+    let whole = ours(folder.path(), &["--output=json", "image.qcow2"]);
+    assert!(whole.out.starts_with('['));
+    for words in [
+        ["--outp=json", "image.qcow2"].as_slice(),
+        &["--ou", "json", "image.qcow2"],
+        &["--lis", "--qui", "--out=json", "image.qcow2"],
+    ] {
+        assert_eq!(ours(folder.path(), words), whole, "{words:?}");
+    }
+    let version = ours(folder.path(), &["--vers"]);
+    assert_eq!(version, ours(folder.path(), &["--version"]));
+    assert_eq!(version.code, Some(0));
+    // QEMU's own abbreviations stay what they are there.
+    let object = ours(folder.path(), &["--o", "secret,id=a", "image.qcow2"]);
+    assert!(
+        object.err.contains("--object is not supported"),
+        "{object:?}"
+    );
+    let words = ["export", "--qui", "--force", "image.qcow2", "1", "out"];
+    assert_eq!(ours(folder.path(), &words).code, Some(0));
+}
+
+#[test]
+fn a_verb_in_the_place_of_an_option_gets_a_hint() {
+    let folder = image("names", "after-7");
+    for (words, option) in [
+        (
+            ["create", "x", "image.qcow2"].as_slice(),
+            "-c SNAPSHOT FILE",
+        ),
+        (&["list", "image.qcow2"], "-l FILE"),
+        (&["delete"], "-d SNAPSHOT FILE"),
+        (&["delete", "1", "image.qcow2"], "-d SNAPSHOT FILE"),
+        (&["revert", "1", "image.qcow2"], "-a SNAPSHOT FILE"),
+        (&["snapshot", "-l", "image.qcow2"], "-l|-c|-a|-d ... FILE"),
+    ] {
+        let got = ours(folder.path(), words);
+        let verb = words[0];
+        let hint = format!(
+            "qcow2-snapshot: '{verb}' is not a subcommand; use 'qcow2-snapshot {option}'\n\
+             Try 'qcow2-snapshot --help' for more information\n"
+        );
+        assert_eq!((got.code, got.err), (Some(1), hint), "{words:?}");
+    }
+    // An image may have such a name.
+    std::fs::rename(
+        folder.path().join("image.qcow2"),
+        folder.path().join("list"),
+    )
+    .unwrap();
+    assert!(ours(folder.path(), &["list"])
+        .out
+        .starts_with("Snapshot list"));
+    let help = ours(folder.path(), &["create", "--help"]);
+    assert!(help.code == Some(0) && help.out.contains("--create"));
+}
+
+#[test]
+fn the_limit_of_a_files_size_is_an_error_and_not_the_end() {
+    let link = common::link();
+    let linked = link.path().join("qemu-img");
+    let removed = "Could not delete snapshot 'one': Failed to remove snapshot from snapshot list";
+    for (program, name, before) in [
+        (common::tool(), "qcow2-snapshot", ""),
+        (&linked, "qemu-img", "snapshot "),
+    ] {
+        for (words, line) in [
+            ("-c x", "Could not create snapshot 'x'"),
+            (
+                "-a one",
+                "Could not apply snapshot 'one': Failed to load snapshot",
+            ),
+            ("-d one", removed),
+        ] {
+            let folder = image("v3-64k", "after-1");
+            let words = format!("ulimit -f 0; exec \"$0\" {before}{words} image.qcow2");
+            let mut shell = Command::new("sh");
+            shell.current_dir(folder.path()).args(["-c", &words]);
+            let got = said(shell.arg(program));
+            assert_eq!(got.code, Some(1), "{words}: {got:?}");
+            let lines: Vec<&str> = got.err.lines().collect();
+            assert_eq!(lines.len(), 2, "{words}: {got:?}");
+            assert!(lines[0].starts_with(name) && lines[0].contains(" at offset "));
+            assert_eq!(lines[1], format!("{name}: {line}: File too large"));
+        }
+    }
+    let folder = image("names", "after-7");
+    let line = format!(
+        "ulimit -f 1; exec {} export image.qcow2 1 out.raw",
+        common::tool().display()
+    );
+    let got = said(
+        Command::new("sh")
+            .current_dir(folder.path())
+            .args(["-c", &line]),
+    );
+    let words = "qcow2-snapshot: Could not write 'out.raw': File too large\n";
+    assert_eq!((got.code, got.err.as_str()), (Some(1), words));
 }

@@ -11,6 +11,7 @@
 
 use super::super::counts::{Counts, Residents};
 use super::super::device::Device;
+use super::super::room;
 use super::{Block, Refcounts, CACHED, JUMPS};
 use crate::error::{Error, Result};
 use crate::format::entry::OFFSET_MASK;
@@ -113,6 +114,7 @@ impl Refcounts {
             }
         }
         self.ask_ahead(dev, index);
+        dev.progress.pass(self.g.cluster_size())?;
         let counts = dev.read_vec(
             "Could not read a refcount block",
             offset,
@@ -143,7 +145,7 @@ impl Refcounts {
         if narrow && !self.memory.narrow {
             // All of them: between blocks of one width the walk does not stop.
             self.memory.narrow = true;
-            for block in self.blocks.iter_mut().flatten() {
+            for [block] in self.blocks.iter_mut().flatten().map(|b| &mut **b) {
                 block.counts.narrow(g);
             }
         }
@@ -157,7 +159,7 @@ impl Refcounts {
         block.open = true;
         let bytes = block.counts.size();
         self.account(index);
-        let back = self.memory.residents.enter(index, bytes);
+        let back = self.memory.residents.enter(index, bytes)?;
         self.memory.back += u64::from(back);
         while let Some(oldest) = self.memory.residents.leave() {
             if oldest != index {
@@ -175,11 +177,12 @@ impl Refcounts {
         };
         match slot {
             // What was only looked at is read again if need be.
-            Some(block) if !block.dirty && !block.has_peak() => {
-                self.memory.residents.kept -= block.kept;
+            Some(block) if !block[0].dirty && !block[0].has_peak() => {
+                self.memory.residents.kept -= block[0].kept;
                 *slot = None;
             }
             Some(block) => {
+                let [block] = &mut **block;
                 block.counts.pack(g);
                 block.open = false;
                 self.account(index);
@@ -193,6 +196,7 @@ impl Refcounts {
         let Some(Some(block)) = self.blocks.get_mut(index as usize) else {
             return;
         };
+        let [block] = &mut **block;
         let counts = if block.open { 0 } else { block.counts.size() };
         let takes = counts + block.peak.as_ref().map_or(0, Counts::size);
         let before = std::mem::replace(&mut block.kept, takes);
@@ -236,6 +240,7 @@ impl Refcounts {
         if self.memory.scratch.is_none() && !self.memory.refused {
             self.memory.scratch = Scratch::new().ok().map(Arc::new);
         }
+        #[allow(clippy::disallowed_methods)] // an Arc
         let Some(scratch) = self.memory.scratch.clone() else {
             self.memory.refused = true;
             return Ok(());
@@ -259,7 +264,7 @@ impl Refcounts {
     }
 
     /// The counts of the block at `index` for one look, read into `scratch` if the block is not
-    /// loaded.
+    /// loaded; none where it lies behind the end of the file, since those are zeros.
     pub(super) fn counts<'a>(
         &'a self,
         dev: &mut Device,
@@ -280,7 +285,12 @@ impl Refcounts {
             return Ok(None);
         }
         self.check_aligned(index, offset)?;
-        scratch.resize(self.g.cluster_len(), 0);
+        if offset >= dev.length() {
+            scratch.clear();
+            return Ok(Some(scratch));
+        }
+        dev.progress.pass(self.g.cluster_size())?;
+        room::resize(scratch, self.g.cluster_len(), 0)?;
         dev.read("Could not read a refcount block", offset, scratch)?;
         Ok(Some(scratch))
     }
@@ -289,19 +299,18 @@ impl Refcounts {
         let slot = index as usize;
         if slot >= self.blocks.len() {
             let more = slot + 1 - self.blocks.len();
-            self.blocks
-                .try_reserve(more)
-                .map_err(|_| Error::NoMemory(more as u64 * 8))?;
+            room::reserve(&mut self.blocks, more)?;
+            #[allow(clippy::disallowed_methods)] // there is room
             self.blocks.resize_with(slot + 1, || None);
         }
-        self.blocks[slot] = Some(Box::new(block));
+        self.blocks[slot] = Some(room::boxed(block)?);
         self.account(index);
         Ok(())
     }
 
     /// Take the block at `index` out of memory.
-    pub(super) fn take_block(&mut self, index: u64) -> Option<Box<Block>> {
-        let block = self.blocks.get_mut(index as usize).and_then(Option::take)?;
+    pub(super) fn take_block(&mut self, index: u64) -> Option<Block> {
+        let [block] = *self.blocks.get_mut(index as usize).and_then(Option::take)?;
         self.memory.residents.kept -= block.kept;
         Some(block)
     }
@@ -315,8 +324,8 @@ impl Refcounts {
             };
             let counts = block.counts.bytes(g)?;
             let mut peak = match block.peak(g)? {
-                Some(peak) => peak.into_owned(),
-                None => counts.to_vec(),
+                Some(peak) => room::owned(peak)?,
+                None => room::copy_of(&counts)?,
             };
             crate::format::refblock::raise_to(g, &mut peak, &counts, g.refblock_entries() as usize);
             let mut peak = Counts::new(g, peak);
@@ -345,6 +354,7 @@ impl Refcounts {
             .map(BigEndian::read_u64);
         let counted =
             |w: u64| w != 0 && !run::block_of(g, w).is_some_and(|index| self.outside(index));
+        #[allow(clippy::disallowed_methods)] // an iterator
         match words.clone().position(counted) {
             Some(n) => {
                 let word = words.nth(n).unwrap_or(0);
@@ -399,23 +409,18 @@ impl Refcounts {
     }
 
     /// Ranges of blocks that fit in memory together; the last one goes on to where no blocks are.
-    pub(crate) fn windows(&mut self) -> Vec<Range<u64>> {
+    pub(crate) fn windows(&mut self) -> Result<Vec<Range<u64>>> {
         self.memory.jumped = true;
         let (blocks, _) = self.window_size();
         let entries = self.table().entries.iter().zip(0u64..);
         let used = entries.filter(|(e, _)| **e != 0).map(|(_, i)| i);
-        let mut starts: Vec<u64> = used.step_by(blocks as usize).collect();
+        let mut starts = room::collected(used.step_by(blocks as usize))?;
         match starts.first_mut() {
             Some(first) => *first = 0,
-            None => starts.push(0),
+            None => room::push(&mut starts, 0)?,
         }
         let ends = starts.iter().skip(1).copied().chain([u64::MAX]);
-        starts
-            .iter()
-            .copied()
-            .zip(ends)
-            .map(|(a, b)| a..b)
-            .collect()
+        room::collected(starts.iter().copied().zip(ends).map(|(a, b)| a..b))
     }
 
     /// From here on count only in these blocks: the others are left.

@@ -74,6 +74,36 @@ pub fn theirs<S: AsRef<OsStr>>(qemu: &Path, folder: &Path, args: &[S]) -> Said {
     said
 }
 
+/// Agreed: "Could not open 'NAME': " is said once.
+fn once(line: &str) -> String {
+    let open = "Could not open '";
+    match line.split_once("': ") {
+        Some((first, rest)) if first.starts_with(open) && rest.starts_with(open) => {
+            let (_, rest) = rest.split_once("': ").unwrap();
+            format!("{first}': {rest}")
+        }
+        _ => line.to_owned(),
+    }
+}
+
+/// Is it what qemu-img says? Agreed: before the last line of a failure there may be more, behind the
+/// program's name, of what the library knows.
+pub fn assert_says(got: &Said, expected: &Said, prefix: &str, what: &dyn std::fmt::Debug) {
+    let all = format!("{what:?}\ngot {got:#?}\nexpected {expected:#?}");
+    assert_eq!(
+        (got.code, &got.out),
+        (expected.code, &expected.out),
+        "{all}"
+    );
+    let mut wanted = expected.err.lines().peekable();
+    for line in got.err.lines() {
+        if wanted.next_if_eq(&line).is_none() {
+            assert!(line.starts_with(prefix) && wanted.peek().is_some(), "{all}");
+        }
+    }
+    assert_eq!(wanted.next(), None, "{all}");
+}
+
 /// Messages of qemu-img 10.0 in the words of today's, under our name.
 pub fn as_today(err: &str, qemu: &Path) -> String {
     let qemu = qemu.display().to_string();
@@ -87,7 +117,7 @@ pub fn as_today(err: &str, qemu: &Path) -> String {
                 None => line,
             };
             match line.strip_prefix("qemu-img: ") {
-                Some(rest) => format!("{NAME}: {rest}\n"),
+                Some(rest) => format!("{NAME}: {}\n", once(rest)),
                 None => line + "\n",
             }
         })
@@ -149,4 +179,13 @@ pub fn link() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     std::os::unix::fs::symlink(tool(), folder.path().join("qemu-img")).unwrap();
     folder
+}
+
+/// Is there such a program? Says so loudly where not.
+pub fn have(program: &str, what: &str) -> bool {
+    let found = said(Command::new("sh").args(["-c", "command -v \"$0\"", program])).code == Some(0);
+    if !found {
+        println!("SKIPPED: no {program} here: {what} was not tested");
+    }
+    found
 }

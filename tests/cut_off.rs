@@ -1,0 +1,152 @@
+//! Files that lost their end: what a verb or a reader needs from behind it is an error, never zeros.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use flate2::read::GzDecoder;
+use qcow2_snapshot::io::memory::MemoryStorage;
+use qcow2_snapshot::{Error, Image, NewSnapshot, OpenFlags, Outcome, Snapshot};
+use std::io::Read;
+use std::path::Path;
+
+/// Run `with` on a handle; what it came to, and the file afterwards.
+fn on<T>(
+    file: &[u8],
+    flags: OpenFlags,
+    with: impl FnOnce(&mut Image) -> Result<T, Error>,
+) -> (Result<T, Error>, Vec<u8>) {
+    let storage = MemoryStorage::new(file.to_vec());
+    let handle = storage.handle();
+    let result = Image::open_storage(Box::new(storage), flags).and_then(|mut i| with(&mut i));
+    let after = handle.borrow().clone();
+    (result, after)
+}
+
+/// A reference image with snapshots `one` and `two` on top of its own.
+fn image(case: &str) -> Vec<u8> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("c-tests/images");
+    let packed = std::fs::read(root.join(case).join("before.qcow2.gz")).unwrap();
+    let mut file = Vec::new();
+    GzDecoder::new(&packed[..]).read_to_end(&mut file).unwrap();
+    for name in [b"cut one", b"cut two"] {
+        let new = NewSnapshot {
+            name: name.to_vec(),
+            ..NewSnapshot::default()
+        };
+        let (done, after) = on(&file, OpenFlags::RDWR, |i| i.snapshot_create(&new));
+        done.unwrap();
+        file = after;
+    }
+    file
+}
+
+fn snapshots(file: &[u8]) -> Vec<Snapshot> {
+    let read = |i: &mut Image| i.snapshot_list().map(<[_]>::to_vec);
+    on(file, OpenFlags::read_only(), read).0.unwrap()
+}
+
+/// Put a copy of `bytes` at `at` behind everything, and say so in the 8 bytes at `pointer`.
+fn moved(file: &[u8], at: u64, bytes: u64, pointer: u64) -> (Vec<u8>, u64) {
+    let mut file = file.to_vec();
+    let table = file[at as usize..(at + bytes) as usize].to_vec();
+    let cluster = 1 << u32::from_be_bytes(file[20..24].try_into().unwrap());
+    let end = file.len().next_multiple_of(cluster);
+    file.resize(end, 0);
+    file.extend(table);
+    file[pointer as usize..pointer as usize + 8].copy_from_slice(&(end as u64).to_be_bytes());
+    (file, end as u64)
+}
+
+fn word(file: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(file[at..at + 8].try_into().unwrap())
+}
+
+fn cut_off<T: std::fmt::Debug>(result: Result<T, Error>, what: &str) {
+    let e = result.unwrap_err();
+    let text = e.to_string();
+    assert!(
+        e.errno() == libc::EIO && text.contains("is cut off: the file ends at"),
+        "{what}: {text}"
+    );
+    assert!(text.contains("Copy the image again"), "{what}: {text}");
+}
+
+#[test]
+fn a_snapshots_l1_table_behind_the_end_is_an_error_for_every_verb_and_reader() {
+    for case in ["v3-64k", "v3-512", "v2-4k"] {
+        let file = image(case);
+        let list = snapshots(&file);
+        let two = list.last().unwrap();
+        let bytes = u64::from(two.l1_size) * 8;
+        // Its entry begins with the offset.
+        let table = word(&file, 64) as usize;
+        let pointer = (table..file.len() - 8).find(|at| word(&file, *at) == two.l1_table_offset);
+        let (whole, at) = moved(&file, two.l1_table_offset, bytes, pointer.unwrap() as u64);
+        let show = |i: &mut Image| i.snapshot_load_tmp(None, Some(b"cut two"));
+        on(&whole, OpenFlags::read_only(), show).0.unwrap();
+        on(&whole, OpenFlags::RDWR, |i| i.write_snapshots())
+            .0
+            .unwrap();
+        for left in [0, 1, bytes - 8, bytes - 1] {
+            let cut = &whole[..(at + left) as usize];
+            let what = format!("{case}, {left} of {bytes} bytes");
+            cut_off(on(cut, OpenFlags::read_only(), show).0, &what);
+            // Whichever snapshot they are about: all of them may make the file longer.
+            type Verb<'a> = &'a dyn Fn(&mut Image) -> Result<(), Error>;
+            let verbs: [(&str, Verb<'_>); 6] = [
+                ("goto two", &|i| i.snapshot_goto(b"cut two")),
+                ("goto one", &|i| i.snapshot_goto(b"cut one")),
+                ("delete two", &|i| i.snapshot_delete(None, Some(b"cut two"))),
+                ("delete one", &|i| i.snapshot_delete(None, Some(b"cut one"))),
+                ("create", &|i| {
+                    i.snapshot_create(&NewSnapshot::default()).map(drop)
+                }),
+                ("write", &|i| i.write_snapshots()),
+            ];
+            for (name, verb) in verbs {
+                let verb = |i: &mut Image| {
+                    let result = verb(i);
+                    assert_eq!(i.last_outcome(), Outcome::Unchanged, "{what}: {name}");
+                    result
+                };
+                let (result, after) = on(cut, OpenFlags::RDWR, verb);
+                cut_off(result, &format!("{what}: {name}"));
+                assert!(after == cut, "{what}: {name}: bytes have changed");
+            }
+            // What is whole can still be read.
+            let other = |i: &mut Image| i.snapshot_load_tmp(None, Some(b"cut one"));
+            on(cut, OpenFlags::read_only(), other).0.unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_snapshot_table_that_is_cut_off_is_an_error_at_open() {
+    let file = image("v3-64k");
+    let list = snapshots(&file);
+    let n = list.len();
+    // Longer than what is left of the file in each case.
+    let start = word(&file, 64);
+    let last = file.windows(7).rposition(|w| w == b"cut two").unwrap() as u64 + 7;
+    let (whole, at) = moved(&file, start, last - start, 64);
+    assert_eq!(snapshots(&whole), list);
+    for left in 0..last - start {
+        let cut = &whole[..(at + left) as usize];
+        for flags in [OpenFlags::read_only(), OpenFlags::RDWR] {
+            let (result, after) = on(cut, flags, |_| Ok(()));
+            let text = result.as_ref().unwrap_err().to_string();
+            assert!(
+                text.contains(&format!("of {n} of the snapshot table")),
+                "{text}"
+            );
+            cut_off(result, &format!("{left} bytes"));
+            assert!(after == cut);
+        }
+    }
+    // The same for a list that is read again.
+    let storage = MemoryStorage::new(whole.clone());
+    let handle = storage.handle();
+    let mut i = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+    handle.borrow_mut().truncate(at as usize + 10);
+    cut_off(i.read_snapshots(), "read again");
+    assert_eq!(i.snapshot_list().unwrap(), list);
+}
