@@ -267,8 +267,8 @@ impl<'a, 'f> Check<'a, 'f> {
         self.bitmaps()?;
         if self.mode.structures {
             self.refblocks()?;
-            self.look_at_clusters_of_tables();
         }
+        self.look_at_clusters_of_tables();
         for (cluster, n) in self.window.tally.above(self.g().refcount_max()) {
             let too_many = n.saturating_sub(self.g().refcount_max());
             let offset = self.g().offset_of(HostCluster(cluster));
@@ -348,6 +348,9 @@ impl<'a, 'f> Check<'a, 'f> {
                 ),
             );
         }
+        // One flipped bit of the header says this of an image whose data is in itself.
+        self.noticed.blind |= h.has_data_file()
+            && (!self.it.snapshots.is_empty() || self.it.extensions.data_file.is_empty());
         for (offset, entries, n) in self.inactive_l1s()? {
             let bytes = u64::from(entries) * TABLE_ENTRY;
             self.reference(offset, bytes, n)?;

@@ -90,10 +90,12 @@ impl Image {
         let (mut table, mut looked, mut failures) = (table, first, 0);
         if left(&found) != 0 {
             for round in 0..ROUNDS {
-                let before = left(&looked.0);
+                let hindered = |l: &Looked| (l.1.blind, l.1.rebuild, l.1.l1_shared, l.2.len());
+                let before = (left(&looked.0), hindered(&looked));
                 failures = self.mend(table, fix, looked, round == 0, report)?;
                 (table, looked) = self.look_again(&mut |_| {}, true)?;
-                if left(&looked.0) == 0 || left(&looked.0) >= before {
+                let same = hindered(&looked) == before.1;
+                if left(&looked.0) == 0 || (left(&looked.0) >= before.0 && same) {
                     break;
                 }
             }
@@ -134,11 +136,13 @@ impl Image {
         if noticed.blind {
             report("Nothing is freed: tables cannot be read, and what they refer to is not known");
         }
+        // What cannot be read may be what shares a cluster with a table that would be written.
+        let unread = found.check_errors != 0;
         let policy = Policy {
             raise: errors,
             lower: fix.has(Fix::LEAKS) && !noticed.blind && (errors || !noticed.rebuild),
             // Flags may follow the counts only where these are right.
-            flags: errors
+            flags: (errors && !unread)
                 || (!noticed.rebuild
                     && found.check_errors == 0
                     && found.corruptions == noticed.wrong_flags),
@@ -154,7 +158,7 @@ impl Image {
         if errors && table.dropped != 0 {
             self.drop_snapshots(&table)?;
         }
-        let entries = errors && (noticed.misplaced | noticed.compressed_flags) != 0;
+        let entries = errors && !unread && (noticed.misplaced | noticed.compressed_flags) != 0;
         if entries {
             self.phase(&table, None, (true, strict), |check, _| {
                 mend_entries(check, &overlapped).map(|()| Vec::new())
@@ -162,14 +166,19 @@ impl Image {
             self.dev.barrier()?;
         }
         let end = self.dev.length();
-        let rebuild = noticed.rebuild && errors;
+        let mut rebuild = noticed.rebuild && errors;
+        let mut policy = policy;
+        if rebuild && self.overlaps(&table, false, strict)?.0 {
+            report("Refcount structures are left as they are: the active L1 table shares a cluster with something else");
+            (rebuild, policy.lower) = (false, false);
+        }
         if rebuild {
             report("Rebuilding refcount structure");
             self.rebuild(&table, &noticed, first)?;
         }
         if rebuild || entries {
             // References are gone that were of no use.
-            (noticed.l1_shared, overlapped) = self.overlaps(&table)?;
+            (noticed.l1_shared, overlapped) = self.overlaps(&table, true, strict)?;
         }
         if policy.flags && (noticed.l1_shared || !overlapped.is_empty()) {
             report(
@@ -208,7 +217,13 @@ impl Image {
         self.forget_reads();
 
         if errors && table.changed != 0 {
-            if let Err(e) = self.write_mended_table(table) {
+            self.dev.changed = false;
+            let written = self.write_mended_table(table);
+            let begun = std::mem::replace(&mut self.dev.changed, true);
+            if let Err(e) = written {
+                if begun {
+                    return Err(e);
+                }
                 report(&format!("ERROR failed to update snapshot table: {e}"));
                 return Ok(1);
             }
@@ -242,6 +257,11 @@ impl Image {
         report: &mut dyn FnMut(&str),
         overlaps: bool,
     ) -> Result<(Table, Looked)> {
+        // In a damaged image the L1 table may lie where something else was written.
+        let bytes = self.l1.len() as u64 * TABLE_ENTRY;
+        let op = "Could not read the L1 table";
+        let l1 = self.dev.read_vec(op, self.header.l1_offset, bytes)?;
+        self.l1 = device::words(&l1)?;
         let mut found = Findings::new(report);
         let table = super::table::read(&mut self.dev, &self.header, false, &mut found)?;
         let mode = Mode {
@@ -255,15 +275,20 @@ impl Image {
     }
 
     /// Does the active L1 table share a cluster, and which L2 tables do?
-    fn overlaps(&mut self, table: &Table) -> Result<(bool, Vec<u64>)> {
+    fn overlaps(
+        &mut self,
+        table: &Table,
+        structures: bool,
+        strict: bool,
+    ) -> Result<(bool, Vec<u64>)> {
         let mut nobody = |_: &str| {};
         let mut found = Findings::new(&mut nobody);
         found.mute = true;
         let mode = Mode {
             stage: None,
-            structures: true,
+            structures,
             overlaps: true,
-            strict: false,
+            strict,
         };
         let (_, noticed, overlapped) = self.look(table, found, mode)?;
         Ok((noticed.l1_shared, overlapped))
