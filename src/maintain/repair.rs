@@ -145,7 +145,7 @@ impl Image {
             flags: (errors && !unread)
                 || (!noticed.rebuild
                     && found.check_errors == 0
-                    && found.corruptions == noticed.wrong_flags),
+                    && found.corruptions == noticed.wrong_flags + table.changed + table.dropped),
             set: !noticed.blind,
         };
 
@@ -170,7 +170,9 @@ impl Image {
         let mut policy = policy;
         if rebuild && self.overlaps(&table, false, strict)?.0 {
             report("Refcount structures are left as they are: the active L1 table shares a cluster with something else");
-            (rebuild, policy.lower) = (false, false);
+            // Nor can counts be written in blocks that may be something else.
+            rebuild = false;
+            (policy.raise, policy.lower, policy.flags) = (false, false, false);
         }
         if rebuild {
             report("Rebuilding refcount structure");
