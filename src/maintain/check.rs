@@ -912,11 +912,13 @@ impl<'a, 'f> Check<'a, 'f> {
                 let first = std::mem::replace(&mut self.found.first, true);
                 self.reference(offset, cs, 1)?;
                 self.found.first = first;
-                let count = self.window.tally.get(cluster).min(g.refcount_max());
+                let references = self.window.tally.get(cluster);
+                // With counts of one bit two are not told from one, but count all the same.
+                self.noticed.rebuild |= references != 1;
+                let count = references.min(g.refcount_max());
                 if count != 1 {
                     self.found
                         .corruption(1, format_args!("ERROR refcount block {i} refcount={count}"));
-                    self.noticed.rebuild = true;
                 }
             }
         }
