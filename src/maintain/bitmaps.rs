@@ -74,7 +74,7 @@ fn entry(g: Geometry, dir: &[u8], disk_size: u64) -> Option<(Table, usize)> {
         && name <= MAX_NAME
         && kind == DIRTY_TRACKING
         && extra == 0;
-    let covered = u128::from(bytes) * 8 << granularity.min(31);
+    let covered = (u128::from(bytes) * 8) << granularity.min(31);
     if !good || (flags & IN_USE == 0 && u128::from(disk_size) > covered) {
         return None;
     }

@@ -96,6 +96,9 @@ pub(super) struct Mode {
     pub(super) strict: bool,
 }
 
+/// Sees an L2 table: where it is, and its contents.
+pub(super) type Visit<'v, C> = dyn FnMut(&mut C, Named, &[u8]) -> Result<()> + 'v;
+
 /// One check under way.
 pub(super) struct Check<'a, 'f> {
     pub(super) dev: &'a mut Device,
@@ -583,11 +586,7 @@ impl<'a, 'f> Check<'a, 'f> {
 
     /// Hand the contents of each of these tables to `f`; those that are zeros or cannot be read are
     /// passed over.
-    pub(super) fn each_table(
-        &mut self,
-        named: &[Named],
-        f: &mut dyn FnMut(&mut Self, Named, &[u8]) -> Result<()>,
-    ) -> Result<()> {
+    pub(super) fn each_table(&mut self, named: &[Named], f: &mut Visit<'_, Self>) -> Result<()> {
         let g = self.g();
         let cs = g.cluster_size();
         let most = (MAX_REQUEST / g.cluster_len()).max(1);

@@ -60,7 +60,7 @@ fn looking_prints_what_qemu_img_prints_and_ends_as_it() {
             };
             assert_eq!(a.status.code(), b.status.code(), "{name} {args:?} {a:?}");
             let text = |o: &Output| String::from_utf8_lossy(&o.stdout).into_owned();
-            if !(args == ["-q"]) {
+            if args != ["-q"] {
                 assert_eq!(text(&a), text(&b), "{name} {args:?}");
             }
         }
