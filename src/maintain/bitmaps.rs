@@ -3,8 +3,8 @@
 use byteorder::{BigEndian, ByteOrder};
 
 use crate::error::Result;
+use crate::format::extensions::Extensions;
 use crate::format::geometry::Geometry;
-use crate::format::header::Extensions;
 use crate::image::device::Device;
 
 /// Bytes of a directory entry in front of its name (QEMU's `Qcow2BitmapDirEntry`).

@@ -23,9 +23,9 @@ use crate::error::{Error, Result};
 use crate::format::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use crate::format::features;
 use crate::format::geometry::{Geometry, HostCluster, MAX_REFTABLE_BYTES, TABLE_ENTRY};
-use crate::format::header::{self, AT_AUTOCLEAR, AT_INCOMPATIBLE, AT_REFTABLE, AT_SNAPSHOTS};
+use crate::format::header::{AT_AUTOCLEAR, AT_INCOMPATIBLE, AT_REFTABLE, AT_SNAPSHOTS};
 use crate::format::refblock;
-use crate::format::run::with_width;
+use crate::format::refblock::with_width;
 use crate::image::device::{self, Device};
 use crate::image::progress::{Progress, Stage};
 use crate::image::{Image, Outcome, SnapshotList};
@@ -458,7 +458,10 @@ impl Image {
             self.dev.progress.end()?;
         }
         let clusters = g.clusters_for(made.entries.len() as u64 * TABLE_ENTRY) as u32;
-        let place = header::encode_reftable(made.offset, clusters);
+        let mut place = [0; 12];
+        let (at, count) = place.split_at_mut(8);
+        BigEndian::write_u64(at, made.offset);
+        BigEndian::write_u32(count, clusters);
         self.repairing(Outcome::Unknown);
         self.dev
             .write("header: refcount table", AT_REFTABLE, &place)?;

@@ -221,28 +221,88 @@ fn diff_command() -> Command {
 }
 
 fn export_command() -> Command {
+    let one = |name, help| {
+        operand(name, help, ValueHint::Other)
+            .required(false)
+            .required_unless_present("all")
+            .conflicts_with("all")
+    };
     Command::new("export")
         .infer_long_args(true)
-        .about("Write the disk that a snapshot holds to a new sparse raw file")
+        .about("Write the disk that a snapshot holds to a new raw or qcow2 file")
         .arg(help())
+        .arg(
+            Arg::new("format")
+                .short('O')
+                .long("format")
+                .value_name("FORMAT")
+                .help("What to make: raw (sparse; the default), or qcow2 (thin, compressed clusters as they are)")
+                .value_parser(["raw", "qcow2"])
+                .overrides_with("format"),
+        )
+        .arg(
+            valued(
+                "since",
+                None,
+                "SNAPSHOT",
+                "Only what changed since this snapshot, as a qcow2 overlay over BACKING",
+            )
+            .requires("backing")
+            .action(ArgAction::Set),
+        )
+        .arg(
+            valued(
+                "backing",
+                Some('b'),
+                "BACKING",
+                "With --since: the file that holds the disk of that snapshot; relative to OUT's folder",
+            )
+            .value_hint(ValueHint::FilePath)
+            .requires_all(["since", "backing-format"])
+            .action(ArgAction::Set),
+        )
+        .arg(
+            Arg::new("backing-format")
+                .short('F')
+                .long("backing-format")
+                .value_name("FMT")
+                .help("BACKING's format: qcow2 or raw")
+                .value_parser(["qcow2", "raw"])
+                .requires("backing")
+                .overrides_with("backing-format"),
+        )
+        .arg(
+            valued(
+                "all",
+                None,
+                "DIR",
+                "Every snapshot, oldest first, as a chain of qcow2 files in the new folder DIR, with index.json",
+            )
+            .value_hint(ValueHint::DirPath)
+            .conflicts_with("since")
+            .action(ArgAction::Set),
+        )
         .arg(flag(
             "force-share",
             Some('U'),
             "Open the image even if a guest writes to it: the result may be torn",
         ))
         .arg(no_lock())
+        .arg(flag(
+            "no-reflink",
+            None,
+            "Copy data also where a raw file could share blocks with the image (XFS, btrfs)",
+        ))
         .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
         .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
-        .arg(operand(
-            "SNAPSHOT",
-            "The snapshot's ID, else its name",
-            ValueHint::Other,
-        ))
-        .arg(operand(
-            "OUT",
-            "The raw file to make; it must not exist. '-' is the standard output",
-            ValueHint::FilePath,
-        ))
+        .arg(one("SNAPSHOT", "The snapshot's ID, else its name"))
+        .arg(
+            one(
+                "OUT",
+                "The file to make; it must not exist. '-' is the standard output (raw)",
+            )
+            .value_hint(ValueHint::FilePath),
+        )
 }
 
 fn check_command() -> Command {

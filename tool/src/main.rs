@@ -7,12 +7,18 @@
 //!    ├── target         which file is meant, and what is in it
 //!    ├── actions        list, create, apply, delete: QEMU's messages
 //!    │    └── listing   the table and its JSON form
-//!    ├── export         a snapshot's disk as a raw file
+//!    ├── export         a snapshot's disk as a file
+//!    │    ├── thin      what of it goes into a qcow2 file: all, what changed, every snapshot
+//!    │    ├── qcow2     a new qcow2 file, from its first cluster to its last
+//!    │    ├── reflink   blocks shared with the image instead of copied
+//!    │    └── output    the file that is written, by a thread of its own
 //!    ├── check          check and repair
 //!    ├── diff           what changed between two snapshots
 //!    ├── complete       what the completion scripts of the shells ask for
 //!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
+
+#![forbid(unsafe_code)]
 
 mod actions;
 mod check;
@@ -25,12 +31,16 @@ mod link;
 mod listing;
 #[cfg(test)]
 mod manual;
+mod output;
 mod progress;
+mod qcow2;
+mod reflink;
 mod signals;
 mod stop;
 mod target;
+mod thin;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -42,7 +52,7 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os();
     let called = args.next().unwrap_or_else(|| cli::NAME.into());
     let args: Vec<OsString> = args.collect();
-    if Path::new(&called).file_name() == Some(OsStr::new(link::NAME)) {
+    if link::is_name(&called) {
         return link::run(&called, &args);
     }
     let usage = format!("{} --help", cli::NAME);

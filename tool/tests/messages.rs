@@ -131,8 +131,10 @@ fn verbs_on_reference_images_end_as_by_qemu_img() {
     };
     let mut compared = 0;
     for (name, path) in cases() {
-        // Agreed differences: no key is needed, and the dirty bit is for 'check'.
-        if name.starts_with("encrypted") || name == "dirty-bit" {
+        // Agreed differences: no key is needed, the dirty bit is for 'check', and a table that
+        // the end of the file cuts off is not read as zeros (tool/tests/listing.rs).
+        if name.starts_with("encrypted") || name == "dirty-bit" || name == "damaged-table-past-end"
+        {
             continue;
         }
         let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
