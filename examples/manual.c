@@ -53,6 +53,35 @@ int is_sound(const char *filename)
 }
 /* END */
 
+/* EXAMPLE qcow2_check */
+static void print_finding(void *opaque, const char *finding)
+{
+    fprintf(opaque, "%s\n", finding);
+}
+
+/* After a guest was killed, or a verb was cancelled: give back what leaked. */
+int repair_leaks(const char *filename)
+{
+    BlockDriverState *bs;
+    Qcow2CheckResult found;
+    Error *err = NULL;
+    int ret = qcow2_open(filename, QCOW2_O_RDWR | QCOW2_O_CHECK, &bs, &err);
+
+    if (ret == 0) {
+        ret = qcow2_check(bs, QCOW2_FIX_LEAKS, &found, print_finding, stderr, &err);
+        if (ret == 0)
+            printf("%" PRIu64 " clusters given back, %" PRIu64 " corruptions\n",
+                   found.leaks_fixed, found.corruptions);
+        qcow2_close(bs);
+    }
+    if (err) {
+        fprintf(stderr, "%s: %s\n", filename, qcow2_error_get_pretty(err));
+        qcow2_error_free(err);
+    }
+    return ret;
+}
+/* END */
+
 /* EXAMPLE qcow2_open_fd */
 BlockDriverState *open_in_folder(int folder, const char *name)
 {
@@ -185,7 +214,7 @@ int revert(BlockDriverState *bs, const char *id_or_name)
             fprintf(stderr, "The disk is what it was.\n");
             break;
         case QCOW2_OUTCOME_DONE:
-            fprintf(stderr, "It took effect; \"qemu-img check\" may find leaks.\n");
+            fprintf(stderr, "It took effect; \"qcow2-snapshot check\" may find leaks.\n");
             break;
         case QCOW2_OUTCOME_UNKNOWN:
             fprintf(stderr, "Open the image again to see.\n");
@@ -480,6 +509,7 @@ int main(int argc, char **argv)
     must(raw && write_raw(argv[1], "manual", raw) == 0 && ftell(raw) > 0, "write_raw");
     fclose(raw);
 
+    must(repair_leaks(argv[1]) == 0, "repair_leaks");
     must(move_table(argv[1]) == 0, "move_table");
     bs = open_in_folder(AT_FDCWD, argv[1]);
     must(bs && take_snapshot(bs, "progress") == 0, "take_snapshot");

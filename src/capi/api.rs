@@ -175,6 +175,17 @@ pub struct Qcow2Api {
             opaque: *mut c_void,
         ) -> c_int,
     >,
+    /// qcow2_check().
+    pub check: Option<
+        unsafe extern "C" fn(
+            bs: *mut Qcow2Image,
+            fix: c_int,
+            result: *mut Qcow2CheckResult,
+            report: Qcow2CheckFunc,
+            opaque: *mut c_void,
+            errp: *mut *mut Qcow2Error,
+        ) -> c_int,
+    >,
     /// qcow2_snapshot_layout().
     pub snapshot_layout: Option<
         unsafe extern "C" fn(
@@ -229,6 +240,7 @@ static API: Qcow2Api = Qcow2Api {
     flatten: Some(qcow2_flatten),
     flatten_estimate: Some(qcow2_flatten_estimate),
     set_progress: Some(qcow2_set_progress),
+    check: Some(qcow2_check),
     snapshot_layout: Some(qcow2_snapshot_layout),
     image_layout: Some(qcow2_image_layout),
     reload: Some(qcow2_reload),

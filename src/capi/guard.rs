@@ -262,7 +262,7 @@ pub(super) unsafe fn guard_close(bs: *mut Qcow2Image) -> c_int {
 }
 
 /// A message as C text: one line, as an error already is; the words of a panic may be more.
-fn to_c_text(message: &str) -> CString {
+pub(super) fn to_c_text(message: &str) -> CString {
     CString::new(printable(message.as_bytes())).unwrap_or_default()
 }
 

@@ -31,7 +31,7 @@ pub unsafe extern "C" fn qcow2_last_error(bs: *const Qcow2Image) -> *const c_cha
 ///
 /// QCOW2_OUTCOME_UNCHANGED together with an error can mean an I/O error before the
 /// new state was published: the disk and the snapshots are what they were, but clusters may
-/// have leaked ("qemu-img check -r leaks" finds them) and the handle refuses further
+/// have leaked (qcow2_check() finds them) and the handle refuses further
 /// changes (-EIO) until the image is opened again. QCOW2_OUTCOME_DONE together with an
 /// error means that the verb took effect and that only clusters it should have freed may be
 /// left over.

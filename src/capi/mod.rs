@@ -24,6 +24,7 @@
 mod api;
 mod cancel;
 mod changes;
+mod check;
 mod error;
 mod flatten;
 mod guard;
@@ -37,6 +38,7 @@ mod verbs;
 
 pub use api::*;
 pub use changes::*;
+pub use check::*;
 pub use error::*;
 pub use flatten::*;
 pub use guard::Qcow2Image;

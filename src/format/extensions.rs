@@ -25,6 +25,10 @@ pub struct Extensions {
     pub bitmap_directory: Option<(u64, u64)>,
     /// A bitmaps extension is there, valid or not.
     pub has_bitmaps: bool,
+    /// Bitmaps in the directory, as the extension says.
+    pub nb_bitmaps: u32,
+    /// Where the LUKS header is (offset, bytes).
+    pub crypto_header: Option<(u64, u64)>,
     /// Name of the external data file.
     pub data_file: Vec<u8>,
     /// Names of feature bits: (type, bit, name), for error messages.
@@ -86,6 +90,7 @@ impl Extensions {
                         ));
                     }
                     ext.has_bitmaps = true;
+                    ext.nb_bitmaps = u32_at(body, 0);
                     ext.bitmap_directory = Some((u64_at(body, 16), u64_at(body, 8)));
                 }
                 EXT_DATA_FILE => ext.data_file = body.to_vec(),
@@ -117,6 +122,7 @@ impl Extensions {
                             g.cluster_size()
                         )));
                     }
+                    self.crypto_header = Some((offset, u64_at(body, 8)));
                     luks = true;
                 }
                 EXT_BITMAPS if header.autoclear & features::BITMAPS != 0 => check_bitmaps(g, body)?,

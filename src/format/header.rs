@@ -35,6 +35,8 @@ pub const AT_REFTABLE: u64 = 48;
 pub const AT_SNAPSHOTS: u64 = 60;
 /// Offset behind the last field that a verb switches.
 pub const AFTER_SNAPSHOTS: u64 = 72;
+/// Offset of the incompatible feature bits.
+pub const AT_INCOMPATIBLE: u64 = 72;
 /// Offset of the autoclear feature bits.
 pub const AT_AUTOCLEAR: u64 = 88;
 
@@ -99,6 +101,16 @@ impl Header {
     /// (`qcow2_do_open`). `first_cluster` holds the extensions for the names of unknown features;
     /// it may be shorter than a cluster.
     pub fn parse(first_cluster: &[u8], read_write: bool) -> Result<Header> {
+        Header::parse_as(first_cluster, read_write, false)
+    }
+
+    /// The header of an image that is going to be checked: the corrupt bit, a missing refcount table
+    /// and whatever is said of the snapshot table are accepted, as by QEMU's `BDRV_O_CHECK`.
+    pub fn parse_to_check(first_cluster: &[u8]) -> Result<Header> {
+        Header::parse_as(first_cluster, false, true)
+    }
+
+    fn parse_as(first_cluster: &[u8], read_write: bool, to_check: bool) -> Result<Header> {
         let b = first_cluster;
         if u32_at(b, 0) != MAGIC {
             return Err(Error::Invalid("Image is not in qcow2 format".into()));
@@ -193,14 +205,14 @@ impl Header {
             },
             backing_name: (backing_offset, u32_at(b, 16)),
         };
-        header.validate_tables()?;
+        header.validate_tables(to_check)?;
         Ok(header)
     }
 
     /// Places and sizes of the refcount table, the snapshot table and the active L1 table.
-    fn validate_tables(&self) -> Result<()> {
+    fn validate_tables(&self, to_check: bool) -> Result<()> {
         let g = self.geometry;
-        if self.reftable_clusters == 0 {
+        if self.reftable_clusters == 0 && !to_check {
             return Err(Error::Invalid(
                 "Image does not contain a reference count table".into(),
             ));
@@ -213,7 +225,9 @@ impl Header {
             MAX_REFTABLE_BYTES,
             "Reference count table",
         )?;
-        validate_snapshots(g, self.nb_snapshots, self.snapshots_offset)?;
+        if !to_check {
+            self.validate_snapshots()?;
+        }
         validate_table(
             g,
             self.l1_offset,
@@ -230,6 +244,11 @@ impl Header {
             return Err(Error::Invalid("L1 table is too small".into()));
         }
         Ok(())
+    }
+
+    /// Number and place of the snapshots, as QEMU accepts them.
+    pub fn validate_snapshots(&self) -> Result<()> {
+        validate_snapshots(self.geometry, self.nb_snapshots, self.snapshots_offset)
     }
 
     /// Take number and place of the snapshots from header bytes 60 to 71.

@@ -106,7 +106,9 @@ pub struct Image {
     seen: Option<Stamp>,
     last: Last,
     /// Bytes that refcounts may take in memory.
-    refcount_memory: u64,
+    pub(crate) refcount_memory: u64,
+    /// Opened to be checked, and not found good yet: no verb may change it.
+    pub(crate) unchecked: bool,
     /// The steps of the last verb, as text.
     #[cfg(test)]
     steps: String,
@@ -129,7 +131,11 @@ impl Loaded {
         if (9..=21).contains(&bits) {
             first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
         }
-        let header = Header::parse(&first, flags.has(OpenFlags::RDWR))?;
+        let header = if flags.has(OpenFlags::CHECK) {
+            Header::parse_to_check(&first)?
+        } else {
+            Header::parse(&first, flags.has(OpenFlags::RDWR))?
+        };
         let l1 = dev.read_vec(
             "Could not read L1 table",
             header.l1_offset,
@@ -236,10 +242,11 @@ impl Image {
                 remark: None,
             },
             refcount_memory: refcount::packed::MOST,
+            unchecked: flags.has(OpenFlags::CHECK),
             #[cfg(test)]
             steps: String::new(),
         };
-        image.load_snapshots()?;
+        image.load_what_is_good()?;
         image.refuse_dirty()?;
         Ok(image)
     }
@@ -257,15 +264,29 @@ impl Image {
         self.reftable = tables.reftable;
         self.forget_reads();
         (self.view, self.behind.chain, self.behind.data_file) = (None, None, None);
-        self.load_snapshots()?;
+        self.load_what_is_good()?;
         self.seen = stamp.filter(Stamp::is_settled);
         self.refuse_dirty()
     }
 
+    /// Load the snapshot table; of an image that is going to be checked it may be damaged.
+    fn load_what_is_good(&mut self) -> Result<()> {
+        match self.load_snapshots() {
+            Err(Error::TooBig(_) | Error::Invalid(_) | Error::Corrupt(_)) if self.unchecked => {
+                self.snapshots = SnapshotList::default();
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
     fn refuse_dirty(&self) -> Result<()> {
+        if self.unchecked {
+            return Ok(());
+        }
         if self.flags.has(OpenFlags::RDWR) && self.header.incompatible & features::DIRTY != 0 {
             return Err(Error::Unsupported(
-                "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qemu-img check -r all'"
+                "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qcow2-snapshot check -r all'"
                     .into(),
             ));
         }
@@ -403,6 +424,12 @@ impl Image {
                 "An earlier write failed; the image can be read but not changed until it is opened again".into(),
             ));
         }
+        if self.unchecked {
+            return Err(Error::NotPermitted(
+                "The image is opened to be checked; repair it first, or open it without that flag"
+                    .into(),
+            ));
+        }
         if self.header.has_data_file() {
             return Err(Error::Unsupported(
                 "Internal snapshots are not supported on images with an external data file".into(),
@@ -412,6 +439,55 @@ impl Image {
             self.load_snapshots()?;
         }
         Ok(())
+    }
+
+    /// Begin a repair: as a verb, but whatever is wrong with the image.
+    pub(crate) fn begin_repair(&mut self) -> Result<()> {
+        self.usable()?;
+        self.last.remark = None;
+        (self.last.outcome, self.last.changed) = (Outcome::Unchanged, Changed::default());
+        if !self.flags.has(OpenFlags::RDWR) {
+            return Err(Error::Access("The image is opened read-only".into()));
+        }
+        if self.last.standing == Standing::NoChanges {
+            return Err(Error::Spent(
+                "An earlier write failed; the image can be read but not changed until it is opened again".into(),
+            ));
+        }
+        self.dev.changed = false;
+        Ok(())
+    }
+
+    /// What is true of the image should the next request of a repair fail.
+    pub(crate) fn repairing(&mut self, outcome: Outcome) {
+        self.last.outcome = outcome;
+    }
+
+    /// Nothing is wrong any more: the handle is as any other from now on.
+    pub(crate) fn found_good(&mut self) {
+        self.unchecked = false;
+        self.flags = self.flags.without(OpenFlags::CHECK);
+    }
+
+    /// A repair is over.
+    pub(crate) fn end_repair(&mut self, ended: bool) {
+        self.forget_reads();
+        if self.dev.changed {
+            // Any of them may have been written.
+            self.last.changed = Changed {
+                size: false,
+                l1: true,
+                reftable: true,
+                snapshots: true,
+            };
+        }
+        if ended {
+            self.last.outcome = Outcome::Done;
+        } else if self.last.outcome == Outcome::Unknown {
+            self.last.standing = Standing::Spent;
+        } else if self.dev.changed && self.last.standing == Standing::Good {
+            self.last.standing = Standing::NoChanges;
+        }
     }
 
     /// Let refcounts take that many bytes of memory in a verb; the others go to a temporary file.

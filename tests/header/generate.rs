@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 13] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
@@ -15,6 +15,7 @@ const SOURCES: [&str; 12] = [
     "src/capi/space.rs",
     "src/capi/flatten.rs",
     "src/capi/progress.rs",
+    "src/capi/check.rs",
     "src/capi/layout.rs",
     "src/capi/error.rs",
     "src/capi/last.rs",

@@ -8,7 +8,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint};
 /// The program's own name.
 pub(crate) const NAME: &str = "qcow2-snapshot";
 /// First words that are no image.
-pub(crate) const SUBCOMMANDS: [&str; 10] = [
+pub(crate) const SUBCOMMANDS: [&str; 11] = [
     "list",
     "create",
     "revert",
@@ -17,6 +17,7 @@ pub(crate) const SUBCOMMANDS: [&str; 10] = [
     "du",
     "diff",
     "export",
+    "check",
     "flatten",
     "completions",
 ];
@@ -177,6 +178,7 @@ pub(crate) fn command() -> Command {
         .subcommand(delete_command())
         .subcommand(rename_command())
         .subcommand(du_command())
+        .subcommand(check_command())
         .subcommand(diff_command())
         .subcommand(flatten_command())
         .subcommand(export_command())
@@ -491,6 +493,40 @@ fn export_command() -> Command {
                 "The file to make; it must not exist. '-' is the standard output (raw)",
             )
             .value_hint(ValueHint::FilePath),
+        )
+}
+
+fn check_command() -> Command {
+    Command::new("check")
+        .about("Check an image as 'qemu-img check' does, and mend it with -r")
+        .arg(help())
+        .arg(
+            Arg::new("repair")
+                .long("repair")
+                .short('r')
+                .value_name("WHAT")
+                .help("leaks: give back clusters that are lost; all: mend everything")
+                .value_parser(["leaks", "all"]),
+        )
+        .arg(
+            Arg::new("output")
+                .long("output")
+                .value_name("FORMAT")
+                .help("How to say it: human, or json as 'qemu-img check' does")
+                .value_parser(["human", "json"]),
+        )
+        .arg(flag(
+            "force-share",
+            Some('U'),
+            "Open the image even if a guest writes to it: what is found may be wrong",
+        ))
+        .arg(flag("quiet", Some('q'), "Show no progress and no summary"))
+        .arg(
+            Arg::new("IMAGE")
+                .help("The qcow2 image")
+                .required(true)
+                .value_hint(ValueHint::FilePath)
+                .value_parser(OsStringValueParser::new()),
         )
 }
 

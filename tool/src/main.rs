@@ -14,6 +14,7 @@
 //!    │    ├── qcow2     a new qcow2 file, from its first cluster to its last
 //!    │    ├── reflink   blocks shared with the image instead of copied
 //!    │    └── output    the file that is written, by a thread of its own
+//!    ├── check          check and repair
 //!    ├── diff           what changed between two snapshots
 //!    ├── flatten        let go of the backing file
 //!    ├── complete       what the completion scripts of the shells ask for
@@ -23,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod actions;
+mod check;
 mod cli;
 mod complete;
 mod delete;
@@ -47,7 +49,7 @@ mod stop;
 mod target;
 mod thin;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -120,6 +122,7 @@ fn subcommand(args: &[OsString]) -> Result<(), Stop> {
         Some(("rename", m)) => rename::run(m),
         Some(("du", m)) => du::run(m),
         Some(("export", m)) => export::run(m),
+        Some(("check", m)) => check::run(m),
         Some(("diff", m)) => diff::run(m),
         Some(("flatten", m)) => flatten::run(m),
         Some(("completions", m)) => stop::print(complete::script(m).as_bytes()),
@@ -152,6 +155,12 @@ fn report(prefix: &str, help: &str, result: Result<(), Stop>) -> ExitCode {
             let text = text.strip_prefix("error: ").unwrap_or(&text);
             let text = format!("{prefix}: {text}");
             let _ = std::io::stderr().write_all(text.as_bytes());
+        }
+        Err(Stop::Code(code, line)) => {
+            if !line.is_empty() {
+                stop::say(prefix, &[line.into_bytes()]);
+            }
+            return ExitCode::from(code);
         }
         Err(Stop::Clap(e)) => {
             let _ = e.print();

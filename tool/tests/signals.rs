@@ -96,7 +96,7 @@ fn ctrl_c_at_any_request_leaves_the_old_state_or_the_whole_new_one() {
                 }
                 (_, Some(130)) => {
                     assert!(err.starts_with("qcow2-snapshot: Could not delete snapshot 'two': "));
-                    assert!(err.contains("qemu-img check -r leaks"), "{told}");
+                    assert!(err.contains("qcow2-snapshot check -r leaks"), "{told}");
                     assert_eq!(listed(folder), list, "{told}");
                     if let Some(qemu) = &qemu {
                         let mut check = Command::new(qemu);
