@@ -23,6 +23,7 @@ static void check_shows(Qcow2Image *bs, int byte)
 int main(void)
 {
     Qcow2Image *bs;
+    Qcow2Change c;
     int flags;
 
     need("qemu-io");
@@ -46,6 +47,11 @@ int main(void)
     /* Beside somebody who writes, and read-write. */
     bs = must_open("c.qcow2", QCOW2_O_FORCE_SHARE);
     check_since_old(bs, QCOW2_CHANGE_COMPARE);
+    CHECK_RET(qcow2_snapshot_next_change(bs, "old", NULL, 512 << 10, INT64_MAX, 0, &c, NULL), 0);
+    CHECK_U64(c.length, 0);
+    CHECK_RET(shell("qemu-io -c 'write -P 4 512k 64k' c.qcow2"), 0);
+    CHECK_RET(qcow2_snapshot_next_change(bs, "old", NULL, 512 << 10, INT64_MAX, 0, &c, NULL), 0);
+    CHECK_U64(c.length, 64 << 10);
     CHECK_RET(qcow2_close(bs), 0);
     bs = must_open("c.qcow2", QCOW2_O_RDWR);
     check_since_old(bs, QCOW2_CHANGE_COMPARE);

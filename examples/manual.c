@@ -5,6 +5,7 @@
  *     cc manual.c -lqcow2_snapshot && ./a.out scratch.qcow2     (as "make demo" leaves one)
  */
 #define _POSIX_C_SOURCE 200809L
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -339,6 +340,22 @@ int revert_beside_a_cache(BlockDriverState *bs, const char *snapshot, uint64_t *
 }
 /* END */
 
+/* EXAMPLE qcow2_api */
+const char *loaded_version(void *library)       /* from dlopen("libqcow2_snapshot.so.0", RTLD_NOW | RTLD_LOCAL) */
+{
+    const Qcow2Api *(*get)(void);
+    const Qcow2Api *api;
+
+    *(void **)&get = dlsym(library, "qcow2_api");
+    if (!get)
+        return "older than 0.2";
+    api = get();
+    if (api->size <= offsetof(Qcow2Api, snapshot_layout))       /* is the member there? */
+        return "too old";
+    return api->version();
+}
+/* END */
+
 /* EXAMPLE qcow2_set_progress */
 static volatile sig_atomic_t ctrl_c;    /* set by the program's handler of SIGINT */
 
@@ -387,6 +404,7 @@ int main(int argc, char **argv)
     n = print_snapshots(bs);
     must(n > 0 && count_on_disk(bs) == n, "count_on_disk");
     must(revert(bs, "manual") == 0 && revert(bs, "no such") == -ENOENT, "revert");
+    must(strcmp(loaded_version(dlopen(NULL, RTLD_NOW)), qcow2_version()) == 0, "loaded_version");
     must(print_disk_sizes(bs) == n, "print_disk_sizes");
     uint64_t l1[1] = {0};
     must(revert_beside_a_cache(bs, "manual", l1, 1) == 0 && l1[0], "revert_beside_a_cache");

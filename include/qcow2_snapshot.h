@@ -79,6 +79,8 @@
  * Macros, to be defined before the include:
  *   QCOW2_SNAPSHOT_NO_QEMU_NAMES  leaves out the typedefs BlockDriverState, Error and
  *       QEMUSnapshotInfo, for programs that include QEMU's own headers.
+ *   QCOW2_SNAPSHOT_NO_PROTOTYPES  leaves out the functions, for programs that have functions of the same
+ *       names (QEMU itself): they load the library by dlopen(), and call it through qcow2_api().
  *   QCOW2_SNAPSHOT_COMPAT_2_1  for code from the time of QEMU 2.1: the struct has 408 bytes,
  *       without icount, and qcow2_open(), qcow2_open_fd() and qcow2_open_io() add
  *       QCOW2_O_COMPAT_2_1 to the flags, so that struct and handle agree. Do not pass such
@@ -594,9 +596,172 @@ typedef struct Qcow2ImageLayout {
     uint64_t reserved[4];
 } Qcow2ImageLayout;
 
+/**
+ * All functions of the library, from qcow2_api(): for a program that loads the library with
+ * dlopen() and wants one dlsym(), or that has functions of the same names itself. A member is called
+ * like its function without "qcow2_"; the order is that of the header of version 0.2, and what later
+ * versions bring comes at the end.
+ */
+typedef struct Qcow2Api {
+    /**
+     * Bytes of the table that the library has. A program compiled with a newer header looks here
+     * before it uses a member: offsetof(Qcow2Api, member) < size.
+     */
+    size_t size;
+    /**
+     * qcow2_version().
+     */
+    const char *(*version)(void);
+    /**
+     * qcow2_open().
+     */
+    int (*open)(const char *filename,
+                int flags,
+                struct Qcow2Image **pbs,
+                struct Qcow2Error **errp);
+    /**
+     * qcow2_open_fd().
+     */
+    int (*open_fd)(int fd, int flags, struct Qcow2Image **pbs, struct Qcow2Error **errp);
+    /**
+     * qcow2_open_io().
+     */
+    int (*open_io)(const struct Qcow2IoOps *ops,
+                   void *opaque,
+                   int flags,
+                   struct Qcow2Image **pbs,
+                   struct Qcow2Error **errp);
+    /**
+     * qcow2_close().
+     */
+    int (*close)(struct Qcow2Image *bs);
+    /**
+     * qcow2_read_snapshots().
+     */
+    int (*read_snapshots)(struct Qcow2Image *bs);
+    /**
+     * qcow2_free_snapshots().
+     */
+    void (*free_snapshots)(struct Qcow2Image *bs);
+    /**
+     * qcow2_write_snapshots().
+     */
+    int (*write_snapshots)(struct Qcow2Image *bs);
+    /**
+     * qcow2_snapshot_create().
+     */
+    int (*snapshot_create)(struct Qcow2Image *bs, struct Qcow2SnapshotInfo *sn_info);
+    /**
+     * qcow2_snapshot_goto().
+     */
+    int (*snapshot_goto)(struct Qcow2Image *bs, const char *snapshot_id);
+    /**
+     * qcow2_snapshot_delete().
+     */
+    int (*snapshot_delete)(struct Qcow2Image *bs,
+                           const char *snapshot_id,
+                           const char *name,
+                           struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_list().
+     */
+    int (*snapshot_list)(struct Qcow2Image *bs, struct Qcow2SnapshotInfo **psn_tab);
+    /**
+     * qcow2_snapshot_list_free().
+     */
+    void (*snapshot_list_free)(struct Qcow2SnapshotInfo *sn_tab);
+    /**
+     * qcow2_snapshot_load_tmp().
+     */
+    int (*snapshot_load_tmp)(struct Qcow2Image *bs,
+                             const char *snapshot_id,
+                             const char *name,
+                             struct Qcow2Error **errp);
+    /**
+     * qcow2_getlength().
+     */
+    int64_t (*getlength)(const struct Qcow2Image *bs);
+    /**
+     * qcow2_pread().
+     */
+    int (*pread)(struct Qcow2Image *bs,
+                 int64_t offset,
+                 void *buf,
+                 size_t bytes,
+                 struct Qcow2Error **errp);
+    /**
+     * qcow2_block_status().
+     */
+    int (*block_status)(struct Qcow2Image *bs,
+                        int64_t offset,
+                        int64_t bytes,
+                        struct Qcow2Extent *extent,
+                        struct Qcow2Error **errp);
+    /**
+     * qcow2_load_vmstate().
+     */
+    int (*load_vmstate)(struct Qcow2Image *bs,
+                        int64_t pos,
+                        void *buf,
+                        size_t bytes,
+                        struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_next_change().
+     */
+    int (*snapshot_next_change)(struct Qcow2Image *bs,
+                                const char *from,
+                                const char *to,
+                                int64_t offset,
+                                int64_t bytes,
+                                int flags,
+                                struct Qcow2Change *change,
+                                struct Qcow2Error **errp);
+    /**
+     * qcow2_set_progress().
+     */
+    int (*set_progress)(struct Qcow2Image *bs, Qcow2ProgressFunc func, void *opaque);
+    /**
+     * qcow2_snapshot_layout().
+     */
+    int (*snapshot_layout)(const struct Qcow2Image *bs,
+                           size_t index,
+                           struct Qcow2SnapshotLayout *layout,
+                           struct Qcow2Error **errp);
+    /**
+     * qcow2_image_layout().
+     */
+    int (*image_layout)(const struct Qcow2Image *bs, struct Qcow2ImageLayout *layout);
+    /**
+     * qcow2_reload().
+     */
+    int (*reload)(struct Qcow2Image *bs, struct Qcow2Error **errp);
+    /**
+     * qcow2_error_get_pretty().
+     */
+    const char *(*error_get_pretty)(const struct Qcow2Error *err);
+    /**
+     * qcow2_error_free().
+     */
+    void (*error_free)(struct Qcow2Error *err);
+    /**
+     * qcow2_last_error().
+     */
+    const char *(*last_error)(const struct Qcow2Image *bs);
+    /**
+     * qcow2_last_outcome().
+     */
+    int (*last_outcome)(const struct Qcow2Image *bs);
+    /**
+     * qcow2_api().
+     */
+    const struct Qcow2Api *(*api)(void);
+} Qcow2Api;
+
 #ifdef __cplusplus
 extern "C" {
 #endif /* __cplusplus */
+
+#ifndef QCOW2_SNAPSHOT_NO_PROTOTYPES
 
 /* ---- Version ------------------------------------------------------------------------- */
 
@@ -618,6 +783,11 @@ const char *qcow2_version(void);
  * read-only open while a guest runs (QCOW2_O_FORCE_SHARE is for that); while the handle is
  * open, qemu-img refuses the image in the same way.
  *
+ * A block device is opened like a file. Its length is the device's own and stays: what would need
+ * more is -ENOSPC before anything is written. Freed clusters are discarded where the device can.
+ * Nothing tells there that somebody else has changed the image (QCOW2_O_FORCE_SHARE):
+ * qcow2_reload() looks again.
+ *
  * A process's classic record locks (fcntl() with F_SETLK) on the image go away whenever any
  * descriptor of the file is closed: an open may drop them already, and qcow2_close() does. That
  * is how the system defines them; F_OFD_SETLK locks stay.
@@ -630,15 +800,15 @@ const char *qcow2_version(void);
  *                  failure, then owned by the caller (qcow2_error_free())
  * @return          0, or -errno:
  *                  -EINVAL   filename or pbs is NULL; an unknown flag, or FORCE_SHARE with
- *                            RDWR; not a regular file; or not a qcow2 image, or a field of
- *                            its header is not valid
+ *                            RDWR; neither a regular file nor a block device; or not a
+ *                            qcow2 image, or a field of its header is not valid
  *                  -ENOENT   no such file; likewise the system's other errnos for paths
- *                  -EACCES   no permission, or the image is marked corrupt and RDWR is
- *                            given
+ *                  -EACCES   no permission; or, with RDWR, the device is write-protected or
+ *                            the image marked corrupt
  *                  -EAGAIN   the image is in use by somebody else
  *                  -EFBIG    a table of the image exceeds QEMU's limit for it
- *                  -ENOTSUP  a block device; the dirty bit with RDWR; or a feature that is
- *                            not supported: the words name it
+ *                  -ENOTSUP  the dirty bit with RDWR; or a feature that is not supported: the
+ *                            words name it
  *                  -EIO      the file cannot be read, or is damaged
  *                  -ENOMEM
  *
@@ -660,7 +830,8 @@ int qcow2_open(const char *filename,
  * locks on the descriptor itself must give QCOW2_O_NO_LOCK, for closing the handle would
  * release them there.
  *
- * @param fd     a descriptor of a regular file; with QCOW2_O_RDWR it must be writable
+ * @param fd     a descriptor of a regular file or a block device; with QCOW2_O_RDWR it must
+ *               be writable
  * @param flags  QCOW2_O values joined by "|", or 0: read-only
  * @param pbs    where to put the handle, which then belongs to the caller
  *               (qcow2_close()); set to NULL if the call fails
@@ -1035,6 +1206,8 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
                        size_t bytes,
                        struct Qcow2Error **errp);
 
+/* ---- What changed between two states ------------------------------------------------- */
+
 /**
  * Find the next run of bytes in which the disk in the state `to` differs, or may differ, from
  * the disk in the state `from`. To see all changes:
@@ -1057,9 +1230,8 @@ int qcow2_load_vmstate(struct Qcow2Image *bs,
  *
  * Any state can be asked for, whatever qcow2_snapshot_load_tmp() shows, and that stays as it
  * is. The handle keeps up to 4 MiB of tables of the two states, and their L1 tables, so that a
- * loop in order reads each once. A changing verb, qcow2_read_snapshots() and a call with other
- * states drop them; until then, with QCOW2_O_FORCE_SHARE, they may be older than what a running
- * guest has written.
+ * loop in order reads each once. A changing verb, qcow2_reload(), qcow2_read_snapshots() and a
+ * call with other states drop them, and with QCOW2_O_FORCE_SHARE a change of the image file.
  *
  * @param bs      the handle, read-only or not
  * @param from    the older state: the ID of a snapshot or, if none has this ID, its name (of
@@ -1243,6 +1415,17 @@ const char *qcow2_last_error(const struct Qcow2Image *bs);
  */
 int qcow2_last_outcome(const struct Qcow2Image *bs);
 
+/* ---- All functions in one table ------------------------------------------------------ */
+
+/**
+ * The table of all functions.
+ *
+ * @return  a static table, good as long as the library is loaded
+ */
+const struct Qcow2Api *qcow2_api(void);
+
+#endif /* QCOW2_SNAPSHOT_NO_PROTOTYPES */
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif /* __cplusplus */
@@ -1254,7 +1437,7 @@ typedef Qcow2Error Error;
 typedef Qcow2SnapshotInfo QEMUSnapshotInfo;
 #endif
 
-#ifdef QCOW2_SNAPSHOT_COMPAT_2_1
+#if defined(QCOW2_SNAPSHOT_COMPAT_2_1) && !defined(QCOW2_SNAPSHOT_NO_PROTOTYPES)
 /*
  * The opens of a program that uses the struct of 2014. Functions rather than macros with
  * arguments, so that a pointer to qcow2_open is right as well. C89 has no "inline".

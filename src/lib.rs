@@ -55,8 +55,8 @@
 //! ```
 //!
 //! Begin with `snapshot/create.rs`: a verb checks, replays QEMU's code path in memory
-//! (`image/replay.rs`, `image/refcount.rs`, `image/walk.rs`), and hands the result to
-//! `image/update.rs`, which writes it in the one order that a power cut cannot break.
+//! (`image/replay/`, `image/refcount/`), and hands the result to
+//! `image/plan/`, which writes it in the one order that a power cut cannot break.
 
 mod error;
 mod flags;
@@ -72,9 +72,7 @@ pub mod capi;
 
 pub use error::{Error, Result};
 pub use flags::OpenFlags;
-pub use image::{
-    BlockStatus, Changed, Image, ImageLayout, Outcome, PackedCluster, ProgressHook, Stage,
-};
-pub use read::{Change, Changes, Mapping};
+pub use image::{Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
+pub use read::{BlockStatus, Change, Changes, Mapping, PackedCluster};
 pub use snapshot::{NewSnapshot, Snapshot};
 pub use words::{os_words, printable, strerror};

@@ -34,9 +34,8 @@ use crate::read::Mapping;
 ///
 /// Any state can be asked for, whatever qcow2_snapshot_load_tmp() shows, and that stays as it
 /// is. The handle keeps up to 4 MiB of tables of the two states, and their L1 tables, so that a
-/// loop in order reads each once. A changing verb, qcow2_read_snapshots() and a call with other
-/// states drop them; until then, with QCOW2_O_FORCE_SHARE, they may be older than what a running
-/// guest has written.
+/// loop in order reads each once. A changing verb, qcow2_reload(), qcow2_read_snapshots() and a
+/// call with other states drop them, and with QCOW2_O_FORCE_SHARE a change of the image file.
 ///
 /// @param bs      the handle, read-only or not
 /// @param from    the older state: the ID of a snapshot or, if none has this ID, its name (of

@@ -21,18 +21,23 @@
 // The contract with the caller is in the C documentation of each function.
 #![allow(clippy::missing_safety_doc)]
 
+mod api;
+mod cancel;
 mod changes;
 mod error;
 mod guard;
+mod last;
 mod layout;
 mod open;
 mod progress;
 mod types;
 mod verbs;
 
+pub use api::*;
 pub use changes::*;
 pub use error::*;
 pub use guard::Qcow2Image;
+pub use last::*;
 pub use layout::*;
 pub use open::*;
 pub use progress::*;

@@ -11,11 +11,12 @@
 //! write of it lands whole or not at all.
 
 use super::compress::Compression;
+use super::extensions::{Extensions, Owner};
 use super::features;
 use super::geometry::{Geometry, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, TABLE_ENTRY};
+use super::{u32_at, u64_at};
 use crate::error::{Error, Result};
 use crate::words::printable;
-use byteorder::{BigEndian, ByteOrder};
 
 /// Bytes of the header that are read at once (QEMU's `sizeof(QCowHeader)`).
 pub const HEADER_BYTES: usize = 112;
@@ -34,17 +35,6 @@ pub const AT_SNAPSHOTS: u64 = 60;
 pub const AFTER_SNAPSHOTS: u64 = 72;
 /// Offset of the autoclear feature bits.
 pub const AT_AUTOCLEAR: u64 = 88;
-
-const EXT_END: u32 = 0;
-const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXT_FEATURE_TABLE: u32 = 0x6803_f857;
-const EXT_CRYPTO: u32 = 0x0537_be77;
-const EXT_BITMAPS: u32 = 0x2385_2875;
-const EXT_DATA_FILE: u32 = 0x4441_5441;
-
-const CRYPT_LUKS: u32 = 2;
-const MAX_BITMAPS: u32 = 65_535;
-const MAX_BITMAP_DIRECTORY: u64 = 1024 * MAX_BITMAPS as u64;
 
 /// A header whose fields QEMU would accept.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,33 +71,6 @@ pub struct Header {
     pub compression: Compression,
     /// Where the backing file's name stands, and its length; 0 for none.
     pub backing_name: (u64, u32),
-}
-
-/// What the header extensions say.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Extensions {
-    /// Format name of the backing file.
-    pub backing_format: Vec<u8>,
-    /// The bitmap directory (offset, bytes), where the extension is valid (autoclear bit 0).
-    pub bitmap_directory: Option<(u64, u64)>,
-    /// A bitmaps extension is there, valid or not.
-    pub has_bitmaps: bool,
-    /// Name of the external data file.
-    pub data_file: Vec<u8>,
-    /// Names of feature bits: (type, bit, name), for error messages.
-    pub feature_names: Vec<(u8, u8, Vec<u8>)>,
-}
-
-fn u32_at(b: &[u8], at: usize) -> u32 {
-    at.checked_add(4)
-        .and_then(|end| b.get(at..end))
-        .map_or(0, BigEndian::read_u32)
-}
-
-fn u64_at(b: &[u8], at: usize) -> u64 {
-    at.checked_add(8)
-        .and_then(|end| b.get(at..end))
-        .map_or(0, BigEndian::read_u64)
 }
 
 /// QEMU's check of a table's place and size (`qcow2_validate_table`).
@@ -275,6 +238,35 @@ impl Header {
         Ok(())
     }
 
+    /// Where the tables stand.
+    pub fn places(&self) -> Places {
+        Places {
+            l1_offset: self.l1_offset,
+            l1_size: self.l1_size,
+            reftable_offset: self.reftable_offset,
+            reftable_clusters: self.reftable_clusters,
+        }
+    }
+
+    /// What a reader is told.
+    pub fn meaning(&self) -> Meaning {
+        Meaning {
+            size: self.size,
+            nb_snapshots: self.nb_snapshots,
+            snapshots_offset: self.snapshots_offset,
+        }
+    }
+
+    /// The header as a publish leaves it.
+    pub fn switch(&mut self, places: Places, meaning: Meaning) {
+        (self.l1_offset, self.l1_size) = (places.l1_offset, places.l1_size);
+        self.reftable_offset = places.reftable_offset;
+        self.reftable_clusters = places.reftable_clusters;
+        self.size = meaning.size;
+        self.nb_snapshots = meaning.nb_snapshots;
+        self.snapshots_offset = meaning.snapshots_offset;
+    }
+
     /// The virtual disk size as QEMU uses it: whole 512-byte sectors.
     pub fn disk_size(&self) -> u64 {
         self.size & !511
@@ -294,7 +286,14 @@ impl Header {
     /// first cluster.
     pub fn extensions(&self, first_cluster: &[u8]) -> Result<Extensions> {
         let ext = Extensions::parse_area(first_cluster, self.header_length, self.extension_end())?;
-        ext.check(self, first_cluster)
+        let owner = Owner {
+            geometry: self.geometry,
+            crypt_method: self.crypt_method,
+            autoclear: self.autoclear,
+            data_file: self.has_data_file(),
+            area: (self.header_length, self.extension_end()),
+        };
+        ext.check(&owner, first_cluster)
     }
 
     /// The backing file's name, empty for none.
@@ -378,185 +377,57 @@ fn name_bits(bits: u64, names: &[(u8, u8, Vec<u8>)]) -> String {
     words.join(", ")
 }
 
-impl Extensions {
-    /// Walk the area between `header_length` and `end`. Only lengths are checked here.
-    fn parse_area(cluster: &[u8], header_length: u32, end: u64) -> Result<Extensions> {
-        let mut ext = Extensions::default();
-        let mut at = u64::from(header_length);
-        while at < end {
-            let magic = u32_at(cluster, at as usize);
-            let len = u64::from(u32_at(cluster, at.saturating_add(4) as usize));
-            at = at.saturating_add(8);
-            if at > end || len > end.saturating_sub(at) {
-                return Err(Error::Invalid("Header extension too large".into()));
-            }
-            let body = cluster
-                .get(at as usize..at.saturating_add(len) as usize)
-                .unwrap_or_default();
-            match magic {
-                EXT_END => break,
-                EXT_BACKING_FORMAT => {
-                    if len >= 16 {
-                        return Err(Error::Invalid(format!(
-                            "ERROR: ext_backing_format: len={len} too large (>=16)"
-                        )));
-                    }
-                    ext.backing_format = body.to_vec();
-                }
-                EXT_FEATURE_TABLE => {
-                    for entry in body.chunks_exact(48) {
-                        if let [kind, bit, name @ ..] = entry {
-                            let name = name.split(|b| *b == 0).next().unwrap_or_default();
-                            ext.feature_names.push((*kind, *bit, name.to_vec()));
-                        }
-                    }
-                }
-                EXT_CRYPTO if len != 16 => {
-                    return Err(Error::Invalid(format!(
-                        "CRYPTO header extension size {len}, but expected size 16"
-                    )));
-                }
-                EXT_BITMAPS => {
-                    if len != 24 {
-                        return Err(Error::Invalid(
-                            "bitmaps_ext: Invalid extension length".into(),
-                        ));
-                    }
-                    ext.has_bitmaps = true;
-                    ext.bitmap_directory = Some((u64_at(body, 16), u64_at(body, 8)));
-                }
-                EXT_DATA_FILE => ext.data_file = body.to_vec(),
-                _ => {}
-            }
-            // Each extension is padded to a multiple of 8 bytes.
-            at = at.saturating_add(len.saturating_add(7) & !7);
-        }
-        Ok(ext)
-    }
-
-    /// Checks that need the header's other fields.
-    fn check(mut self, header: &Header, cluster: &[u8]) -> Result<Extensions> {
-        let g = header.geometry;
-        let mut luks = false;
-        for_each_extension(
-            cluster,
-            header.header_length,
-            header.extension_end(),
-            |magic, body| {
-                match magic {
-                    EXT_CRYPTO => {
-                        if header.crypt_method != CRYPT_LUKS {
-                            return Err(Error::Invalid(
-                                "CRYPTO header extension only expected with LUKS encryption method"
-                                    .into(),
-                            ));
-                        }
-                        let offset = u64_at(body, 0);
-                        if g.in_cluster(offset) != 0 {
-                            return Err(Error::Invalid(format!(
-                            "Encryption header offset '{offset}' is not a multiple of cluster size '{}'",
-                            g.cluster_size()
-                        )));
-                        }
-                        luks = true;
-                    }
-                    EXT_BITMAPS if header.autoclear & features::BITMAPS != 0 => {
-                        check_bitmaps(g, body)?
-                    }
-                    _ => {}
-                }
-                Ok(())
-            },
-        )?;
-        if header.autoclear & features::BITMAPS == 0 {
-            self.bitmap_directory = None;
-        }
-        if header.crypt_method > CRYPT_LUKS || (header.crypt_method == CRYPT_LUKS && !luks) {
-            return Err(Error::Invalid(format!(
-                "Missing CRYPTO header for crypt method {}",
-                header.crypt_method
-            )));
-        }
-        if header.autoclear & features::DATA_FILE_RAW != 0 && !header.has_data_file() {
-            return Err(Error::Invalid("data-file-raw requires a data file".into()));
-        }
-        Ok(self)
-    }
+/// Where the tables stand that the header names. One that moves with its contents changes nothing
+/// that a reader sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// Offset of the active L1 table.
+    pub l1_offset: u64,
+    /// Entries of the active L1 table.
+    pub l1_size: u32,
+    /// Offset of the refcount table.
+    pub reftable_offset: u64,
+    /// Clusters of the refcount table.
+    pub reftable_clusters: u32,
 }
 
-fn check_bitmaps(g: Geometry, body: &[u8]) -> Result<()> {
-    let nb = u32_at(body, 0);
-    let problem = if u32_at(body, 4) != 0 {
-        "bitmaps_ext: Reserved field is not zero".to_owned()
-    } else if nb > MAX_BITMAPS {
-        format!("bitmaps_ext: Image has {nb} bitmaps, exceeding the QEMU supported maximum of {MAX_BITMAPS}")
-    } else if nb == 0 {
-        "found bitmaps extension with zero bitmaps".to_owned()
-    } else if g.in_cluster(u64_at(body, 16)) != 0 {
-        "bitmaps_ext: invalid bitmap directory offset".to_owned()
-    } else if u64_at(body, 8) > MAX_BITMAP_DIRECTORY {
-        format!(
-            "bitmaps_ext: bitmap directory size ({}) exceeds the maximum supported size",
-            u64_at(body, 8)
-        )
-    } else {
-        return Ok(());
-    };
-    Err(Error::Invalid(problem))
+/// What the header tells a reader: how large the disk is, and which snapshots there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Meaning {
+    /// Virtual disk size in bytes.
+    pub size: u64,
+    /// Snapshots in the table.
+    pub nb_snapshots: u32,
+    /// Offset of the snapshot table.
+    pub snapshots_offset: u64,
 }
 
-fn for_each_extension(
-    cluster: &[u8],
-    header_length: u32,
-    end: u64,
-    mut f: impl FnMut(u32, &[u8]) -> Result<()>,
-) -> Result<()> {
-    let mut at = u64::from(header_length);
-    while at < end {
-        let magic = u32_at(cluster, at as usize);
-        let len = u64::from(u32_at(cluster, at.saturating_add(4) as usize));
-        at = at.saturating_add(8);
-        if magic == EXT_END || at > end || len > end.saturating_sub(at) {
-            break;
-        }
-        f(
-            magic,
-            cluster
-                .get(at as usize..at.saturating_add(len) as usize)
-                .unwrap_or_default(),
-        )?;
-        at = at.saturating_add(len.saturating_add(7) & !7);
-    }
-    Ok(())
-}
+/// Bytes from [`AT_SIZE`] on that a publish can switch.
+pub const SWITCHED: usize = 48;
 
-/// Bytes 36 to 47: entries and offset of the L1 table.
-pub fn encode_l1(l1_size: u32, l1_offset: u64) -> [u8; 12] {
-    let mut b = [0; 12];
-    let (size, offset) = b.split_at_mut(4);
-    BigEndian::write_u32(size, l1_size);
-    BigEndian::write_u64(offset, l1_offset);
+/// Bytes 24 to 71: all that a publish can switch, and the encryption method among it.
+pub fn encode_switched(places: Places, meaning: Meaning, crypt_method: u32) -> [u8; SWITCHED] {
+    let mut b = [0; SWITCHED];
+    let words: [&[u8]; 8] = [
+        &meaning.size.to_be_bytes(),
+        &crypt_method.to_be_bytes(),
+        &places.l1_size.to_be_bytes(),
+        &places.l1_offset.to_be_bytes(),
+        &places.reftable_offset.to_be_bytes(),
+        &places.reftable_clusters.to_be_bytes(),
+        &meaning.nb_snapshots.to_be_bytes(),
+        &meaning.snapshots_offset.to_be_bytes(),
+    ];
+    let bytes = words.into_iter().flatten();
+    b.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
     b
-}
-
-/// Bytes 48 to 59: offset and clusters of the refcount table.
-pub fn encode_reftable(offset: u64, clusters: u32) -> [u8; 12] {
-    let mut b = [0; 12];
-    let (o, c) = b.split_at_mut(8);
-    BigEndian::write_u64(o, offset);
-    BigEndian::write_u32(c, clusters);
-    b
-}
-
-/// Bytes 60 to 71: number of snapshots and offset of their table.
-pub fn encode_snapshots(nb: u32, offset: u64) -> [u8; 12] {
-    encode_l1(nb, offset)
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
     use super::*;
+    use byteorder::{BigEndian, ByteOrder};
 
     fn v3() -> Vec<u8> {
         let mut b = vec![0u8; 65536];
@@ -578,6 +449,22 @@ mod tests {
         let h = Header::parse(&v3(), true).unwrap();
         assert_eq!((h.size, h.l1_size, h.reftable_clusters), (1 << 20, 1, 1));
         assert!(!h.extensions(&v3()).unwrap().has_bitmaps);
+    }
+
+    #[test]
+    fn what_a_publish_writes_is_what_a_header_says() {
+        let h = Header::parse(&v3(), true).unwrap();
+        let bytes = encode_switched(h.places(), h.meaning(), h.crypt_method);
+        assert_eq!(bytes, v3()[24..72]);
+        let (mut places, mut meaning) = (h.places(), h.meaning());
+        (places.l1_offset, places.l1_size, places.reftable_clusters) = (0x50000, 7, 2);
+        (meaning.size, meaning.nb_snapshots, meaning.snapshots_offset) = (2 << 20, 1, 0x60000);
+        let mut b = v3();
+        b[24..72].copy_from_slice(&encode_switched(places, meaning, 0));
+        let again = Header::parse(&b, true).unwrap();
+        let mut switched = h;
+        switched.switch(places, meaning);
+        assert_eq!(again, switched);
     }
 
     #[test]
@@ -614,7 +501,7 @@ mod tests {
     fn unknown_features_are_named() {
         let mut b = v3();
         BigEndian::write_u64(&mut b[72..], (1 << 7) | (1 << 9));
-        BigEndian::write_u32(&mut b[112..], EXT_FEATURE_TABLE);
+        BigEndian::write_u32(&mut b[112..], 0x6803_f857);
         BigEndian::write_u32(&mut b[116..], 48);
         b[121] = 7;
         b[122..127].copy_from_slice(b"bells");

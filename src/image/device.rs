@@ -5,10 +5,12 @@ use crate::image::progress::Progress;
 use crate::image::room;
 use crate::io::{Run, Stamp, Storage, MAX_REQUEST};
 
-/// A [`Storage`] whose length is known and whose errors carry context.
+/// A [`Storage`] whose length is known and whose errors carry context. What changes it stands in
+/// `plan::execute`.
 pub(crate) struct Device {
-    storage: Box<dyn Storage>,
-    length: u64,
+    pub(in crate::image) storage: Box<dyn Storage>,
+    pub(in crate::image) length: u64,
+    fixed_length: bool,
     /// A change has been asked for since this was last set to false.
     pub(crate) changed: bool,
     /// It is here because whatever takes time has the device at hand.
@@ -18,6 +20,7 @@ pub(crate) struct Device {
 impl Device {
     pub(crate) fn new(storage: Box<dyn Storage>) -> Result<Device> {
         let mut dev = Device {
+            fixed_length: storage.fixed_length(),
             storage,
             length: 0,
             changed: false,
@@ -40,6 +43,25 @@ impl Device {
     /// Length of the file in bytes.
     pub(crate) fn length(&self) -> u64 {
         self.length
+    }
+
+    /// Does the length stay as it is?
+    pub(crate) fn fixed_length(&self) -> bool {
+        self.fixed_length
+    }
+
+    /// Is there room for all that will be written up to `end`?
+    pub(crate) fn check_room(&mut self, end: u64) -> Result<()> {
+        if !self.fixed_length || end <= self.length || end <= self.length_now()? {
+            return Ok(());
+        }
+        Err(Error::Os {
+            context: format!(
+                "The image would have to grow to {end} bytes, but its block device ends at {}",
+                self.length
+            ),
+            source: std::io::Error::from_raw_os_error(libc::ENOSPC),
+        })
     }
 
     /// Is there nothing at `offset` and behind it?
@@ -99,55 +121,6 @@ impl Device {
         Ok(buf)
     }
 
-    /// Write `data` at `offset`. `label` says which structure it is.
-    pub(crate) fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
-        let mut at = offset;
-        self.changed = true;
-        for part in data.chunks(MAX_REQUEST) {
-            self.storage
-                .write(label, at, part)
-                .map_err(|source| Error::Io {
-                    op: label,
-                    offset: at,
-                    source,
-                })?;
-            at = at.saturating_add(part.len() as u64);
-            self.length = self.length.max(at);
-        }
-        Ok(())
-    }
-
-    /// Set the file's length.
-    pub(crate) fn truncate(&mut self, length: u64) -> Result<()> {
-        self.changed = true;
-        self.storage.truncate(length).map_err(|source| Error::Io {
-            op: "Could not resize the image file",
-            offset: length,
-            source,
-        })?;
-        self.length = length;
-        Ok(())
-    }
-
-    /// Punch a hole; failures cost space only and are ignored, as QEMU does.
-    pub(crate) fn discard(&mut self, offset: u64, bytes: u64) {
-        let end = offset.saturating_add(bytes).min(self.length);
-        if offset < end {
-            self.changed = true;
-            let _ = self.storage.discard(offset, end - offset);
-        }
-    }
-
-    /// Wait until everything before is stable.
-    pub(crate) fn barrier(&mut self) -> Result<()> {
-        self.changed = true;
-        self.storage.barrier().map_err(|source| Error::Io {
-            op: "Could not flush the image file",
-            offset: 0,
-            source,
-        })
-    }
-
     /// These bytes will be read soon.
     pub(crate) fn will_read(&mut self, offset: u64, bytes: u64) {
         if offset < self.length {
@@ -158,25 +131,6 @@ impl Device {
     /// Is there data or a hole at `offset`? Where the storage cannot tell: data.
     pub(crate) fn run(&mut self, offset: u64) -> Run {
         self.storage.run(offset).unwrap_or(Run::Data(u64::MAX))
-    }
-
-    /// Where a hole is in this range, write what it reads as: a later write here needs no space.
-    pub(crate) fn fill_holes(&mut self, offset: u64, bytes: u64) -> Result<()> {
-        let end = offset.saturating_add(bytes);
-        let mut at = offset;
-        while at < end {
-            let (hole, n) = match self.run(at) {
-                Run::Data(n) => (false, n),
-                Run::Hole(n) => (true, n.unwrap_or(u64::MAX)),
-            };
-            let n = n.clamp(1, end - at);
-            if hole {
-                let there = self.read_vec("Could not read a hole", at, n)?;
-                self.write("hole", at, &there)?;
-            }
-            at += n;
-        }
-        Ok(())
     }
 
     /// Bytes that the file takes, holes left out, where the storage can tell.

@@ -4,40 +4,32 @@
 
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
+use crate::format::extensions::Extensions;
 use crate::format::features;
 use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
-use crate::format::header::{Extensions, Header, HEADER_BYTES};
+use crate::format::header::{Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::{Stamp, Storage};
-use crate::read::changes::Pair;
 use crate::snapshot::Snapshot;
 use device::Device;
-use overlap::{Kind, Overlap};
+use plan::Plan;
 use progress::Progress;
+use reading::{Behind, Caches, Place};
+use replay::overlap::{Overlap, Protected};
 use replay::Replay;
-use update::{Plan, Update};
 
-mod chain;
-mod counts;
-mod damage;
 pub(crate) mod device;
 mod layout;
-pub(crate) mod mapping;
-pub(crate) mod overlap;
-mod packed;
+pub(crate) mod plan;
 pub(crate) mod progress;
+pub(crate) mod reading;
 pub(crate) mod refcount;
 pub(crate) mod replay;
-pub(crate) mod resize;
 pub(crate) mod room;
-mod status;
-pub(crate) mod update;
-pub(crate) mod walk;
+mod tables;
 
 pub use layout::{Changed, ImageLayout};
-pub use packed::PackedCluster;
 pub use progress::{ProgressHook, Stage};
-pub use status::BlockStatus;
 
 /// What the last changing verb did to the image (`qcow2_last_outcome()`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +55,14 @@ enum Standing {
     Spent,
 }
 
+/// What the last changing verb has left behind in the handle.
+struct Last {
+    standing: Standing,
+    outcome: Outcome,
+    changed: Changed,
+    remark: Option<String>,
+}
+
 /// What `load_tmp` put in front of the active disk.
 pub(crate) struct View {
     pub(crate) l1: Vec<u64>,
@@ -86,11 +86,10 @@ pub(crate) struct SnapshotList {
 
 /// One open image.
 ///
-/// The order of the first members is that of dropping them: what was opened through a caller's
+/// The order of the first two members is that of dropping them: what was opened through a caller's
 /// functions is closed before these are.
 pub struct Image {
-    chain: Option<chain::Chain>,
-    data_file: Option<Device>,
+    pub(crate) behind: Behind,
     pub(crate) dev: Device,
     pub(crate) flags: OpenFlags,
     pub(crate) header: Header,
@@ -100,28 +99,19 @@ pub struct Image {
     pub(crate) reftable: Vec<u64>,
     pub(crate) snapshots: SnapshotList,
     pub(crate) view: Option<View>,
-    l2_cache: mapping::L2Cache,
-    unpacked: Option<mapping::Unpacked>,
-    /// The two states last compared.
-    pub(crate) compared: Option<Box<Pair>>,
-    /// Where the image is, for names in it that are relative; unknown behind callbacks.
-    place: Option<chain::Place>,
-    /// Names of the files of the chain that C callers were given.
-    host_names: Vec<std::ffi::CString>,
+    pub(crate) caches: Caches,
     /// What the file's stamp was when header and tables were read, if a later change shows in it.
     seen: Option<Stamp>,
-    /// Were clusters allocated ahead? Found out on first use.
-    preallocated: Option<bool>,
-    standing: Standing,
-    outcome: Outcome,
-    changed: Changed,
-    remark: Option<String>,
+    last: Last,
     /// Bytes that refcounts may take in memory.
     refcount_memory: u64,
+    /// The steps of the last verb, as text.
+    #[cfg(test)]
+    steps: String,
 }
 
 /// What an image says of itself, as it is on the disk.
-struct Tables {
+struct Loaded {
     header: Header,
     extensions: Extensions,
     backing_file: Vec<u8>,
@@ -129,8 +119,8 @@ struct Tables {
     reftable: Vec<u64>,
 }
 
-impl Tables {
-    fn read(dev: &mut Device, flags: OpenFlags) -> Result<Tables> {
+impl Loaded {
+    fn read(dev: &mut Device, flags: OpenFlags) -> Result<Loaded> {
         let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
         // The extensions may fill the first cluster, whose size the header says.
         let bits = first.get(20..24).map_or(0, byteorder::BigEndian::read_u32);
@@ -150,7 +140,7 @@ impl Tables {
             header.reftable_offset,
             u64::from(header.reftable_clusters) << header.geometry.cluster_bits,
         )?;
-        Ok(Tables {
+        Ok(Loaded {
             reftable: device::words(&reftable)?,
             extensions: header.extensions(&first)?,
             backing_file: room::copy_of(header.backing_file(&first)?)?,
@@ -169,10 +159,10 @@ impl Image {
     /// of [`Image::open_storage`].
     #[allow(clippy::disallowed_methods)] // one box
     pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> {
-        let place = chain::Place::new(path.to_owned());
+        let place = Place::new(path.to_owned());
         let storage = FileStorage::open_path(path, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
-        image.place = Some(place);
+        image.behind.place = Some(place);
         Ok(image)
     }
 
@@ -185,10 +175,10 @@ impl Image {
         let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
         // Names in the image are relative to the folder that the file is in, if it still has one.
-        image.place = std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
+        image.behind.place = std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
             .ok()
             .filter(|p| p.is_absolute())
-            .map(chain::Place::new);
+            .map(Place::new);
         Ok(image)
     }
 
@@ -221,12 +211,11 @@ impl Image {
         Image::on_device(Device::new(storage)?, flags)
     }
 
-    fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
+    pub(crate) fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
         let seen = dev.stamp().filter(Stamp::is_settled);
-        let tables = Tables::read(&mut dev, flags)?;
+        let tables = Loaded::read(&mut dev, flags)?;
         let mut image = Image {
-            chain: None,
-            data_file: None,
+            behind: Behind::default(),
             dev,
             flags,
             header: tables.header,
@@ -236,18 +225,17 @@ impl Image {
             reftable: tables.reftable,
             snapshots: SnapshotList::default(),
             view: None,
-            l2_cache: mapping::L2Cache::default(),
-            unpacked: None,
-            place: None,
-            compared: None,
-            host_names: Vec::new(),
+            caches: Caches::default(),
             seen,
-            preallocated: None,
-            standing: Standing::Good,
-            outcome: Outcome::None,
-            changed: Changed::default(),
-            remark: None,
-            refcount_memory: counts::MOST,
+            last: Last {
+                standing: Standing::Good,
+                outcome: Outcome::None,
+                changed: Changed::default(),
+                remark: None,
+            },
+            refcount_memory: refcount::packed::MOST,
+            #[cfg(test)]
+            steps: String::new(),
         };
         image.load_snapshots()?;
         image.refuse_dirty()?;
@@ -259,14 +247,14 @@ impl Image {
         // Until all is read nothing is known.
         self.seen = None;
         let stamp = self.dev.stamp();
-        let tables = Tables::read(&mut self.dev, self.flags)?;
+        let tables = Loaded::read(&mut self.dev, self.flags)?;
         self.header = tables.header;
         self.extensions = tables.extensions;
         self.backing_file = tables.backing_file;
         self.l1 = tables.l1;
         self.reftable = tables.reftable;
         self.forget_reads();
-        (self.view, self.chain, self.data_file) = (None, None, None);
+        (self.view, self.behind.chain, self.behind.data_file) = (None, None, None);
         self.load_snapshots()?;
         self.seen = stamp.filter(Stamp::is_settled);
         self.refuse_dirty()
@@ -287,8 +275,8 @@ impl Image {
     /// # Errors
     /// Those of closing or unlocking the file only; the handle is gone in any case.
     pub fn close(mut self) -> Result<()> {
-        self.chain = None;
-        self.data_file = None;
+        self.behind.chain = None;
+        self.behind.data_file = None;
         self.dev.close()
     }
 
@@ -301,16 +289,16 @@ impl Image {
 
     /// What the last changing verb did.
     pub fn last_outcome(&self) -> Outcome {
-        self.outcome
+        self.last.outcome
     }
 
     /// A remark on the last verb that succeeded.
     pub fn remark(&self) -> Option<&str> {
-        self.remark.as_deref()
+        self.last.remark.as_deref()
     }
 
     pub(crate) fn set_remark(&mut self, text: &str) {
-        self.remark = Some(text.into());
+        self.last.remark = Some(text.into());
     }
 
     /// Tell `hook` how far a changing verb is, and let it cancel the verb; `None` takes it away.
@@ -320,10 +308,10 @@ impl Image {
 
     /// Make the handle refuse everything but close, after a panic in the middle of a call.
     pub fn poison(&mut self) {
-        if self.outcome != Outcome::None {
-            self.outcome = Outcome::Unknown;
+        if self.last.outcome != Outcome::None {
+            self.last.outcome = Outcome::Unknown;
         }
-        self.standing = Standing::Spent;
+        self.last.standing = Standing::Spent;
     }
 
     /// The flags given at open.
@@ -337,7 +325,7 @@ impl Image {
 
     /// May the handle still be used to read?
     pub(crate) fn usable(&self) -> Result<()> {
-        if self.standing == Standing::Spent {
+        if self.last.standing == Standing::Spent {
             return Err(Error::Spent(
                 "An earlier failure left the state of the image unknown; close the handle and open it again".into(),
             ));
@@ -364,8 +352,8 @@ impl Image {
             return Ok(());
         }
         let mut changed = self.has_changed();
-        for layer in self.chain.iter_mut().flat_map(|c| c.iter_mut()) {
-            if let chain::Layer::Qcow2(image) = layer {
+        for layer in self.behind.chain.iter_mut().flat_map(|c| c.iter_mut()) {
+            if let reading::Layer::Qcow2(image) = layer {
                 changed |= image.has_changed();
             }
         }
@@ -403,12 +391,12 @@ impl Image {
     /// Begin a changing verb: may this handle change the image at all?
     pub(crate) fn begin_change(&mut self) -> Result<()> {
         self.usable()?;
-        self.remark = None;
-        (self.outcome, self.changed) = (Outcome::Unchanged, Changed::default());
+        self.last.remark = None;
+        (self.last.outcome, self.last.changed) = (Outcome::Unchanged, Changed::default());
         if !self.flags.has(OpenFlags::RDWR) {
             return Err(Error::Access("The image is opened read-only".into()));
         }
-        if self.standing == Standing::NoChanges {
+        if self.last.standing == Standing::NoChanges {
             return Err(Error::Spent(
                 "An earlier write failed; the image can be read but not changed until it is opened again".into(),
             ));
@@ -437,25 +425,29 @@ impl Image {
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
         overlap.protect(
-            Kind::ActiveL1,
+            Protected::ActiveL1,
             h.l1_offset,
             u64::from(h.l1_size) * TABLE_ENTRY,
         )?;
         overlap.protect(
-            Kind::Reftable,
+            Protected::Reftable,
             h.reftable_offset,
             u64::from(h.reftable_clusters) << h.geometry.cluster_bits,
         )?;
-        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size)?;
+        overlap.protect(
+            Protected::SnapshotTable,
+            h.snapshots_offset,
+            self.snapshots.size,
+        )?;
         for s in &self.snapshots.entries {
             overlap.protect(
-                Kind::InactiveL1,
+                Protected::InactiveL1,
                 s.l1_table_offset,
                 u64::from(s.l1_size) * TABLE_ENTRY,
             )?;
         }
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
-            overlap.protect(Kind::BitmapDirectory, offset, bytes)?;
+            overlap.protect(Protected::BitmapDirectory, offset, bytes)?;
         }
         Ok(Replay::new(
             h,
@@ -472,68 +464,61 @@ impl Image {
     pub(crate) fn commit(
         &mut self,
         mut replay: Replay,
-        plan: &Plan,
+        plan: Plan,
         list: Vec<Snapshot>,
         table_size: u64,
     ) -> Result<()> {
-        self.check_damage(&mut replay, plan, &list, table_size)?;
+        self.check_damage(&mut replay, &plan, &list, table_size)?;
         replay.refs.check_overwrites()?;
+        self.dev.check_room(replay.final_length())?;
         let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
         self.dev.changed = false;
-        let mut update = Update {
-            dev: &mut self.dev,
-            outcome: Outcome::Unchanged,
-        };
-        let result = update.commit(&mut replay, plan, autoclear);
-        let (outcome, started) = (update.outcome, self.dev.changed);
-        self.outcome = outcome;
+        let (outcome, result) = plan.carry_out(&mut self.dev, &self.header, autoclear, &mut replay);
+        self.last.outcome = outcome;
         self.forget_reads();
         if result.is_err() {
-            self.standing = match (outcome, started) {
+            self.last.standing = match (outcome, self.dev.changed) {
                 (Outcome::Unknown, _) => Standing::Spent,
                 (_, true) => Standing::NoChanges,
-                _ => self.standing,
+                _ => self.last.standing,
             };
         } else {
             // A verb that had to begin anew is done after all.
-            self.standing = Standing::Good;
+            self.last.standing = Standing::Good;
         }
         if outcome == Outcome::Done {
-            let (h, table) = (&mut self.header, replay.refs.table());
-            self.changed = Changed {
-                size: h.size != replay.header.size,
-                l1: h.l1_offset != replay.header.l1_offset || self.l1 != replay.l1,
-                reftable: h.reftable_offset != table.offset || self.reftable != table.entries,
-                snapshots: h.snapshots_offset != replay.header.snapshots_offset,
+            let (was, places, meaning) = (&self.header, replay.places(), replay.meaning);
+            let table = replay.refs.take_table();
+            self.last.changed = Changed {
+                size: meaning.size != was.size,
+                l1: places.l1_offset != was.l1_offset || self.l1 != replay.l1,
+                reftable: places.reftable_offset != was.reftable_offset || self.reftable != table,
+                snapshots: meaning.snapshots_offset != was.snapshots_offset,
             };
-            h.size = replay.header.size;
-            h.l1_size = replay.header.l1_size;
-            h.l1_offset = replay.header.l1_offset;
-            h.nb_snapshots = replay.header.nb_snapshots;
-            h.snapshots_offset = replay.header.snapshots_offset;
-            h.reftable_offset = table.offset;
-            h.reftable_clusters = table.clusters as u32;
+            self.header.switch(places, meaning);
             if let Some(bits) = autoclear {
-                h.autoclear = bits;
+                self.header.autoclear = bits;
             }
-            self.reftable = replay.refs.take_entries();
+            self.reftable = table;
             self.l1 = replay.l1;
-            self.snapshots = crate::image::SnapshotList {
+            self.snapshots = SnapshotList {
                 entries: list,
                 size: table_size,
                 loaded: true,
                 texts: Default::default(),
             };
         }
-        result
+        #[cfg(test)]
+        if let Ok(steps) = &result {
+            self.steps = plan::text(steps);
+        }
+        result.map(drop)
     }
 
     /// Drop what was cached of the disk seen so far.
     pub(crate) fn forget_reads(&mut self) {
-        (self.l2_cache, self.unpacked) = (mapping::L2Cache::default(), None);
-        self.preallocated = None;
-        self.compared = None;
+        self.caches = Caches::default();
     }
 
     /// Does the image have valid persistent bitmaps?

@@ -92,6 +92,15 @@ impl<V> Known<V> {
         Ok(())
     }
 
+    /// What is known of `key`, to be changed.
+    pub(crate) fn or_default(&mut self, key: u64) -> Result<&mut V>
+    where
+        V: Default,
+    {
+        self.make_room()?;
+        Ok(self.0.entry(key).or_default())
+    }
+
     fn make_room(&mut self) -> Result<()> {
         let bytes = (self.0.len() as u64).saturating_mul(size_of::<(u64, V)>() as u64);
         self.0

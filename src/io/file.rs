@@ -1,4 +1,6 @@
-//! An image in a regular file.
+//! An image in a regular file or on a block device.
+//!
+//! Nearly half of this long file is its tests.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -27,7 +29,7 @@ pub struct FileOptions {
     pub lock: LockMode,
 }
 
-/// A regular file as an image's storage.
+/// A regular file or a block device as an image's storage.
 ///
 /// The image locks are the open file's own. Classic POSIX record locks (`F_SETLK`) are not:
 /// those that this process holds on the same file go away whenever any descriptor for it is
@@ -38,6 +40,8 @@ pub struct FileStorage {
     file: Option<File>,
     lock: ImageLock,
     write: bool,
+    /// A block device: its length is its own.
+    device: bool,
     punch: bool,
     /// The position of the open file is nobody else's: asking for holes may move it.
     own_position: bool,
@@ -48,9 +52,9 @@ impl FileStorage {
     /// Open a plain path.
     ///
     /// # Errors
-    /// `Os` with the system's errno when it cannot be opened, `Unsupported` for a block device,
-    /// `Invalid` for anything else that is not a regular file, `InUse` when the locks of
-    /// somebody else forbid it.
+    /// `Os` with the system's errno when it cannot be opened, or when a block device is
+    /// write-protected (`EACCES`), `Invalid` for what is neither a regular file nor a block device,
+    /// `InUse` when the locks of somebody else forbid it.
     pub fn open_path(path: &Path, options: &FileOptions) -> Result<FileStorage> {
         FileStorage::open_path_as(path, path, options)
     }
@@ -64,7 +68,7 @@ impl FileStorage {
         let context = format!("Could not open '{name}'");
         let file = open(path, options.write).map_err(|e| os_error(&context, e))?;
         let kind = lock::file_kind(file.as_raw_fd()).map_err(|e| os_error(&context, e))?;
-        require_regular(kind, &name).map_err(|e| e.context(&context))?;
+        require_image_file(kind, &name).map_err(|e| e.context(&context))?;
         FileStorage::start(file, options, &name).map_err(|e| e.context(&context))
     }
 
@@ -86,7 +90,7 @@ impl FileStorage {
         let flags = lock::file_flags(fd).map_err(|e| os_error(&context, e))?;
         check_flags(flags, options.write).map_err(|e| e.context(&context))?;
         let kind = lock::file_kind(fd).map_err(|e| os_error(&context, e))?;
-        require_regular(kind, &name).map_err(|e| e.context(&context))?;
+        require_image_file(kind, &name).map_err(|e| e.context(&context))?;
         let reopened = reopen(fd, kind, options.write).map_err(|e| os_error(&context, e))?;
         let own_position = reopened.is_some();
         let file = match reopened {
@@ -100,11 +104,18 @@ impl FileStorage {
     }
 
     fn start(file: File, options: &FileOptions, name: &str) -> Result<FileStorage> {
+        let failed = |e| os_error("Could not look at the device", e);
+        let kind = lock::file_kind(file.as_raw_fd()).map_err(failed)?;
+        let device = kind.format == libc::S_IFBLK;
+        if device && options.write && lock::device_is_read_only(file.as_fd()).map_err(failed)? {
+            return Err(os_error("The device is not writable", raw(libc::EACCES)));
+        }
         let lock = ImageLock::take(file.as_fd(), options.lock, name)?;
         Ok(FileStorage {
             file: Some(file),
             lock,
             write: options.write,
+            device,
             punch: !options.no_discard,
             own_position: true,
             flush: FlushState::new(options.no_flush),
@@ -128,7 +139,14 @@ impl FileStorage {
 
 impl Storage for FileStorage {
     fn length(&mut self) -> io::Result<u64> {
-        Ok(self.file()?.metadata()?.len())
+        match self.device {
+            true => lock::device_length(self.file()?.as_fd()),
+            false => Ok(self.file()?.metadata()?.len()),
+        }
+    }
+
+    fn fixed_length(&self) -> bool {
+        self.device
     }
 
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -185,6 +203,12 @@ impl Storage for FileStorage {
         if i64::try_from(length).is_err() {
             return Err(raw(libc::EFBIG));
         }
+        if self.device {
+            return match length <= self.length()? {
+                true => Ok(()),
+                false => Err(raw(libc::ENOSPC)),
+            };
+        }
         self.flush.changed();
         let file = self.file()?;
         lock::without_sigxfsz(|| file.set_len(length))
@@ -196,7 +220,11 @@ impl Storage for FileStorage {
             return Ok(());
         }
         self.flush.changed();
-        match lock::punch_hole(self.file()?.as_fd(), offset, bytes) {
+        let discard = match self.device {
+            true => lock::discard_on_device,
+            false => lock::punch_hole,
+        };
+        match discard(self.file()?.as_fd(), offset, bytes) {
             Err(e) if discard_unsupported(&e) => {
                 self.punch = false;
                 Ok(())
@@ -218,7 +246,8 @@ impl Storage for FileStorage {
 
     /// QEMU's `find_allocation`; as there, a failure means that nothing is known.
     fn run(&mut self, offset: u64) -> Option<Run> {
-        if !self.own_position {
+        // Devices know no holes.
+        if !self.own_position || self.device {
             return None;
         }
         let fd = self.file().ok()?.as_fd();
@@ -235,7 +264,7 @@ impl Storage for FileStorage {
     fn allocated(&mut self) -> Option<u64> {
         use std::os::unix::fs::MetadataExt;
         let blocks = self.file().ok()?.metadata().ok()?.blocks();
-        Some(blocks.saturating_mul(512))
+        (!self.device).then_some(blocks.saturating_mul(512))
     }
 
     fn host_file(&self) -> Option<File> {
@@ -250,7 +279,8 @@ impl Storage for FileStorage {
     fn stamp(&mut self) -> Option<Stamp> {
         use std::os::unix::fs::MetadataExt;
         let m = self.file().ok()?.metadata().ok()?;
-        Some(Stamp {
+        // What is written to a device leaves no trace at its node.
+        (!self.device).then_some(Stamp {
             length: m.len(),
             seconds: m.ctime(),
             nanoseconds: m.ctime_nsec(),
@@ -293,13 +323,10 @@ fn os_error(context: &str, source: io::Error) -> Error {
     }
 }
 
-/// QEMU's `file` driver takes regular files only.
-fn require_regular(kind: FileKind, name: &str) -> Result<()> {
+/// QEMU's `file` driver takes regular files only, and `host_device` block devices.
+fn require_image_file(kind: FileKind, name: &str) -> Result<()> {
     match kind.format {
-        libc::S_IFREG => Ok(()),
-        libc::S_IFBLK => Err(Error::Unsupported(format!(
-            "'{name}' is a block device: block devices are not supported yet"
-        ))),
+        libc::S_IFREG | libc::S_IFBLK => Ok(()),
         _ => Err(Error::Invalid(format!(
             "'file' driver requires '{name}' to be a regular file"
         ))),
@@ -333,7 +360,7 @@ fn check_flags(flags: i32, write: bool) -> Result<()> {
 fn open(path: &Path, write: bool) -> io::Result<File> {
     let mut options = File::options();
     // O_NONBLOCK: opening a FIFO must not wait for its other end; it means nothing for a
-    // regular file. O_NOCTTY: opening a terminal must not make it the controlling one.
+    // regular file, and for a block device only that a drive may be empty. O_NOCTTY: opening a terminal must not make it the controlling one.
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     options.read(true).write(write).custom_flags(flags);
     lock::open(&options, path)
@@ -552,20 +579,6 @@ mod tests {
             errno(FileStorage::open_fd(socket.as_raw_fd(), &RW)),
             libc::EINVAL
         );
-    }
-
-    #[test]
-    fn a_block_device_is_not_supported_yet() {
-        let kind = FileKind {
-            format: libc::S_IFBLK,
-            device: 0,
-            inode: 0,
-        };
-        let e = require_regular(kind, "/dev/sda").unwrap_err();
-        assert_eq!(e.errno(), libc::ENOTSUP);
-        assert!(e
-            .to_string()
-            .contains("block devices are not supported yet"));
     }
 
     #[test]

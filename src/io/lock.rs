@@ -1,6 +1,8 @@
 //! QEMU's image locks, and the few system calls that the standard library does not wrap or not as
 //! a library needs them.
 //!
+//! A quarter of this long file is its tests; the rest must be the one place of system calls.
+//!
 //! QEMU lets programs agree about an image with open-file-description locks on single bytes
 //! (`block/file-posix.c`, `raw_apply_lock_bytes()` and `raw_check_lock_bytes()`):
 //!
@@ -259,7 +261,8 @@ pub(super) struct FileKind {
     pub(super) inode: u64,
 }
 
-/// `fstat` of a descriptor that we do not own; the number may be anything.
+/// `fstat` of a descriptor that we do not own; the number may be anything. A block device is known by
+/// its number, whatever node in whatever file system names it: inode 0 is no file's.
 pub(super) fn file_kind(fd: RawFd) -> io::Result<FileKind> {
     // SAFETY: `stat` consists of integers only, for which all zeros is a value.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
@@ -268,11 +271,46 @@ pub(super) fn file_kind(fd: RawFd) -> io::Result<FileKind> {
     retry(|| unsafe { libc::fstat(fd, &mut stat) })?;
     // The widths of these fields differ from one architecture to another.
     #[allow(clippy::unnecessary_cast)]
-    Ok(FileKind {
-        format: (stat.st_mode & libc::S_IFMT) as u32,
-        device: stat.st_dev as u64,
-        inode: stat.st_ino as u64,
+    Ok(match (stat.st_mode & libc::S_IFMT) as u32 {
+        format @ libc::S_IFBLK => FileKind {
+            format,
+            device: stat.st_rdev as u64,
+            inode: 0,
+        },
+        format => FileKind {
+            format,
+            device: stat.st_dev as u64,
+            inode: stat.st_ino as u64,
+        },
     })
+}
+
+/// Length of a block device. The descriptor's position stays, which may be a caller's.
+pub(super) fn device_length(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    const BLKGETSIZE64: libc::Ioctl = libc::_IOR::<usize>(0x12, 114);
+    let mut bytes = 0u64;
+    // SAFETY: `fd` is open for as long as it is borrowed. Block devices write one u64; nothing else
+    // knows this number, which has the device's type in it.
+    retry(|| unsafe { libc::ioctl(fd.as_raw_fd(), BLKGETSIZE64, &mut bytes) })?;
+    Ok(bytes)
+}
+
+/// Is a block device write-protected? The kernel opens it for writing all the same.
+pub(super) fn device_is_read_only(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    const BLKROGET: libc::Ioctl = libc::_IO(0x12, 94);
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: as above, with one int.
+    retry(|| unsafe { libc::ioctl(fd.as_raw_fd(), BLKROGET, &mut read_only) })?;
+    Ok(read_only != 0)
+}
+
+/// Tell a block device that nobody needs these bytes: what they read as afterwards is up to it.
+pub(super) fn discard_on_device(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> {
+    const BLKDISCARD: libc::Ioctl = libc::_IO(0x12, 119);
+    let range = [offset, bytes];
+    // SAFETY: as above, with two u64 that are only read.
+    retry(|| unsafe { libc::ioctl(fd.as_raw_fd(), BLKDISCARD, &range) })?;
+    Ok(())
 }
 
 /// Punch a hole, keeping the length of the file.

@@ -1,6 +1,6 @@
 //! Bytes and devices. Nothing in this module knows qcow2.
 //!
-//! [`Storage`] is the whole interface between the library and an image: a plain file
+//! [`Storage`] is the whole interface between the library and an image: a file or block device
 //! ([`mod@file`]), a caller's functions ([`callbacks`]), memory ([`memory`]) and the recorder
 //! used by the crash and fault tests ([`trace`]) implement the same trait.
 
@@ -55,6 +55,11 @@ impl Stamp {
 pub trait Storage {
     /// Length in bytes.
     fn length(&mut self) -> Result<u64>;
+
+    /// Does the length stay as it is, as a block device's does? Then a truncate to less does nothing.
+    fn fixed_length(&self) -> bool {
+        false
+    }
 
     /// Fill `buf` from `offset`; bytes past the end read as zeros.
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()>;

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::Geometry;
 use crate::image::device::{zeroed, Device};
+use crate::image::room;
 use std::ops::Range;
 
 /// Bytes of tables in memory. The two largest tables need as much.
@@ -98,13 +99,14 @@ impl Tables {
                 for (side, offset) in needed.into_iter().enumerate() {
                     // One that is not at a cluster boundary is refused when it is come to.
                     if offset != 0 && g.in_cluster(offset) == 0 {
-                        wanted.push((offset, self.held.len(), side));
+                        room::push(&mut wanted, (offset, self.held.len(), side))?;
                     }
                 }
-                self.held.push(Held {
+                let held = Held {
                     index: next,
                     places: [None; 2],
-                });
+                };
+                room::push(&mut self.held, held)?;
             }
             next += 1;
         }
@@ -115,7 +117,7 @@ impl Tables {
         }
         wanted.retain(|(offset, ..)| *offset < dev.length());
 
-        let mut tables: Vec<u64> = wanted.iter().map(|w| w.0).collect();
+        let mut tables = room::collected(wanted.iter().map(|w| w.0))?;
         tables.dedup();
         for (offset, held, side) in wanted {
             let place = tables.binary_search(&offset).ok();

@@ -5,16 +5,17 @@ use crate::error::{Error, Result};
 use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
-use crate::format::run::Step;
-use crate::image::device::{bytes_of, zeroed};
+use crate::format::run::Tally;
+use crate::image::device::bytes_of;
+use crate::image::plan::{ActiveL1, Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
+use crate::image::replay::resize::shared_but_copied;
+use crate::image::replay::walk::{set_copied, Flags};
 use crate::image::replay::Replay;
-use crate::image::resize::shared_but_copied;
 use crate::image::room;
-use crate::image::update::{L1Change, Plan};
-use crate::image::walk::{set_copied, Counts, Flags};
 use crate::image::Image;
 use crate::words::printable;
+use std::rc::Rc;
 
 impl Image {
     /// Create a snapshot of the active disk. Returns its ID.
@@ -47,29 +48,36 @@ impl Image {
             l1_copy,
             bytes_of(&self.l1)?,
         )?;
-        let walked = replay.walk(&mut self.dev, &self.l1, Step::Up)?;
+        let walked = replay.walk(&mut self.dev, &self.l1, Tally::Up)?;
         if walked.l1_changed {
             replay.reach = replay
                 .reach
                 .max(self.header.l1_offset.saturating_add(l1_bytes));
-            let (before, after) = (room::copy_of(&self.l1)?, room::copy_of(&walked.l1)?);
-            room::push(&mut plan.copied, (self.header.l1_offset, before, after))?;
+            let edit = Edit {
+                offset: self.header.l1_offset,
+                before: room::copy_of(&self.l1)?,
+                after: room::copy_of(&walked.l1)?,
+            };
+            room::push(&mut plan.copied, Rc::new(edit))?;
         }
         replay.l1 = walked.l1;
         plan.clear = walked.tables;
-        plan.counts = if walked.ones {
-            plan.set = room::copy_of(&plan.clear)?;
-            Counts::Published
+        let flags = if walked.ones {
+            Flags::Published
         } else {
-            Counts::NoneIsOne
+            Flags::NoneIsOne
         };
+        plan.clear.iter_mut().for_each(|t| t.flags = flags);
+        if walked.ones {
+            plan.set = room::copy_of(&plan.clear)?;
+        }
         let mut list = copies(&self.snapshots.entries)?;
         room::push(&mut list, self.new_entry(new, &id, l1_copy)?)?;
         let table_size = self.replay_table(&mut replay, &mut plan, &list)?;
         self.replay_release_of_vm_state(&mut replay, &mut plan, new.vm_state_size)?;
 
         let list = self.as_written(list);
-        self.commit(replay, &plan, list, table_size)?;
+        self.commit(replay, plan, list, table_size)?;
         Ok(id)
     }
 
@@ -149,7 +157,7 @@ impl Image {
             return Ok(());
         }
         let g = self.header.geometry;
-        replay.next_epoch()?;
+        replay.refs.next_epoch()?;
         let before = room::copy_of(&replay.l1)?;
         let mut index = g.l1_entries_for(self.header.size);
         let mut left = g.clusters_for(bytes);
@@ -159,24 +167,23 @@ impl Image {
                 .l1
                 .get(index as usize)
                 .is_some_and(|e| e & crate::format::entry::COPIED == 0);
-            let (offset, mut table) = replay.own_table(&mut self.dev, index, replay.refs.epoch)?;
+            let (offset, table) =
+                replay.own_table(&mut self.dev, index, replay.refs.forgotten_now())?;
             if !made {
                 return Err(shared_but_copied(offset));
             }
-            if table.is_empty() {
-                table = zeroed(g.cluster_size())?;
-            }
+            let mut table = table.whole(g)?;
             set_copied(
                 &mut replay.refs,
                 &mut self.dev,
                 g,
                 &mut table,
-                Flags::AsCounted,
-                Counts::Published,
+                Flags::Published,
+                true,
             )?;
             for word in table.chunks_exact_mut(g.l2_entry_size()).take(n as usize) {
                 if let Some(new) = replay.zeroed_entry(word) {
-                    replay.forget_cluster(&mut self.dev, word, replay.refs.epoch)?;
+                    replay.forget_cluster(&mut self.dev, word, replay.refs.forgotten_now())?;
                     word.copy_from_slice(new.get(..word.len()).unwrap_or_default());
                 }
             }
@@ -184,7 +191,11 @@ impl Image {
             replay.write_new(&mut self.dev, "L2 table", offset, table)?;
             (index, left) = (index + 1, left - n);
         }
-        plan.l1 = (L1Change::EachEntry, before, room::copy_of(&replay.l1)?);
+        plan.l1 = ActiveL1::EachEntry(Rc::new(Edit {
+            offset: replay.l1_place().offset,
+            before,
+            after: room::copy_of(&replay.l1)?,
+        }));
         Ok(())
     }
 }

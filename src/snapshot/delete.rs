@@ -3,13 +3,14 @@
 use super::copies;
 use crate::error::{Error, Result};
 use crate::format::geometry::TABLE_ENTRY;
-use crate::format::run::Step;
+use crate::format::run::Tally;
+use crate::image::plan::{Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
+use crate::image::replay::walk::Marked;
 use crate::image::room;
-use crate::image::update::Plan;
-use crate::image::walk::Marked;
 use crate::image::Image;
+use std::rc::Rc;
 
 impl Image {
     /// Delete the snapshot with this ID, this name, or both.
@@ -37,16 +38,16 @@ impl Image {
         let tables = || table_bytes(replay.g, &[&l1, &self.l1]);
         self.dev.progress.begin(Stage::Check, tables);
         replay.overlap.release(
-            crate::image::overlap::Kind::InactiveL1,
+            crate::image::replay::overlap::Protected::InactiveL1,
             gone.l1_table_offset,
         );
         let table_size = self
             .replay_table(&mut replay, &mut plan, &list)
             .map_err(|e| e.context("Failed to remove snapshot from snapshot list"))?;
         let dropped = replay
-            .walk(&mut self.dev, &l1, Step::Down)
+            .walk(&mut self.dev, &l1, Tally::Down)
             .map_err(|e| e.context("Failed to free the cluster and L1 table"))?;
-        let (l1_bytes, epoch) = (l1.len() as u64 * TABLE_ENTRY, replay.refs.epoch);
+        let (l1_bytes, epoch) = (l1.len() as u64 * TABLE_ENTRY, replay.refs.forgotten_now());
         replay.refs.free(
             &mut self.dev,
             gone.l1_table_offset,
@@ -55,7 +56,7 @@ impl Image {
             epoch,
         )?;
         let active = replay
-            .walk(&mut self.dev, &self.l1, Step::Look)
+            .look(&mut self.dev, &self.l1, &l1)
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
         if active.l1_changed {
             let end = self
@@ -63,14 +64,18 @@ impl Image {
                 .l1_offset
                 .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
             replay.reach = replay.reach.max(end);
-            let (before, after) = (room::copy_of(&self.l1)?, room::copy_of(&active.l1)?);
-            room::push(&mut plan.copied, (self.header.l1_offset, before, after))?;
+            let edit = Edit {
+                offset: self.header.l1_offset,
+                before: room::copy_of(&self.l1)?,
+                after: room::copy_of(&active.l1)?,
+            };
+            room::push(&mut plan.copied, Rc::new(edit))?;
         }
         replay.l1 = active.l1;
         plan.set = merged(dropped.tables, active.tables)?;
 
         let list = self.as_written(list);
-        self.commit(replay, &plan, list, table_size)
+        self.commit(replay, plan, list, table_size)
     }
 }
 

@@ -1,22 +1,30 @@
 //! `qcow2_snapshot_goto`.
+//!
+//! ```text
+//! Sized --count_up--> BothCounted --choose_publish--> Chosen --count_down--> Plan
+//! ```
+//! Each stage can only be made of the one before it: how the new L1 table can be published is found
+//! out while both disks are counted, and nothing is counted down before.
 
 use super::delete::merged;
 use super::{copies, Snapshot};
 use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
+use crate::format::header::Header;
 use crate::format::record::EXTRA_2014;
-use crate::format::run::Step;
+use crate::format::run::Tally;
 use crate::image::device::{bytes_of, Device};
-use crate::image::overlap::Kind;
+use crate::image::plan::{no_room, ActiveL1, Edit, Plan, Temporary};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Refcounts;
+use crate::image::replay::overlap::Protected;
+use crate::image::replay::resize::shared_but_copied;
+use crate::image::replay::walk::{Flags, Marked, Walked};
 use crate::image::replay::Replay;
-use crate::image::resize::shared_but_copied;
 use crate::image::room;
-use crate::image::update::{no_room, L1Change, Plan};
-use crate::image::walk::{Counts, Walked};
 use crate::image::Image;
+use std::rc::Rc;
 
 /// Where a temporary L1 table may go. Disks are full at times.
 #[derive(Clone, Copy, PartialEq)]
@@ -54,7 +62,9 @@ impl Image {
         let stored_l1 = self.snapshot_l1(snapshot.l1_table_offset, snapshot.l1_size)?;
         self.check_apart_from_active(&snapshot)?;
 
-        for room in [Room::Anywhere, Room::InFile] {
+        // Behind the end of a device that does not grow there is no room.
+        let within = usize::from(self.dev.fixed_length());
+        for room in [Room::Anywhere, Room::InFile].into_iter().skip(within) {
             match self.replace_disk(&snapshot, &stored_l1, room) {
                 Err(e) if no_room(&e) => self.dev.progress.again(),
                 result => return result,
@@ -65,7 +75,7 @@ impl Image {
 
     /// The verb, when all is known that it needs.
     fn replace_disk(&mut self, snapshot: &Snapshot, stored_l1: &[u64], room: Room) -> Result<()> {
-        let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let mut replay = self.replay()?;
         let tables = || {
             let entries = |size| replay.g.l1_entries_for(size);
             let cut = entries(self.header.size).saturating_sub(entries(snapshot.disk_size));
@@ -75,44 +85,22 @@ impl Image {
         self.dev.progress.begin(Stage::Check, tables);
         self.replay_resize(&mut replay, snapshot)?;
         replay.grow_l1(&mut self.dev, stored_l1.len() as u64)?;
-        let up = replay.walk(&mut self.dev, stored_l1, Step::Up)?;
-        if up.l1_changed {
-            let end = snapshot
-                .l1_table_offset
-                .saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
-            replay.reach = replay.reach.max(end);
-            let (before, after) = (room::copy_of(stored_l1)?, room::copy_of(&up.l1)?);
-            room::push(&mut plan.copied, (snapshot.l1_table_offset, before, after))?;
-        }
-        let mut new_l1 = up.l1;
-        room::resize(&mut new_l1, replay.l1.len(), 0)?;
-        let change = self.choose_publish(&mut replay, &new_l1, room)?;
-        let old_l1 = std::mem::take(&mut replay.l1);
-        let mut down = replay.walk(&mut self.dev, &old_l1, Step::Down)?;
-        // A table may have 32 MiB.
-        drop((old_l1, std::mem::take(&mut down.l1)));
-        self.check_after_resize(&mut replay)?;
-        // A count of one after counting up was none before: only where counts lie, and now it is
-        // none again.
-        let last = if down.ones || up.ones {
-            replay.walk(&mut self.dev, &new_l1, Step::Look)?
-        } else {
-            Walked {
-                l1: new_l1,
-                ..Walked::default()
-            }
+        let sized = Sized {
+            replay: &mut replay,
+            dev: &mut self.dev,
+            was: Was {
+                header: &self.header,
+                l1: &self.l1,
+            },
         };
-        replay.l1 = last.l1;
-        (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables)?);
-        if !up.ones && !down.ones {
-            plan.counts = Counts::NoneIsOne;
-        }
-        plan.decisive = replay.refs.epoch;
-        self.place_l1(&mut replay, &mut plan, change)?;
+        let plan = sized
+            .count_up(snapshot.l1_table_offset, stored_l1)?
+            .choose_publish(room)?
+            .count_down()?;
 
         let (list, table_size) = (self.sized_again(snapshot.disk_size)?, self.snapshots.size);
-        let torn = matches!(plan.l1.0, L1Change::InPlace);
-        self.commit(replay, &plan, list, table_size)?;
+        let torn = matches!(plan.l1, ActiveL1::InPlace(_));
+        self.commit(replay, plan, list, table_size)?;
         if torn {
             self.set_remark(
                 "The active L1 table was written in place, as QEMU does: no free clusters were there to do it atomically",
@@ -169,129 +157,239 @@ impl Image {
                 replay.cover_backing(&mut self.dev, old, new)?;
             }
         }
-        replay.switch(|h| h.size = new);
+        replay.meaning.size = new;
         Ok(())
     }
+}
 
-    /// How the new L1 table can be published. Called when all allocations have been replayed and
-    /// before counts go down: a table written in place needs both disks counted.
-    fn choose_publish(
-        &mut self,
-        replay: &mut Replay,
-        new_l1: &[u64],
-        room: Room,
-    ) -> Result<L1Change> {
+/// The image before the verb.
+#[derive(Clone, Copy)]
+struct Was<'a> {
+    header: &'a Header,
+    l1: &'a [u64],
+}
+
+/// The old disk has the snapshot's size, and room for its L1 table.
+struct Sized<'a> {
+    replay: &'a mut Replay,
+    dev: &'a mut Device,
+    was: Was<'a>,
+}
+
+/// What the snapshot reaches is counted for both of them.
+struct BothCounted<'a> {
+    at: Sized<'a>,
+    up: Walked,
+    /// The snapshot's L1 table, if it changes.
+    snapshot_l1: Option<Rc<Edit>>,
+}
+
+/// It is known how the new contents of the active L1 table are published.
+struct Chosen<'a> {
+    both: BothCounted<'a>,
+    publish: Publish,
+}
+
+/// How the new L1 table can be published.
+enum Publish {
+    OneSector,
+    /// With the header, in the place to which it grew.
+    Moved,
+    /// By way of a copy in free clusters from this one on.
+    Through(HostCluster),
+    /// There are none.
+    InPlace,
+}
+
+impl<'a> Sized<'a> {
+    fn count_up(self, offset: u64, stored_l1: &[u64]) -> Result<BothCounted<'a>> {
+        let up = self.replay.walk(self.dev, stored_l1, Tally::Up)?;
+        let mut snapshot_l1 = None;
+        if up.l1_changed {
+            let end = offset.saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
+            self.replay.reach = self.replay.reach.max(end);
+            snapshot_l1 = Some(Rc::new(Edit {
+                offset,
+                before: room::copy_of(stored_l1)?,
+                after: room::copy_of(&up.l1)?,
+            }));
+        }
+        Ok(BothCounted {
+            at: self,
+            up,
+            snapshot_l1,
+        })
+    }
+}
+
+impl<'a> BothCounted<'a> {
+    /// All allocations have been replayed. A table written in place needs both disks counted.
+    fn choose_publish(mut self, room: Room) -> Result<Chosen<'a>> {
+        let Sized { replay, dev, was } = &mut self.at;
+        room::resize(&mut self.up.l1, replay.l1.len(), 0)?;
+        let new_l1 = &self.up.l1;
         let bytes = new_l1.len() as u64 * TABLE_ENTRY;
-        let offset = replay.header.l1_offset;
-        replay.overlap.check(offset, bytes, Some(Kind::ActiveL1))?;
+        let offset = replay.l1_place().offset;
+        replay
+            .overlap
+            .check(offset, bytes, Some(Protected::ActiveL1))?;
         replay.reach = replay.reach.max(offset.saturating_add(bytes));
-        if replay.grown_l1().is_some() {
-            return Ok(L1Change::Moved);
-        }
-        // Where the L1 grew in an epoch before the last it is on the disk with the old contents.
-        // Entries beyond the old end are zero on disk or were never looked at: QEMU writes them too.
-        let old = self.l1.iter().copied().chain(std::iter::repeat(0));
-        let differs = |(new, old): (&u64, u64)| new & !COPIED != old & !COPIED;
-        let mut changed = new_l1
-            .iter()
-            .zip(old)
-            .enumerate()
-            .filter(|(_, pair)| differs(*pair))
-            .map(|(i, _)| i as u64);
-        let resized = replay.header.size != self.header.size;
-        match (changed.next(), changed.last()) {
-            (None, _) => return Ok(L1Change::OneSector),
-            (Some(_), None) if !resized => return Ok(L1Change::OneSector),
-            (Some(first), Some(last)) if !resized && same_sector(offset, first, last) => {
-                return Ok(L1Change::OneSector)
+        let publish = if replay.unpublished_l1().is_some() {
+            Publish::Moved
+        } else if within_a_sector(replay, *was, offset, new_l1) {
+            Publish::OneSector
+        } else {
+            let clusters = replay.g.clusters_for(bytes);
+            let end = replay.g.clusters_for(dev.length().max(replay.length()));
+            let mut place = None;
+            if room == Room::Anywhere {
+                place = replay.refs.find_untouched(dev, end, clusters)?;
             }
-            _ => {}
-        }
-        let clusters = replay.g.clusters_for(bytes);
-        let end = replay
-            .g
-            .clusters_for(self.dev.length().max(replay.length()));
-        let mut place = None;
-        if room == Room::Anywhere {
-            place = replay.refs.find_untouched(&mut self.dev, end, clusters)?;
-        }
-        if place.is_none() && room != Room::Nowhere {
-            place = replay.refs.find_untouched(&mut self.dev, 1, clusters)?;
-        }
-        let length = self.dev.length();
-        let ends = |c| replay.g.offset_of(HostCluster(c)).saturating_add(bytes);
-        let place = place.filter(|c| room == Room::Anywhere || ends(*c) <= length);
-        match place {
-            Some(c) => Ok(L1Change::Through(replay.g.offset_of(HostCluster(c)))),
-            None => {
-                replay.refs.mark_published()?;
-                Ok(L1Change::InPlace)
+            if place.is_none() && room != Room::Nowhere {
+                place = replay.refs.find_untouched(dev, 1, clusters)?;
             }
-        }
-    }
-
-    /// Tables that the resize made are free again, with a hole where they were; none of the tables
-    /// that it emptied may have survived in a snapshot.
-    fn check_after_resize(&mut self, replay: &mut Replay) -> Result<()> {
-        let temporary = std::mem::take(&mut replay.temporary);
-        for cluster in temporary.sorted()?.into_iter().map(HostCluster) {
-            self.dev.progress.pass(TABLE_ENTRY)?;
-            if replay.refs.get(&mut self.dev, cluster)? == 0 {
-                replay.refs.punched.insert(cluster.0)?;
-            } else if replay.zero_tables.contains(cluster.0) {
-                return Err(shared_but_copied(replay.g.offset_of(cluster)));
+            let (g, length) = (replay.g, dev.length());
+            let ends = |c| g.offset_of(HostCluster(c)).saturating_add(bytes);
+            let place = place.filter(|c| room == Room::Anywhere || ends(*c) <= length);
+            match place {
+                Some(c) => Publish::Through(HostCluster(c)),
+                None => {
+                    replay.refs.mark_published()?;
+                    Publish::InPlace
+                }
             }
-        }
-        for offset in replay.tables.sorted()? {
-            let cluster = replay.g.cluster_of(offset);
-            if replay.refs.get(&mut self.dev, cluster)? != 0 {
-                return Err(shared_but_copied(offset));
-            }
-        }
-        Ok(())
-    }
-
-    /// Say where the new contents of the active L1 go.
-    fn place_l1(&mut self, replay: &mut Replay, plan: &mut Plan, change: L1Change) -> Result<()> {
-        let before = match &change {
-            L1Change::Moved => Vec::new(),
-            _ => room::copy_of(&self.l1)?,
         };
-        match &change {
-            L1Change::Through(offset) => {
-                let bytes = replay.l1.len() as u64 * TABLE_ENTRY;
-                count_temporary(
-                    &mut replay.refs,
-                    &mut self.dev,
-                    replay.g.cluster_of(*offset),
-                    replay.g.clusters_for(bytes),
-                )?;
+        Ok(Chosen {
+            both: self,
+            publish,
+        })
+    }
+}
+
+/// Can one sector of the L1 table, which stands where it is on the disk, make the old disk the new one?
+fn within_a_sector(replay: &Replay, was: Was, offset: u64, new_l1: &[u64]) -> bool {
+    // Entries beyond the old end are zero on disk or were never looked at: QEMU writes them too.
+    let old = was.l1.iter().copied().chain(std::iter::repeat(0));
+    let pairs = (0u64..).zip(new_l1.iter().zip(old));
+    let mut changed = pairs
+        .filter(|(_, (new, old))| (**new ^ old) & !COPIED != 0)
+        .map(|(i, _)| i);
+    let resized = replay.meaning.size != was.header.size;
+    match (changed.next(), changed.last()) {
+        (None, _) => true,
+        (Some(_), None) => !resized,
+        (Some(first), Some(last)) => !resized && same_sector(offset, first, last),
+    }
+}
+
+impl Chosen<'_> {
+    /// Count what the old disk has reached down, and look which flags that changes.
+    fn count_down(self) -> Result<Plan> {
+        let Chosen { both, publish } = self;
+        let BothCounted {
+            at: Sized { replay, dev, was },
+            up,
+            snapshot_l1,
+        } = both;
+        let old_l1 = std::mem::take(&mut replay.l1);
+        let mut down = replay.walk(dev, &old_l1, Tally::Down)?;
+        // A table may have 32 MiB.
+        drop((old_l1, std::mem::take(&mut down.l1)));
+        check_after_resize(replay, dev)?;
+        // A count of one after counting up was none before: only where counts lie, and now it is
+        // none again.
+        let ones = down.ones || up.ones;
+        let last = if ones {
+            replay.walk(dev, &up.l1, Tally::Look)?
+        } else {
+            Walked {
+                l1: up.l1,
+                ..Walked::default()
             }
-            L1Change::Moved => {
-                // The table that the growth allocated takes the snapshot's contents at once.
-                let bare = room::collected(replay.l1.iter().map(|e| e & !COPIED))?;
-                let bare = bytes_of(&bare)?;
-                let Some(grown) = replay.grown_l1() else {
-                    return Err(Error::Unsupported(
-                        "The L1 table would have to be published before its contents are known"
-                            .into(),
-                    ));
-                };
-                grown.data.splice(..bare.len().min(grown.data.len()), bare);
-            }
-            _ => {}
+        };
+        replay.l1 = last.l1;
+
+        let mut plan = Plan::new();
+        plan.decisive = replay.refs.epoch();
+        (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables)?);
+        if !ones {
+            let marked = plan.clear.iter_mut().chain(&mut plan.set);
+            marked.for_each(|t: &mut Marked| t.flags = Flags::NoneIsOne);
         }
+        if let Some(edit) = snapshot_l1 {
+            room::push(&mut plan.copied, edit)?;
+        }
+        plan.l1 = place_l1(replay, dev, was, publish)?;
         if let Some((offset, after)) = replay.left_l1.take() {
             // Not where something else has taken its clusters.
             let bytes = after.len() as u64 * TABLE_ENTRY;
             let (first, n) = (replay.g.cluster_of(offset).0, replay.g.clusters_for(bytes));
-            if !replay.refs.any_taken(first, n) {
-                plan.left = Some((offset, room::copy_of(&self.l1)?, after));
+            if !replay.refs.fates.any_taken(first, n) {
+                plan.left = Some(Rc::new(Edit {
+                    offset,
+                    before: room::copy_of(was.l1)?,
+                    after,
+                }));
             }
         }
-        plan.l1 = (change, before, room::copy_of(&replay.l1)?);
-        Ok(())
+        Ok(plan)
     }
+}
+
+/// Tables that the resize made are free again, with a hole where they were; none of the tables
+/// that it emptied may have survived in a snapshot.
+fn check_after_resize(replay: &mut Replay, dev: &mut Device) -> Result<()> {
+    let temporary = std::mem::take(&mut replay.remade.temporary);
+    for cluster in temporary.sorted()?.into_iter().map(HostCluster) {
+        dev.progress.pass(TABLE_ENTRY)?;
+        if replay.refs.get(dev, cluster)? == 0 {
+            replay.refs.fates.punch(cluster.0)?;
+        } else if replay
+            .remade
+            .is_zeros(replay.g, replay.g.offset_of(cluster))
+        {
+            return Err(shared_but_copied(replay.g.offset_of(cluster)));
+        }
+    }
+    for offset in replay.remade.offsets()? {
+        let cluster = replay.g.cluster_of(offset);
+        if replay.refs.get(dev, cluster)? != 0 {
+            return Err(shared_but_copied(offset));
+        }
+    }
+    Ok(())
+}
+
+/// Say where the new contents of the active L1 go.
+fn place_l1(replay: &mut Replay, dev: &mut Device, was: Was, publish: Publish) -> Result<ActiveL1> {
+    let edit = |before: &[u64]| -> Result<Rc<Edit>> {
+        Ok(Rc::new(Edit {
+            offset: replay.l1_place().offset,
+            before: room::copy_of(before)?,
+            after: room::copy_of(&replay.l1)?,
+        }))
+    };
+    Ok(match publish {
+        Publish::OneSector => ActiveL1::OneSector(edit(was.l1)?),
+        Publish::InPlace => ActiveL1::InPlace(edit(was.l1)?),
+        Publish::Through(first) => {
+            let edit = edit(was.l1)?;
+            let n = replay.g.clusters_for(edit.bytes());
+            count_temporary(&mut replay.refs, dev, first, n)?;
+            let temporary = Temporary::new(dev, replay.g.offset_of(first), edit.bytes())?;
+            ActiveL1::Through(edit, Rc::new(temporary))
+        }
+        Publish::Moved => {
+            // The table that the growth allocated takes the snapshot's contents at once.
+            let edit = edit(&[])?;
+            let bare = room::collected(replay.l1.iter().map(|e| e & !COPIED))?;
+            let bare = bytes_of(&bare)?;
+            if let Some(grown) = replay.unpublished_l1() {
+                grown.data.splice(..bare.len().min(grown.data.len()), bare);
+            }
+            ActiveL1::Moved(edit)
+        }
+    })
 }
 
 /// Do two entries of a table lie in the same 512-byte sector?

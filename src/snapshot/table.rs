@@ -5,10 +5,10 @@ use crate::error::{Error, Result};
 use crate::format::geometry::{MAX_SNAPSHOT_TABLE_BYTES, TABLE_ENTRY};
 use crate::format::header::AT_SNAPSHOTS;
 use crate::format::record;
+use crate::image::plan::Plan;
 use crate::image::progress::Stage;
 use crate::image::refcount::Freed;
 use crate::image::replay::Replay;
-use crate::image::update::Plan;
 use crate::image::{device, room, Image, SnapshotList};
 
 /// The table is read in requests of this size.
@@ -69,7 +69,7 @@ impl Image {
         }
         list.size = at - start;
         self.snapshots = list;
-        self.compared = None;
+        self.caches.compared = None;
         Ok(())
     }
 
@@ -138,10 +138,11 @@ impl Image {
         let contents = self.encode_table(replay, offset, size, list)?;
         replay.write_new(&mut self.dev, "snapshot table", offset, contents)?;
 
-        plan.decisive = replay.refs.epoch;
+        plan.decisive = replay.refs.epoch();
         let (old_offset, old_size) = (self.header.snapshots_offset, self.snapshots.size);
-        replay.switch(|h| (h.nb_snapshots, h.snapshots_offset) = (list.len() as u32, offset));
-        let epoch = replay.refs.epoch;
+        replay.meaning.nb_snapshots = list.len() as u32;
+        replay.meaning.snapshots_offset = offset;
+        let epoch = replay.refs.forgotten_now();
         replay
             .refs
             .free(&mut self.dev, old_offset, old_size, Freed::Punched, epoch)?;
@@ -225,6 +226,6 @@ impl Image {
         let size = self.replay_table(&mut replay, &mut plan, &list)?;
 
         let list = self.as_written(list);
-        self.commit(replay, &plan, list, size)
+        self.commit(replay, plan, list, size)
     }
 }

@@ -38,7 +38,7 @@ mod stop;
 mod target;
 mod thin;
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os();
     let called = args.next().unwrap_or_else(|| cli::NAME.into());
     let args: Vec<OsString> = args.collect();
-    if Path::new(&called).file_name() == Some(OsStr::new(link::NAME)) {
+    if link::is_name(&called) {
         return link::run(&called, &args);
     }
     let usage = format!("{} --help", cli::NAME);

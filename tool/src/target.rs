@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::io::{Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use qcow2_snapshot::format::probe::{probe, PROBE_BYTES};
@@ -17,6 +18,8 @@ pub(crate) struct Target {
     pub(crate) path: PathBuf,
     /// `None`: look at the first bytes.
     driver: Option<Driver>,
+    /// `None`: whatever the path leads to.
+    protocol: Option<Protocol>,
     force_share: bool,
     no_lock: bool,
 }
@@ -25,6 +28,36 @@ pub(crate) struct Target {
 enum Driver {
     Qcow2,
     Raw,
+}
+
+/// QEMU's drivers for what is on this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Protocol {
+    File,
+    HostDevice,
+}
+
+impl Protocol {
+    /// Does it take what the path leads to? If not, in QEMU's words.
+    fn check(self, path: &Path) -> Result<(), String> {
+        let Ok(metadata) = std::fs::metadata(path) else {
+            return Ok(()); // to be found again
+        };
+        let kind = metadata.file_type();
+        let (driver, takes, what) = match self {
+            Protocol::File => ("file", !kind.is_block_device(), "a regular file"),
+            Protocol::HostDevice => (
+                "host_device",
+                kind.is_block_device() || kind.is_char_device(),
+                "either a character or block device",
+            ),
+        };
+        let name = printable(path.as_os_str().as_bytes());
+        match takes {
+            true => Ok(()),
+            false => Err(format!("'{driver}' driver requires '{name}' to be {what}")),
+        }
+    }
 }
 
 /// An opened target.
@@ -63,6 +96,9 @@ impl Target {
         if write && self.force_share {
             let text = "force-share=on can only be used with read-only images";
             return Err(could_not_open(shown, text));
+        }
+        if let Some(Err(text)) = self.protocol.map(|p| p.check(&self.path)) {
+            return Err(could_not_open(shown, &text));
         }
         let flags = match (write, self.force_share) {
             (true, _) => OpenFlags::RDWR,
@@ -111,9 +147,12 @@ pub(crate) fn open_words(error: &Error, path: &Path) -> String {
         .unwrap_or(&text);
     match error {
         Error::Os { context, source } if context.starts_with("Could not open '") => {
-            match text.contains("Failed to lock byte") || text.contains("Failed to get ") {
-                true => format!("{text}\nUse --no-lock if nobody else uses the image"),
-                false => without_number(source).into_owned(),
+            if text.contains("Failed to lock byte") || text.contains("Failed to get ") {
+                format!("{text}\nUse --no-lock if nobody else uses the image")
+            } else if text.starts_with("The device is not writable") {
+                text.to_owned()
+            } else {
+                without_number(source).into_owned()
             }
         }
         Error::InUse(_) => text
@@ -147,18 +186,27 @@ fn from_name(name: &OsStr, format: Option<&OsStr>) -> Result<Target, Stop> {
     let driver = match format.map(OsStr::as_bytes) {
         None => None,
         Some(b"qcow2") => Some(Driver::Qcow2),
-        Some(b"raw") => Some(Driver::Raw),
+        // All that a device holds is the disk then.
+        Some(b"raw" | b"host_device") => Some(Driver::Raw),
         Some(other) => {
             let other = String::from_utf8_lossy(other);
             return Err(could_not_open(name, &format!("Unknown driver '{other}'")));
         }
     };
     let bytes = name.as_bytes();
+    let mut protocol = None;
     let path = match bytes.iter().position(|b| matches!(b, b':' | b'/')) {
         Some(at) if bytes.get(at) == Some(&b':') => match bytes.split_at(at) {
-            (b"file", path) => path.get(1..).unwrap_or_default(),
-            (protocol, _) => {
-                let protocol = String::from_utf8_lossy(protocol);
+            (b"file", path) => {
+                protocol = Some(Protocol::File);
+                path.get(1..).unwrap_or_default()
+            }
+            (b"host_device", path) => {
+                protocol = Some(Protocol::HostDevice);
+                path.get(1..).unwrap_or_default()
+            }
+            (other, _) => {
+                let protocol = String::from_utf8_lossy(other);
                 let text = format!("Unknown protocol '{protocol}'");
                 return Err(could_not_open(name, &text));
             }
@@ -174,16 +222,18 @@ fn from_name(name: &OsStr, format: Option<&OsStr>) -> Result<Target, Stop> {
     Ok(Target {
         path: PathBuf::from(OsStr::from_bytes(path)),
         driver,
+        protocol,
         force_share: false,
         no_lock: false,
     })
 }
 
-/// An option string: the forms that name a qcow2 image in a plain file.
+/// An option string: the forms that name a qcow2 image in a file or on a block device.
 fn from_options(text: &OsStr) -> Result<Target, Stop> {
     let mut target = Target {
         path: PathBuf::new(),
         driver: None,
+        protocol: None,
         force_share: false,
         no_lock: false,
     };
@@ -195,7 +245,8 @@ fn from_options(text: &OsStr) -> Result<Target, Stop> {
                 let other = String::from_utf8_lossy(other);
                 return Err(could_not_open(text, &format!("Unknown driver '{other}'")));
             }
-            (b"file.driver", b"file") => {}
+            (b"file.driver", b"file") => target.protocol = Some(Protocol::File),
+            (b"file.driver", b"host_device") => target.protocol = Some(Protocol::HostDevice),
             (b"file.filename", path) => target.path = OsString::from_vec(path.to_vec()).into(),
             (b"force-share", b"on") => target.force_share = true,
             (b"force-share", b"off") => target.force_share = false,
@@ -208,7 +259,7 @@ fn from_options(text: &OsStr) -> Result<Target, Stop> {
                     String::from_utf8_lossy(value)
                 );
                 let text = format!(
-                    "--image-opts: '{option}' is not supported here, only driver=qcow2, file.driver=file, file.filename=PATH, file.locking=off and force-share=on"
+                    "--image-opts: '{option}' is not supported here, only driver=qcow2, file.driver=file or host_device, file.filename=PATH, file.locking=off and force-share=on"
                 );
                 return Err(not_served(&text));
             }
@@ -258,9 +309,10 @@ fn is_about_the_file(error: &Error) -> bool {
     matches!(error, Error::Os { .. } | Error::InUse(_))
 }
 
-/// The first bytes of a regular file.
+/// The first bytes of a file or block device.
 fn head(path: &Path) -> Option<Vec<u8>> {
-    if !std::fs::metadata(path).ok()?.is_file() {
+    let kind = std::fs::metadata(path).ok()?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
         return None;
     }
     let mut bytes = Vec::new();

@@ -1,0 +1,71 @@
+//! What a verb publishes, in order.
+
+use super::super::replay::{NewData, Replay};
+use super::super::room;
+use crate::error::{Error, Result};
+use crate::format::header::{Meaning, Places};
+
+/// What is published by one write. An epoch may move tables; what they say to a reader stays.
+#[derive(Debug)]
+pub(crate) struct Epoch {
+    /// Where the tables stand from then on.
+    pub(crate) places: Places,
+    /// Contents for clusters that nothing published refers to any more.
+    pub(crate) new: Vec<NewData>,
+    /// Refcount blocks that it makes, by their index in the refcount table.
+    pub(crate) blocks: Vec<u64>,
+    /// Refcount tables that it makes, among those that the replay has had.
+    pub(crate) tables: Vec<usize>,
+}
+
+/// All of a verb's epochs. Size and snapshots change once, with the decisive one: a state between
+/// the old and the new one cannot be said.
+#[derive(Debug)]
+pub(crate) struct Epochs {
+    pub(crate) all: Vec<Epoch>,
+    pub(crate) decisive: usize,
+    /// What the image means from the decisive epoch on.
+    pub(crate) meaning: Meaning,
+}
+
+impl Epochs {
+    /// What a replay has come to. The contents for new clusters move here.
+    pub(crate) fn of(replay: &mut Replay, decisive: usize) -> Result<Epochs> {
+        let refs = &replay.refs;
+        let mut all = Vec::new();
+        for epoch in 0..=refs.epoch() {
+            let made = |born: Option<usize>| born == Some(epoch);
+            let by_now = |born: Option<usize>| born.is_none_or(|e| e <= epoch);
+            let table = refs.tables().iter().rfind(|t| by_now(t.born));
+            let l1 = replay.l1_places.iter().rfind(|p| by_now(p.born));
+            let (Some(table), Some(l1)) = (table, l1) else {
+                // Both have the place that they had before the verb.
+                return Err(Error::Corrupt("A table stands nowhere".into()));
+            };
+            let blocks = refs.loaded().filter(|(_, b)| made(b.made_in()));
+            let tables = refs.tables().iter().enumerate();
+            let epoch = Epoch {
+                places: Places {
+                    l1_offset: l1.offset,
+                    l1_size: l1.entries,
+                    reftable_offset: table.offset,
+                    reftable_clusters: table.clusters as u32,
+                },
+                new: Vec::new(),
+                blocks: room::collected(blocks.map(|(index, _)| index))?,
+                tables: room::collected(tables.filter(|(_, t)| made(t.born)).map(|(i, _)| i))?,
+            };
+            room::push(&mut all, epoch)?;
+        }
+        for data in std::mem::take(&mut replay.new_data) {
+            if let Some(epoch) = all.get_mut(data.epoch) {
+                room::push(&mut epoch.new, data)?;
+            }
+        }
+        Ok(Epochs {
+            all,
+            decisive,
+            meaning: replay.meaning,
+        })
+    }
+}

@@ -1,0 +1,230 @@
+//! The one loop that carries steps out, and the only place from which anything is written.
+
+use super::passes::Holes;
+use super::steps::{Step, What, Write};
+use super::{no_room, Temporary};
+use crate::error::{Error, Result};
+use crate::format::geometry::HostCluster;
+use crate::image::device::{self, Device};
+use crate::image::refcount::Refcounts;
+use crate::image::Outcome;
+use crate::io::{Run, MAX_REQUEST};
+
+/// Carry the steps out. Returns what is true of the image then, which is also what is true should
+/// a step have failed.
+pub(super) fn execute(
+    dev: &mut Device,
+    refs: &mut Refcounts,
+    steps: &[Step],
+) -> (Outcome, Result<()>) {
+    // What is true now, and what was before a publish whose barrier is still to come.
+    let (mut outcome, mut settled) = (Outcome::Unchanged, Outcome::Unchanged);
+    let mut holes = Holes::default();
+    for step in steps {
+        match step {
+            Step::Publish(_) if settled != Outcome::Done => outcome = Outcome::Unknown,
+            Step::Done => (outcome, settled) = (Outcome::Done, Outcome::Done),
+            _ => {}
+        }
+        if let Err(e) = carry_out(dev, refs, &mut holes, step) {
+            return (outcome, Err(e));
+        }
+        if matches!(step, Step::Barrier) {
+            outcome = settled;
+        }
+    }
+    (outcome, Ok(()))
+}
+
+fn carry_out(dev: &mut Device, refs: &mut Refcounts, holes: &mut Holes, step: &Step) -> Result<()> {
+    let g = refs.geometry();
+    match step {
+        Step::Begin(stage, clusters) => dev.progress.begin(*stage, || clusters << g.cluster_bits),
+        Step::End => dev.progress.end()?,
+        Step::Write(write) => emit(dev, refs, write)?,
+        Step::Try(write, undo) => {
+            let result = emit(dev, refs, write);
+            if result.as_ref().is_err_and(no_room) {
+                for step in undo {
+                    carry_out(dev, refs, holes, step)?;
+                }
+            }
+            result?;
+        }
+        Step::Fill(at, bytes) => dev.fill_holes(*at, *bytes)?,
+        Step::Publish(writes) => writes.iter().try_for_each(|write| emit(dev, refs, write))?,
+        Step::Barrier => dev.barrier()?,
+        Step::Done => {}
+        Step::Stream(pass) => pass.run(dev, refs, holes)?,
+        Step::Punch(ranges, share) => holes.punch(dev, g, ranges, share << g.cluster_bits)?,
+        Step::Discard(at, bytes) => dev.discard(*at, *bytes),
+        Step::GiveBack(temporary) => give_back(dev, temporary)?,
+        Step::Truncate(length) => dev.truncate(*length)?,
+        Step::Grow(length) if dev.length() < *length => dev.truncate(*length)?,
+        // What is cut off is unused: a failure costs space only.
+        Step::Cut(length) if dev.length() > *length => drop(dev.truncate(*length)),
+        Step::Grow(_) | Step::Cut(_) => {}
+    }
+    Ok(())
+}
+
+/// Put back what was where a temporary L1 table is; what lies past the end of the file goes with the
+/// last cut.
+fn give_back(dev: &mut Device, temporary: &Temporary) -> Result<()> {
+    let (at, old) = (temporary.offset, &temporary.old);
+    if old.iter().all(|b| *b == 0) {
+        let bytes = old.len() as u64;
+        dev.discard(at, bytes);
+        // Not every storage punches holes, and not every hole reads as zeros.
+        if dev.read_vec("Could not read free clusters", at, bytes)? == *old {
+            return Ok(());
+        }
+    }
+    dev.write("free clusters", at, old)
+}
+
+/// One request.
+fn emit(dev: &mut Device, refs: &Refcounts, write: &Write) -> Result<()> {
+    match &write.what {
+        What::Bytes(bytes) => dev.write(write.label, write.at, bytes),
+        What::Words(edit, when, bytes) => {
+            let words = edit.encoded(*when, bytes)?;
+            dev.write(write.label, write.at, &words)
+        }
+        What::Block(index) => dev.write(write.label, write.at, &new_block(refs, *index)?),
+        What::Table { table, epoch } => {
+            dev.write(write.label, write.at, &new_table(refs, *table, *epoch)?)
+        }
+    }
+}
+
+/// The contents of a new refcount block: the highest counts that any published state needs.
+fn new_block(refs: &Refcounts, index: u64) -> Result<Vec<u8>> {
+    let g = refs.geometry();
+    let mut counts = device::zeroed(g.cluster_size())?;
+    if let Some(block) = refs.block(index) {
+        block.peak_counts(g, &mut counts)?;
+    }
+    Ok(counts)
+}
+
+/// The contents of a new refcount table: without the blocks that are made later, with those that
+/// are dropped when the verb has taken effect.
+fn new_table(refs: &Refcounts, table: usize, epoch: usize) -> Result<Vec<u8>> {
+    let entries = refs.tables().get(table).map(|t| t.entries.as_slice());
+    let mut bytes = device::bytes_of(entries.unwrap_or_default())?;
+    let mut enter = |index: u64, offset: u64| {
+        let at = index as usize * 8;
+        if let Some(word) = bytes.get_mut(at..at + 8) {
+            word.copy_from_slice(&offset.to_be_bytes());
+        }
+    };
+    for (index, block) in refs.loaded() {
+        let later = block.made_in().is_some_and(|e| e > epoch);
+        let named = entries.and_then(|e| e.get(index as usize)) == Some(&block.offset);
+        if later && named {
+            enter(index, 0);
+        }
+    }
+    for dropped in refs.dropped() {
+        enter(dropped.index, dropped.offset);
+    }
+    Ok(bytes)
+}
+
+impl Holes {
+    /// `share`: what of the verb's progress all this is.
+    fn punch(
+        &mut self,
+        dev: &mut Device,
+        g: crate::format::geometry::Geometry,
+        explicit: &[(u64, u64)],
+        share: u64,
+    ) -> Result<()> {
+        let ranges = self.merged(explicit)?;
+        for (first, n) in &ranges {
+            dev.progress.step(share / ranges.len() as u64)?;
+            dev.discard(g.offset_of(HostCluster(*first)), n << g.cluster_bits);
+        }
+        Ok(())
+    }
+}
+
+/// What changes the file: for this module and those below it only.
+impl Device {
+    /// Write `data` at `offset`. `label` says which structure it is, to the storage too.
+    pub(super) fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
+        let mut at = offset;
+        self.check_room(offset.saturating_add(data.len() as u64))
+            .map_err(|_| Error::Io {
+                op: label,
+                offset,
+                source: std::io::Error::from_raw_os_error(libc::ENOSPC),
+            })?;
+        self.changed = true;
+        for part in data.chunks(MAX_REQUEST) {
+            self.storage
+                .write(label, at, part)
+                .map_err(|source| Error::Io {
+                    op: label,
+                    offset: at,
+                    source,
+                })?;
+            at = at.saturating_add(part.len() as u64);
+            self.length = self.length.max(at);
+        }
+        Ok(())
+    }
+
+    /// Where a hole is in this range, write what it reads as: a later write here needs no space.
+    fn fill_holes(&mut self, offset: u64, bytes: u64) -> Result<()> {
+        let end = offset.saturating_add(bytes);
+        let mut at = offset;
+        while at < end {
+            let (hole, n) = match self.run(at) {
+                Run::Data(n) => (false, n),
+                Run::Hole(n) => (true, n.unwrap_or(u64::MAX)),
+            };
+            let n = n.clamp(1, end - at);
+            if hole {
+                let there = self.read_vec("Could not read a hole", at, n)?;
+                self.write("hole", at, &there)?;
+            }
+            at += n;
+        }
+        Ok(())
+    }
+
+    /// Set the file's length.
+    fn truncate(&mut self, length: u64) -> Result<()> {
+        self.changed = true;
+        self.storage.truncate(length).map_err(|source| Error::Io {
+            op: "Could not resize the image file",
+            offset: length,
+            source,
+        })?;
+        if !self.fixed_length() {
+            self.length = length;
+        }
+        Ok(())
+    }
+
+    /// Punch a hole; failures cost space only and are ignored, as QEMU does.
+    fn discard(&mut self, offset: u64, bytes: u64) {
+        let end = offset.saturating_add(bytes).min(self.length);
+        if offset < end {
+            self.changed = true;
+            let _ = self.storage.discard(offset, end - offset);
+        }
+    }
+
+    /// Wait until everything before is stable.
+    fn barrier(&mut self) -> Result<()> {
+        self.changed = true;
+        self.storage.barrier().map_err(|source| Error::Io {
+            op: "Could not flush the image file",
+            offset: 0,
+            source,
+        })
+    }
+}

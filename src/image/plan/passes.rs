@@ -1,0 +1,249 @@
+//! Passes over many tables: they are changed in the buffer that they were read into, and the changed
+//! pieces are written from it.
+
+use super::steps::Pass;
+use crate::error::Result;
+use crate::format::geometry::Geometry;
+use crate::format::refblock;
+use crate::image::device::{self, Device};
+use crate::image::refcount::Refcounts;
+use crate::image::replay::walk::{set_copied, Marked};
+use crate::image::room;
+use crate::image::tables::{changed_runs, Reader, Source, PIECE};
+use std::ops::Range;
+
+impl Pass {
+    /// Go through it all.
+    pub(super) fn run(
+        &self,
+        dev: &mut Device,
+        refs: &mut Refcounts,
+        holes: &mut Holes,
+    ) -> Result<()> {
+        match self {
+            Pass::Raise(blocks) => {
+                raise(dev, refs, blocks)?;
+                raise_dropped(dev, refs)
+            }
+            Pass::Lower(blocks, spare) => {
+                (holes.spare.start, holes.spare.end) = (spare.start, spare.end);
+                lower(dev, refs, blocks, holes)?;
+                lower_dropped(dev, refs, holes)
+            }
+            Pass::Clear(tables) => set_flags(dev, refs, tables, false),
+            Pass::Set(tables) => set_flags(dev, refs, tables, true),
+        }
+    }
+}
+
+/// Write the pieces of refcount blocks in which `new` differs from `old`, which stands at `offset`.
+fn write_changes(dev: &mut Device, g: Geometry, offset: u64, old: &[u8], new: &[u8]) -> Result<()> {
+    let size = piece(g);
+    let bytes = |i: usize| i * size..(i + 1) * size;
+    let changed = |i: usize| old.get(bytes(i)) != new.get(bytes(i));
+    changed_runs(new.len(), size, changed, |run| {
+        let at = offset.saturating_add(run.start as u64);
+        dev.write("refcount block", at, new.get(run).unwrap_or_default())
+    })
+}
+
+/// Pieces of tables that may be smaller than one.
+fn piece(g: Geometry) -> usize {
+    g.cluster_len().min(PIECE)
+}
+
+/// Go through refcount blocks by the buffer: `change` makes of a block's old counts the new ones.
+fn rewrite_blocks(
+    dev: &mut Device,
+    refs: &Refcounts,
+    blocks: &[u64],
+    mut change: impl FnMut(u64, &[u8], &mut [u8]) -> Result<()>,
+) -> Result<()> {
+    let g = refs.geometry();
+    let offset = |index: &u64| refs.block(*index).map_or(0, |b| b.offset);
+    let offsets = room::collected(blocks.iter().map(offset))?;
+    let mut reader = Reader::new(g, Source::Refblocks, &offsets);
+    let mut new: Vec<u8> = Vec::new();
+    let mut done = 0;
+    while let Some(first) = offsets.get(done) {
+        let (n, old) = reader.batch(dev, done)?;
+        if new.len() < old.len() {
+            new = device::zeroed(old.len() as u64)?;
+        }
+        let new = new.get_mut(..old.len()).unwrap_or_default();
+        let each = old
+            .chunks(g.cluster_len())
+            .zip(new.chunks_mut(g.cluster_len()));
+        for ((old, new), index) in each.zip(blocks.iter().skip(done)) {
+            dev.progress.step(g.cluster_size())?;
+            change(*index, old, new)?;
+        }
+        write_changes(dev, g, *first, old, new)?;
+        done += n;
+    }
+    Ok(())
+}
+
+/// Bring refcount blocks up to the peak.
+fn raise(dev: &mut Device, refs: &Refcounts, blocks: &[u64]) -> Result<()> {
+    let g = refs.geometry();
+    rewrite_blocks(dev, refs, blocks, |index, old, new| {
+        let Some(block) = refs.block(index) else {
+            return Ok(());
+        };
+        new.copy_from_slice(old);
+        block.peak_counts(g, new)
+    })
+}
+
+/// The blocks that a resize drops, where a temporary table is counted in them.
+fn raise_dropped(dev: &mut Device, refs: &Refcounts) -> Result<()> {
+    let g = refs.geometry();
+    for dropped in refs.dropped() {
+        if let Some(peak) = &dropped.peak {
+            let what = "Could not read a refcount block";
+            let old = dev.read_vec(what, dropped.offset, g.cluster_size())?;
+            write_changes(dev, g, dropped.offset, &old, peak)?;
+        }
+    }
+    Ok(())
+}
+
+/// Bring refcount blocks down to the final counts and note what becomes free.
+fn lower(dev: &mut Device, refs: &Refcounts, blocks: &[u64], holes: &mut Holes) -> Result<()> {
+    let g = refs.geometry();
+    rewrite_blocks(dev, refs, blocks, |index, old, new| {
+        let Some(block) = refs.block(index) else {
+            return Ok(());
+        };
+        block.final_counts(g, new)?;
+        if block.frees() {
+            holes.add_freed(refs, index, old, new)?;
+        }
+        Ok(())
+    })
+}
+
+/// What became free in the range of a block that a resize drops. The block itself goes later,
+/// behind a barrier.
+fn lower_dropped(dev: &mut Device, refs: &Refcounts, holes: &mut Holes) -> Result<()> {
+    let g = refs.geometry();
+    for dropped in refs.dropped() {
+        if let Some(counts) = &dropped.counts {
+            let what = "Could not read a refcount block";
+            let mut old = dev.read_vec(what, dropped.offset, g.cluster_size())?;
+            let itself = g.cluster_of(dropped.offset);
+            if g.reftable_index(itself) == dropped.index {
+                refblock::set(g, &mut old, g.refblock_index(itself), 0);
+            }
+            holes.add_freed(refs, dropped.index, &old, &counts.bytes(g)?)?;
+        }
+    }
+    Ok(())
+}
+
+/// Write bit 63 of the entries of `tables` as they say, which looks at counts only where no walk has
+/// said enough. Where a walk went in windows, so does this.
+fn set_flags(dev: &mut Device, refs: &mut Refcounts, tables: &[Marked], set: bool) -> Result<()> {
+    let these = |counted| {
+        let tables = tables.iter().copied();
+        room::collected(tables.filter(move |t| t.flags.need_counts() == counted))
+    };
+    let counted = these(true)?;
+    if counted.is_empty() || !refs.jumped() {
+        return set_flags_in_window(dev, refs, tables, set);
+    }
+    set_flags_in_window(dev, refs, &these(false)?, set)?;
+    for window in refs.windows()? {
+        refs.enter_window(window)?;
+        set_flags_in_window(dev, refs, &counted, set)?;
+    }
+    refs.leave_windows();
+    Ok(())
+}
+
+/// [`set_flags`] as far as entries are not passed over.
+fn set_flags_in_window(
+    dev: &mut Device,
+    refs: &mut Refcounts,
+    tables: &[Marked],
+    set: bool,
+) -> Result<()> {
+    let g = refs.geometry();
+    let offsets = room::collected(tables.iter().map(|t| t.offset))?;
+    let mut reader = Reader::new(g, Source::L2Tables, &offsets);
+    let mut changed: Vec<bool> = Vec::new();
+    let mut done = 0;
+    while let Some(first) = offsets.get(done) {
+        let (n, buf) = reader.batch(dev, done)?;
+        changed.clear();
+        let each = buf
+            .chunks_mut(g.cluster_len())
+            .zip(tables.iter().skip(done));
+        for (table, Marked { flags, .. }) in each {
+            dev.progress.step(g.cluster_size())?;
+            for piece in table.chunks_mut(piece(g)) {
+                let differs = set_copied(refs, dev, g, piece, *flags, set)?;
+                room::push(&mut changed, differs)?;
+            }
+        }
+        let is_changed = |i: usize| changed.get(i) == Some(&true);
+        changed_runs(buf.len(), piece(g), is_changed, |run| {
+            let at = first.saturating_add(run.start as u64);
+            dev.write("L2 table", at, buf.get(run).unwrap_or_default())
+        })?;
+        done += n;
+    }
+    Ok(())
+}
+
+/// Clusters to punch.
+#[derive(Default)]
+pub(super) struct Holes {
+    /// First and number.
+    ranges: Vec<(u64, u64)>,
+    /// Clusters that are given back as they were.
+    spare: Range<u64>,
+}
+
+impl Holes {
+    fn add(&mut self, cluster: u64) -> Result<()> {
+        match self.ranges.last_mut() {
+            Some((first, n)) if *first + *n == cluster => *n += 1,
+            _ => room::push(&mut self.ranges, (cluster, 1))?,
+        }
+        Ok(())
+    }
+
+    /// Clusters whose count goes from something to nothing, but for those whose bytes QEMU keeps.
+    fn add_freed(&mut self, refs: &Refcounts, index: u64, old: &[u8], new: &[u8]) -> Result<()> {
+        let g = refs.geometry();
+        let base = g.first_cluster_of_block(index).0;
+        for i in 0..g.refblock_entries() as usize {
+            if refblock::get(g, old, i) != 0 && refblock::get(g, new, i) == 0 {
+                let c = base + i as u64;
+                if !refs.fates.is_kept(c) && !self.spare.contains(&c) {
+                    self.add(c)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// All of them and `more`, in order, neighbours together: what an explicit free has punched
+    /// became free in a block as well.
+    pub(super) fn merged(&mut self, more: &[(u64, u64)]) -> Result<Vec<(u64, u64)>> {
+        let mut ranges = std::mem::take(&mut self.ranges);
+        room::append(&mut ranges, more)?;
+        ranges.sort_unstable();
+        ranges.dedup_by(|next, last| {
+            let (end, next_end) = (last.0 + last.1, next.0 + next.1);
+            let touches = next.0 <= end;
+            if touches {
+                last.1 = end.max(next_end) - last.0;
+            }
+            touches
+        });
+        Ok(ranges)
+    }
+}

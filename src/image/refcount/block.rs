@@ -1,0 +1,156 @@
+//! A refcount block in memory.
+
+use super::packed::BlockCounts;
+use crate::error::Result;
+use crate::format::geometry::Geometry;
+use crate::format::refblock;
+use crate::image::room;
+use std::borrow::Cow;
+
+/// One refcount block that the verb has looked at.
+pub(crate) struct Block {
+    /// Where it lives in the file.
+    pub(crate) offset: u64,
+    /// Counts at the end of the replay, as far as it has come.
+    pub(super) now: BlockCounts,
+    /// Counts that published states in between need, where there is more than one publish.
+    pub(super) peak: Option<BlockCounts>,
+    pub(super) origin: Origin,
+    pub(super) moved: Moved,
+    /// The counts are among the open ones.
+    pub(super) open: bool,
+    /// Bytes that the block takes, without open counts.
+    pub(super) held: u64,
+}
+
+/// Where a block comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// The image has it.
+    Disk,
+    /// The verb makes it, in this epoch: nothing of it is on disk.
+    Made(usize),
+}
+
+/// Where its counts have gone.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Moved {
+    /// Some count went up.
+    pub(super) up: bool,
+    /// Some count went down.
+    pub(super) down: bool,
+    /// Some count went down to zero: there may be holes to punch.
+    pub(super) to_zero: bool,
+    /// QEMU would not write this block: only a temporary table of ours is counted in it.
+    pub(super) ours: bool,
+}
+
+impl Block {
+    pub(super) fn new(g: Geometry, offset: u64, counts: Vec<u8>, origin: Origin) -> Block {
+        Block {
+            offset,
+            now: BlockCounts::new(g, counts),
+            peak: None,
+            origin,
+            moved: Moved::default(),
+            open: false,
+            held: 0,
+        }
+    }
+
+    /// A count goes up, or down.
+    #[inline]
+    pub(super) fn move_to(&mut self, up: bool) {
+        self.moved.up |= up;
+        self.moved.down |= !up;
+    }
+
+    /// The epoch that makes it; none if the image has it.
+    pub(crate) fn made_in(&self) -> Option<usize> {
+        match self.origin {
+            Origin::Disk => None,
+            Origin::Made(epoch) => Some(epoch),
+        }
+    }
+
+    /// Does the verb write it?
+    pub(crate) fn is_written(&self) -> bool {
+        self.moved.up || self.moved.down || self.origin != Origin::Disk
+    }
+
+    /// Does QEMU write it?
+    pub(crate) fn is_qemus(&self) -> bool {
+        self.is_written() && !self.moved.ours
+    }
+
+    /// Do its counts on disk go up before the first publish?
+    pub(crate) fn is_raised(&self) -> bool {
+        self.origin == Origin::Disk && (self.moved.up || self.peak.is_some())
+    }
+
+    /// Do they go down after the last?
+    pub(crate) fn is_lowered(&self) -> bool {
+        self.is_written() && !self.only_raised()
+    }
+
+    /// Are there clusters that become free?
+    pub(crate) fn frees(&self) -> bool {
+        self.moved.to_zero
+    }
+
+    /// The counts are the highest that any published state needs: writing them once is enough.
+    fn only_raised(&self) -> bool {
+        !self.moved.down && self.peak.is_none()
+    }
+
+    /// Put the final counts into `to`, which has the block's size.
+    pub(crate) fn final_counts(&self, g: Geometry, to: &mut [u8]) -> Result<()> {
+        self.now.put(g, to)
+    }
+
+    /// Put the highest counts that any published state needs into `to`, which holds those on disk.
+    pub(crate) fn peak_counts(&self, g: Geometry, to: &mut [u8]) -> Result<()> {
+        if self.only_raised() {
+            return self.now.put(g, to);
+        }
+        let entries = g.refblock_entries() as usize;
+        refblock::raise_to(g, to, &self.now.bytes(g)?, entries);
+        if let Some(peak) = &self.peak {
+            refblock::raise_to(g, to, &peak.bytes(g)?, entries);
+        }
+        Ok(())
+    }
+
+    /// The counts as the replay has them now.
+    pub(super) fn counts(&self, g: Geometry) -> Result<Cow<'_, [u8]>> {
+        self.now.bytes(g)
+    }
+
+    /// The counts as they are now are needed by a published state: keep them as part of the peak.
+    pub(super) fn mark_published(&mut self, g: Geometry) -> Result<()> {
+        let counts = self.now.bytes(g)?;
+        let mut peak = match &self.peak {
+            Some(peak) => room::owned(peak.bytes(g)?)?,
+            None => room::copy_of(&counts)?,
+        };
+        refblock::raise_to(g, &mut peak, &counts, g.refblock_entries() as usize);
+        let mut peak = BlockCounts::new(g, peak);
+        peak.pack(g);
+        self.peak = Some(peak);
+        Ok(())
+    }
+
+    /// Count a cluster once in the peak only.
+    pub(super) fn count_in_peak(&mut self, g: Geometry, at: usize) -> Result<()> {
+        let ours = !self.is_written();
+        let mut peak = match self.peak.take() {
+            Some(peak) => peak,
+            None => BlockCounts::new(g, room::owned(self.now.bytes(g)?)?),
+        };
+        peak.set(g, at, 1)?;
+        self.peak = Some(peak);
+        (self.moved.up, self.moved.down) = (true, true);
+        self.moved.ours |= ours;
+        Ok(())
+    }
+}

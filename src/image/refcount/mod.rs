@@ -1,0 +1,503 @@
+//! Refcounts in memory: QEMU's allocations and frees, replayed before anything is written.
+//!
+//! The look-first half of a verb runs QEMU's code path against [`Refcounts`]: first-fit search,
+//! refcount blocks and tables that grow in the middle, frees. Nothing reaches the disk. What the
+//! replay leaves behind is, for each refcount block, the *final* counts and, where more than one
+//! write publishes something, the *peak*: the highest count that any published state in between
+//! needs. The writing half brings the disk to the peak before the first publish and down to the
+//! final counts after the last, so that at no moment a count is below the references to a cluster.
+//!
+//! | file | what |
+//! |---|---|
+//! | `search` | where clusters are free: QEMU's first fit |
+//! | `structure` | the refcount table and its blocks: growth and shrinking |
+//! | `block` | one block: its counts now and at the peak, where it comes from, how it has moved |
+//! | `tally` | the hot loops of a walk |
+//! | `fates` | what became of a cluster |
+//! | `dates` | when the disk has forgotten what was in it: epochs |
+//! | `packed` | counts of a block, as narrow or as packed as they can be |
+//! | `residents` | how many blocks stay open, and what all of them may take |
+//! | `residency` | which blocks are in memory, in which form, and what is put away; windows |
+
+mod block;
+mod dates;
+mod fates;
+pub(crate) mod packed;
+mod residency;
+mod residents;
+mod search;
+mod structure;
+mod tally;
+
+use super::device::Device;
+use crate::error::{Error, Result};
+use crate::format::geometry::{Geometry, HostCluster, MAX_CLUSTER_OFFSET};
+use crate::format::refblock;
+use dates::Dates;
+use packed::BlockCounts;
+use residency::Residency;
+use structure::Structure;
+
+pub(crate) use block::Block;
+pub(crate) use fates::{Fates, Forgotten, Freed};
+
+/// See the module's text.
+pub(crate) struct Refcounts {
+    g: Geometry,
+    structure: Structure,
+    residency: Residency,
+    /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
+    next: u64,
+    /// What became of the clusters that explicit allocations and frees have touched.
+    pub(crate) fates: Fates,
+    dates: Dates,
+}
+
+/// Does a caller have to look for clusters again?
+#[derive(PartialEq)]
+enum Reserved {
+    Done,
+    /// A refcount block was made where the caller may have wanted to put its data (QEMU's -EAGAIN).
+    Again,
+}
+
+impl Refcounts {
+    /// The table at `offset`. Counts may take `memory` bytes.
+    pub(crate) fn new(
+        g: Geometry,
+        offset: u64,
+        clusters: u64,
+        entries: Vec<u64>,
+        memory: u64,
+    ) -> Refcounts {
+        Refcounts {
+            g,
+            structure: Structure::new(offset, clusters, entries),
+            residency: Residency::new(memory),
+            next: 0,
+            fates: Fates::default(),
+            dates: Dates::default(),
+        }
+    }
+
+    pub(crate) fn geometry(&self) -> Geometry {
+        self.g
+    }
+
+    /// The refcount of a cluster when the walk of create was done, whatever was freed since: the
+    /// counts that the first publish of several needs.
+    pub(crate) fn get_published(&mut self, dev: &mut Device, cluster: HostCluster) -> Result<u64> {
+        let last = self.get(dev, cluster)?;
+        let at = self.g.refblock_index(cluster);
+        let peak = self
+            .block(self.g.reftable_index(cluster))
+            .and_then(|b| b.peak.as_ref());
+        Ok(match peak {
+            Some(peak) => peak.get(self.g, at)?.max(last),
+            None => last,
+        })
+    }
+
+    /// The refcount of a cluster; 0 where no block describes it.
+    pub(crate) fn get(&mut self, dev: &mut Device, cluster: HostCluster) -> Result<u64> {
+        let index = self.g.reftable_index(cluster);
+        if !self.load(dev, index)? {
+            return Ok(0);
+        }
+        let at = self.g.refblock_index(cluster);
+        self.block(index).map_or(Ok(0), |b| b.now.get(self.g, at))
+    }
+
+    /// Add 1 to or take 1 from a count during a walk and return it. The block must exist.
+    #[inline]
+    pub(crate) fn bump(&mut self, dev: &mut Device, cluster: HostCluster, up: bool) -> Result<u64> {
+        let g = self.g;
+        let index = g.reftable_index(cluster);
+        if !self.load(dev, index)? {
+            return Err(self.not_described(cluster));
+        }
+        let at = g.refblock_index(cluster);
+        let Some(block) = self.block_mut(index) else {
+            return Ok(0); // loaded above
+        };
+        let old = block.now.get(g, at)?;
+        let new = if up {
+            if old == g.refcount_max() {
+                return Err(overflow(g, cluster));
+            }
+            old + 1
+        } else {
+            old.checked_sub(1).ok_or_else(|| underflow(g, cluster))?
+        };
+        block.now.set(g, at, new)?;
+        block.move_to(up);
+        block.moved.to_zero |= new == 0;
+        if new == 0 && cluster.0 < self.next {
+            self.next = cluster.0;
+        }
+        Ok(new)
+    }
+
+    /// QEMU's `qcow2_alloc_clusters`: first fit from where the search stands, all counted once.
+    /// Zero bytes reserve nothing and give the place of the search.
+    pub(crate) fn alloc(&mut self, dev: &mut Device, bytes: u64) -> Result<u64> {
+        let n = self.g.clusters_for(bytes);
+        loop {
+            let start = self.find(dev, n, MAX_CLUSTER_OFFSET)?;
+            if self.reserve(dev, start, n)? == Reserved::Done {
+                return Ok(self.g.offset_of(HostCluster(start)));
+            }
+        }
+    }
+
+    /// QEMU's `update_refcount(+1)` for new clusters.
+    fn reserve(&mut self, dev: &mut Device, start: u64, n: u64) -> Result<Reserved> {
+        let g = self.g;
+        for c in start..start + n {
+            if self.ensure_block(dev, HostCluster(c))? == Reserved::Again {
+                // Undo, and try the same clusters first.
+                for undo in start..c {
+                    self.store(HostCluster(undo), 0)?;
+                    self.fates.give_back(undo)?;
+                }
+                self.next = self.next.min(start);
+                return Ok(Reserved::Again);
+            }
+            debug_assert_eq!(self.get(dev, HostCluster(c))?, 0);
+            self.store(HostCluster(c), 1)?;
+            self.fates.take(c)?;
+        }
+        debug_assert!(g.refcount_max() >= 1);
+        Ok(Reserved::Done)
+    }
+
+    /// Store a count in a loaded block.
+    fn store(&mut self, cluster: HostCluster, count: u64) -> Result<()> {
+        let g = self.g;
+        let at = g.refblock_index(cluster);
+        if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
+            let up = count >= block.now.get(g, at)?;
+            block.now.set(g, at, count)?;
+            block.move_to(up);
+            block.moved.to_zero |= count == 0;
+            let end = block.offset.saturating_add(g.cluster_size());
+            self.reach_to(end);
+        }
+        Ok(())
+    }
+
+    /// QEMU's `qcow2_free_clusters`: an underflow leaves the counts as they are and is no error.
+    /// `forgotten` is the epoch whose publish removes the last reference on disk.
+    pub(crate) fn free(
+        &mut self,
+        dev: &mut Device,
+        offset: u64,
+        bytes: u64,
+        bytes_end_up: Freed,
+        forgotten: Forgotten,
+    ) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let g = self.g;
+        let first = g.cluster_of(offset).0;
+        let last = g.cluster_of(offset.saturating_add(bytes - 1)).0;
+        for c in first..=last {
+            if self.get(dev, HostCluster(c))? == 0 {
+                return Ok(());
+            }
+        }
+        for c in first..=last {
+            let left = self.bump(dev, HostCluster(c), false)?;
+            self.store(HostCluster(c), left)?;
+            if left == 0 {
+                self.fates.free(c, bytes_end_up, forgotten)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Take one reference from each cluster of a data range, holes punched, nothing remembered:
+    /// for the many clusters of a resize, none of which this verb writes to again.
+    pub(crate) fn free_data(&mut self, dev: &mut Device, offset: u64, bytes: u64) -> Result<()> {
+        let g = self.g;
+        let first = g.cluster_of(offset).0;
+        let last = g.cluster_of(offset.saturating_add(bytes.max(1) - 1)).0;
+        for c in first..=last {
+            if self.get(dev, HostCluster(c))? == 0 {
+                return Ok(());
+            }
+        }
+        for c in first..=last {
+            self.bump(dev, HostCluster(c), false)?;
+        }
+        Ok(())
+    }
+
+    /// The count at the end of the replay of a cluster that the replay has touched.
+    pub(crate) fn count_after(&self, cluster: HostCluster) -> Result<u64> {
+        let at = self.g.refblock_index(cluster);
+        self.block(self.g.reftable_index(cluster))
+            .map_or(Ok(0), |b| b.now.get(self.g, at))
+    }
+
+    /// Has the verb changed counts in the block at `index`?
+    pub(crate) fn may_lose(&self, index: u64) -> bool {
+        match self.block(index) {
+            Some(b) => b.is_written(),
+            // Not looked at, so not changed; or dropped, because everything in it is free.
+            None => self.dropped_at(index).is_some(),
+        }
+    }
+
+    /// Is this cluster free after the verb, and counted before it, punched by it, or `new`?
+    pub(crate) fn loses_last(
+        &mut self,
+        dev: &mut Device,
+        cluster: HostCluster,
+        new: bool,
+    ) -> Result<bool> {
+        let at = self.g.refblock_index(cluster);
+        let count = |counts: &BlockCounts| counts.get(self.g, at);
+        let block = self.block(self.g.reftable_index(cluster));
+        let left = block.map_or(Ok(0), |b| count(&b.now))?;
+        let peak = block.and_then(|b| b.peak.as_ref());
+        let counted = peak.map_or(Ok(0), count)? != 0;
+        let punched = counted || self.fates.is_punched(cluster.0);
+        Ok(left == 0 && (new || punched || self.count_before(dev, cluster)? != 0))
+    }
+
+    /// Count a cluster once in the peak only: it is used between two publishes and free again
+    /// afterwards. The replay must be over.
+    pub(crate) fn count_temporarily(
+        &mut self,
+        dev: &mut Device,
+        cluster: HostCluster,
+    ) -> Result<()> {
+        let g = self.g;
+        let at = g.refblock_index(cluster);
+        let index = g.reftable_index(cluster);
+        let dropped = self.dropped_at(index);
+        if let Some(d) = dropped.and_then(|i| self.structure.dropped.get_mut(i)) {
+            if let Some(peak) = &mut d.peak {
+                refblock::set(g, peak, at, 1);
+            }
+            return Ok(());
+        }
+        // Walks since the search for this cluster may have left the block.
+        self.load(dev, index)?;
+        let Some(block) = self.block_mut(index) else {
+            return Err(self.not_described(cluster));
+        };
+        block.count_in_peak(g, at)?;
+        self.account(index);
+        Ok(())
+    }
+}
+
+fn overflow(g: Geometry, cluster: HostCluster) -> Error {
+    Error::Invalid(format!(
+        "The refcount of the cluster at {:#x} exceeds {} bits",
+        g.offset_of(cluster),
+        g.refcount_bits()
+    ))
+}
+
+fn underflow(g: Geometry, cluster: HostCluster) -> Error {
+    Error::Invalid(format!(
+        "The refcount of the cluster at {:#x}, which is in use, is zero",
+        g.offset_of(cluster)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::format::entry::OFFSET_MASK;
+    use crate::format::run::{Tallied, Tally};
+    use crate::io::memory::MemoryStorage;
+    use byteorder::{BigEndian, ByteOrder};
+    use packed::MOST;
+    use tally::CACHED;
+
+    impl Refcounts {
+        /// Leave all open blocks, as a walk does. Returns how many.
+        fn forget_all_clean(&mut self) -> usize {
+            let loaded = self.loaded().count();
+            self.enter_window(0..u64::MAX).unwrap();
+            loaded - self.loaded().count()
+        }
+
+        /// Clusters of the newest table, and of the blocks made together with it.
+        fn table_and_blocks(&self) -> usize {
+            let behind = self
+                .loaded()
+                .filter(|(_, b)| b.offset >= 64 * 256 * 512)
+                .count();
+            behind + self.table().clusters as usize
+        }
+    }
+
+    /// 512-byte clusters, a refcount table of one cluster at 1, a block at 2.
+    fn small() -> (Device, Refcounts) {
+        let g = Geometry::new(9, 4, false);
+        let mut file = vec![0u8; 3 * 512];
+        for c in 0..3 {
+            refblock::set(g, &mut file[1024..], c, 1);
+        }
+        let dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
+        let mut entries = vec![0; 64];
+        entries[0] = 1024;
+        (dev, Refcounts::new(g, 512, 1, entries, MOST))
+    }
+
+    #[test]
+    fn a_temporary_table_is_counted_in_a_block_that_was_left_meanwhile() {
+        let (mut dev, mut r) = small();
+        assert_eq!(r.find_untouched(&mut dev, 1, 2).unwrap(), Some(3));
+        assert!(r.forget_all_clean() > 0 && r.block(0).is_none());
+        r.count_temporarily(&mut dev, HostCluster(3)).unwrap();
+        let block = r.block(0).unwrap();
+        let mut peak = vec![0; 512];
+        block.peak_counts(r.g, &mut peak).unwrap();
+        assert_eq!(refblock::get(r.g, &peak, 3), 1);
+        assert!(block.is_written() && block.is_raised() && block.is_lowered() && !block.is_qemus());
+    }
+
+    #[test]
+    fn clusters_are_found_first_fit_and_search_goes_on_behind() {
+        let (mut dev, mut r) = small();
+        assert_eq!(r.alloc(&mut dev, 1).unwrap(), 3 * 512);
+        assert_eq!(r.alloc(&mut dev, 1025).unwrap(), 4 * 512);
+        assert_eq!(r.alloc(&mut dev, 0).unwrap(), 7 * 512);
+        r.free(&mut dev, 5 * 512, 1, Freed::Kept, Forgotten::With(0))
+            .unwrap();
+        assert_eq!(r.alloc(&mut dev, 512).unwrap(), 5 * 512);
+    }
+
+    /// Count a table of clusters in order, as `walk` does.
+    fn count(r: &mut Refcounts, dev: &mut Device, table: &[u8], tally: Tally) -> Tallied {
+        let mut all = Tallied::default();
+        while let Some(rest) = table.get(all.entries * 8..).filter(|t| !t.is_empty()) {
+            let run = r.count_run(dev, rest, tally).unwrap();
+            all.ones |= run.ones;
+            all.others |= run.others;
+            all.entries += run.entries;
+            if run.entries == 0 {
+                let c = r.g.cluster_of(BigEndian::read_u64(rest) & OFFSET_MASK);
+                let count = r.bump(dev, c, tally == Tally::Up).unwrap();
+                all.ones |= count == 1;
+                all.entries += 1;
+            }
+        }
+        all
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "many minutes there")]
+    fn a_walk_that_jumps_about_counts_in_narrow_fields_and_comes_to_the_same() {
+        for order in [2, 4, 6] {
+            let g = Geometry::new(9, order, false);
+            let blocks = 3 * CACHED / 1024;
+            let entries = (0..blocks).map(|b| (b + 1) * 512).collect();
+            let mut file = vec![0u8; 512 + blocks as usize * 512];
+            let per_block = g.refblock_entries();
+            let mut want = vec![0u64; (blocks * per_block) as usize];
+            let mut seed = 88_172_645_463_325_252u64;
+            let mut random = |n: u64| {
+                seed ^= seed << 13;
+                seed ^= seed >> 7;
+                seed ^= seed << 17;
+                seed % n
+            };
+            for (c, count) in want.iter_mut().enumerate() {
+                *count = random(2);
+                let at = 512 + (c as u64 / per_block * 512) as usize;
+                let index = c % per_block as usize;
+                refblock::set(g, &mut file[at..at + 512], index, *count);
+            }
+            let mut dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
+            let mut r = Refcounts::new(g, 0, 1, entries, MOST);
+            let mut visited = Vec::new();
+            let mut table = [0u8; 512];
+            for round in 0..2000u64 {
+                for word in table.chunks_exact_mut(8) {
+                    // Some clusters again and again, out of what narrow fields hold.
+                    let hot = round % 8 == 0 && want[77] < g.refcount_max().min(300);
+                    let c = if hot {
+                        77
+                    } else {
+                        78 + random(want.len() as u64 - 78)
+                    };
+                    want[c as usize] += 1;
+                    visited.push(c);
+                    BigEndian::write_u64(word, c << 9);
+                }
+                count(&mut r, &mut dev, &table, Tally::Up);
+            }
+            let narrow = r.loaded().filter(|(_, b)| b.now.order() < Some(order));
+            assert!(narrow.count() > blocks as usize / 2, "order {order}");
+            for chunk in visited.chunks(64).take(500) {
+                for (word, c) in table.chunks_exact_mut(8).zip(chunk) {
+                    BigEndian::write_u64(word, c << 9);
+                    want[*c as usize] -= 1;
+                }
+                count(&mut r, &mut dev, &table, Tally::Down);
+                let mut flags = table;
+                let mut done = 0;
+                while done < 64 {
+                    let (n, _) = r
+                        .copied_run(&mut dev, &mut flags[done * 8..], false)
+                        .unwrap();
+                    assert_ne!(n, 0);
+                    done += n;
+                }
+                for (word, c) in flags.chunks_exact(8).zip(chunk) {
+                    let copied = BigEndian::read_u64(word) >> 63 == 1;
+                    assert_eq!(copied, want[*c as usize] == 1, "order {order} cluster {c}");
+                }
+                let look = count(&mut r, &mut dev, &table, Tally::Look);
+                assert_eq!(look.ones, chunk.iter().any(|c| want[*c as usize] == 1));
+                assert_eq!(look.others, chunk.iter().any(|c| want[*c as usize] != 1));
+            }
+            for (index, block) in r.loaded() {
+                let first = (index * per_block) as usize;
+                let counts = block.counts(g).unwrap();
+                for (i, want) in want[first..].iter().take(per_block as usize).enumerate() {
+                    let count = refblock::get(g, &counts, i);
+                    assert_eq!(count, *want, "order {order} block {index}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_new_block_leaves_the_first_free_cluster_to_the_data() {
+        let (mut dev, mut r) = small();
+        assert_eq!(r.alloc(&mut dev, 253 * 512).unwrap(), 3 * 512);
+        // Clusters 0 to 255 are full: QEMU puts the L1 copy at 256 and 257, the block at 258.
+        assert_eq!(r.alloc(&mut dev, 1024).unwrap(), 256 * 512);
+        assert_eq!(r.table().entries[1], 258 * 512);
+        assert_eq!(r.alloc(&mut dev, 512).unwrap(), 259 * 512);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "many minutes there")]
+    fn the_table_grows_behind_everything_described() {
+        let (mut dev, mut r) = small();
+        // 64 entries describe 64 * 256 clusters; one by one nothing is skipped for new blocks.
+        let mut at = 0;
+        while r.tables().len() == 1 {
+            at = r.alloc(&mut dev, 512).unwrap();
+        }
+        let taken = (0..100_000).filter(|c| r.fates.is_taken(*c)).count();
+        assert_eq!(taken, 64 * 256 - 3 + 1 + r.table_and_blocks());
+        assert!(r.table().entries.len() > 64);
+        // The old table's cluster is free and below everything: QEMU takes it at once.
+        assert_eq!(at, 512);
+        assert_eq!(r.fates.forgotten(1), Forgotten::With(0));
+        r.forget_before_writing(&mut dev, at, 512).unwrap();
+        assert_eq!(r.epoch(), 1);
+    }
+}

@@ -1,0 +1,186 @@
+//! Where clusters are free: QEMU's first fit, and room for a table of our own.
+
+use super::Refcounts;
+use crate::error::{Error, Result};
+use crate::format::geometry::{HostCluster, TABLE_ENTRY};
+use crate::format::refblock;
+use crate::image::device::Device;
+use crate::image::room;
+
+impl Refcounts {
+    /// QEMU's `alloc_clusters_noref`: the first of `n` free clusters in a row.
+    pub(super) fn find(&mut self, dev: &mut Device, n: u64, max_offset: u64) -> Result<u64> {
+        let g = self.g;
+        let mut scratch = Vec::new();
+        let (mut at, mut run) = (self.next, 0);
+        while run < n {
+            dev.progress.pass(TABLE_ENTRY)?;
+            let index = g.reftable_index(HostCluster(at));
+            if index >= self.table().entries.len() as u64 {
+                at += n - run;
+                break;
+            }
+            let block_end = g.first_cluster_of_block(index + 1).0;
+            let offset = self.entry(index);
+            if offset == 0 {
+                let free = (n - run).min(block_end - at);
+                at += free;
+                run += free;
+                continue;
+            }
+            let Some(counts) = self.counts(dev, index, &mut scratch)? else {
+                continue; // not reached: the entry is not zero
+            };
+            let entries = g.refblock_entries() as usize;
+            let mut i = g.refblock_index(HostCluster(at));
+            while i < entries && run < n {
+                if run == 0 {
+                    // Skip what is in use.
+                    i = refblock::find(g, counts, i, entries, true).unwrap_or(entries);
+                }
+                let limit = entries.min(i.saturating_add((n - run) as usize));
+                let stop = refblock::find(g, counts, i, limit, false);
+                run += (stop.unwrap_or(limit) - i) as u64;
+                i = stop.unwrap_or(limit);
+                if stop.is_some() && run < n {
+                    run = 0;
+                    i += 1;
+                }
+            }
+            at = block_end - (entries - i) as u64;
+        }
+        self.next = at;
+        if at > 0 && at - 1 > max_offset >> g.cluster_bits {
+            return Err(Error::TooBig(
+                "The image file would become too large".into(),
+            ));
+        }
+        Ok(at - n)
+    }
+
+    /// QEMU's `qcow2_get_last_cluster`: the last cluster in use below `length` bytes. Damaged images
+    /// can be longer than any disk: only what the table describes is looked at.
+    pub(crate) fn last_cluster(&mut self, dev: &mut Device, length: u64) -> Result<u64> {
+        let g = self.g;
+        let described = g.first_cluster_of_block(self.table().entries.len() as u64);
+        let mut scratch = Vec::new();
+        let mut end = g.clusters_for(length).min(described.0);
+        while end > 0 {
+            let index = g.reftable_index(HostCluster(end - 1));
+            let first = g.first_cluster_of_block(index).0;
+            dev.progress.pass(TABLE_ENTRY)?;
+            let counts = self.counts(dev, index, &mut scratch)?.unwrap_or_default();
+            // A file may have terabytes of holes: only what is not zero is taken apart.
+            if let Some(byte) = counts.iter().rposition(|b| *b != 0) {
+                let n = ((end - first) as usize).min(g.block_entries_in(byte + 8));
+                if let Some(last) = (0..n).rev().find(|i| refblock::get(g, counts, *i) != 0) {
+                    return Ok(first + last as u64);
+                }
+            }
+            end = first;
+        }
+        Err(Error::Corrupt(
+            "There are no references in the refcount table.".into(),
+        ))
+    }
+
+    /// A run of `n` clusters at or behind `from` that is free now, was free on disk, is described
+    /// by existing blocks and is not touched by the replay. For short-lived tables.
+    pub(crate) fn find_untouched(
+        &mut self,
+        dev: &mut Device,
+        from: u64,
+        n: u64,
+    ) -> Result<Option<u64>> {
+        let g = self.g;
+        let (mut run, mut c) = (0, from);
+        let (mut scratch, mut in_scratch) = (Vec::new(), None);
+        let end = g
+            .first_cluster_of_block(self.table().entries.len() as u64)
+            .0;
+        while c < end {
+            let index = g.reftable_index(HostCluster(c));
+            if in_scratch != Some(index) {
+                dev.progress.pass(TABLE_ENTRY)?;
+            }
+            if self.entry(index) == 0 || self.block(index).is_some_and(|b| b.made_in().is_some()) {
+                run = 0;
+                c = g.first_cluster_of_block(index + 1).0;
+                continue;
+            }
+            let at = g.refblock_index(HostCluster(c));
+            if in_scratch != Some(index) {
+                if let Some(block) = self.block(index) {
+                    scratch = room::owned(block.counts(g)?)?;
+                    if let Some(peak) = &block.peak {
+                        let entries = g.refblock_entries() as usize;
+                        refblock::raise_to(g, &mut scratch, &peak.bytes(g)?, entries);
+                    }
+                } else {
+                    self.counts(dev, index, &mut scratch)?;
+                }
+                in_scratch = Some(index);
+            }
+            // What a resize has freed in a block that is loaded is still in use on the disk.
+            let counted = refblock::get(g, &scratch, at) != 0
+                || self.block(index).is_some() && self.count_before(dev, HostCluster(c))? != 0;
+            run = if counted || !self.fates.is_untouched(c) {
+                0
+            } else {
+                run + 1
+            };
+            c += 1;
+            if run == n {
+                let (first, last) = (HostCluster(c - n), HostCluster(c - 1));
+                for index in g.reftable_index(first)..=g.reftable_index(last) {
+                    self.load(dev, index)?;
+                }
+                return Ok(Some(first.0));
+            }
+        }
+        self.find_untouched_in_dropped(dev, n)
+    }
+
+    /// [`Refcounts::find_untouched`] in the range of a block that a shrinking resize drops: until the
+    /// new state is published the table names it, and afterwards its counts go with it.
+    fn find_untouched_in_dropped(&mut self, dev: &mut Device, n: u64) -> Result<Option<u64>> {
+        let g = self.g;
+        if n > g.refblock_entries() {
+            return Ok(None);
+        }
+        let mut dropped = std::mem::take(&mut self.structure.dropped);
+        let mut found = None;
+        for d in &mut dropped {
+            dev.progress.pass(g.cluster_size())?;
+            let before = dev.read_vec(
+                "Could not read a refcount block",
+                d.offset,
+                g.cluster_size(),
+            )?;
+            let after = d.counts.as_ref().map(|c| c.bytes(g)).transpose()?;
+            let base = g.first_cluster_of_block(d.index).0;
+            let mut run = 0;
+            for at in 0..g.refblock_entries() as usize {
+                let c = base + at as u64;
+                let counted = refblock::get(g, &before, at) != 0
+                    || after.as_ref().is_some_and(|b| refblock::get(g, b, at) != 0);
+                run = if counted || !self.fates.is_untouched(c) || c == 0 {
+                    0
+                } else {
+                    run + 1
+                };
+                if run == n {
+                    found = Some(c + 1 - n);
+                    break;
+                }
+            }
+            drop(after);
+            if found.is_some() {
+                d.peak = Some(before);
+                break;
+            }
+        }
+        self.structure.dropped = dropped;
+        Ok(found)
+    }
+}

@@ -1,0 +1,371 @@
+//! The refcount table and its blocks: where they are, how they grow and how they shrink.
+
+use super::block::{Block, Origin};
+use super::fates::{Forgotten, Freed};
+use super::packed::BlockCounts;
+use super::{Refcounts, Reserved};
+use crate::error::{Error, Result};
+use crate::format::entry::REFTABLE_OFFSET_MASK;
+use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
+use crate::format::refblock;
+use crate::image::device::{self, Device};
+use crate::image::room;
+
+/// QEMU compares the number of refcount table entries with this (`QCOW_MAX_REFTABLE_SIZE`).
+const MAX_REFTABLE_ENTRIES: u64 = 8 << 20;
+
+/// One place where the refcount table has been during the verb.
+#[derive(Debug)]
+pub(crate) struct Reftable {
+    pub(crate) offset: u64,
+    pub(crate) clusters: u64,
+    /// All entries, zero tail included.
+    pub(crate) entries: Vec<u64>,
+    /// `None`: the table that was there before the verb; else the epoch that made it.
+    pub(crate) born: Option<usize>,
+}
+
+impl Reftable {
+    /// Offset of the block at `index`; 0 for none.
+    pub(crate) fn entry(&self, index: u64) -> u64 {
+        self.entries.get(index as usize).copied().unwrap_or(0) & REFTABLE_OFFSET_MASK
+    }
+}
+
+/// A refcount block that a shrinking resize takes out of the table.
+pub(crate) struct Dropped {
+    /// Its place in the refcount table.
+    pub(crate) index: u64,
+    /// Its place in the file.
+    pub(crate) offset: u64,
+    /// The counts it had at the end, if the verb changed them.
+    pub(crate) counts: Option<BlockCounts>,
+    /// Its counts on disk and those of a temporary table, if one is put into its range.
+    pub(crate) peak: Option<Vec<u8>>,
+}
+
+/// Where the structure has been and is.
+pub(super) struct Structure {
+    /// Places of the refcount table, the current one last; never empty.
+    pub(super) tables: Vec<Reftable>,
+    /// Refcount blocks dropped by a shrinking resize.
+    pub(super) dropped: Vec<Dropped>,
+    /// Length that QEMU's writes of refcount structures give the file at least.
+    pub(super) reach: u64,
+}
+
+impl Structure {
+    /// A table at `offset`.
+    pub(super) fn new(offset: u64, clusters: u64, entries: Vec<u64>) -> Structure {
+        Structure {
+            tables: vec![Reftable {
+                offset,
+                clusters,
+                entries,
+                born: None,
+            }],
+            dropped: Vec::new(),
+            reach: 0,
+        }
+    }
+}
+
+impl Refcounts {
+    /// Places of the refcount table, the current one last.
+    pub(crate) fn tables(&self) -> &[Reftable] {
+        &self.structure.tables
+    }
+
+    /// The refcount table as it is now.
+    pub(crate) fn table(&self) -> &Reftable {
+        // Never empty: made with one, only pushed to.
+        &self.structure.tables[self.structure.tables.len() - 1]
+    }
+
+    pub(super) fn table_mut(&mut self) -> &mut Reftable {
+        let last = self.structure.tables.len() - 1;
+        &mut self.structure.tables[last]
+    }
+
+    /// The entries of the refcount table as they are now: the verb is over.
+    pub(crate) fn take_table(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.table_mut().entries)
+    }
+
+    /// Offset of the block at `index` of the table; 0 for none.
+    pub(crate) fn entry(&self, index: u64) -> u64 {
+        self.table().entry(index)
+    }
+
+    /// Blocks that a shrinking resize takes out of the table.
+    pub(crate) fn dropped(&self) -> &[Dropped] {
+        &self.structure.dropped
+    }
+
+    /// Which of the dropped blocks was at `index`? They are in order.
+    pub(super) fn dropped_at(&self, index: u64) -> Option<usize> {
+        let dropped = &self.structure.dropped;
+        dropped.binary_search_by_key(&index, |d| d.index).ok()
+    }
+
+    /// Length that QEMU's writes of refcount structures give the file at least.
+    pub(crate) fn reach(&self) -> u64 {
+        self.structure.reach
+    }
+
+    /// QEMU has cut the file: what it wrote before does not matter any more.
+    pub(crate) fn forget_reach(&mut self) {
+        self.structure.reach = 0;
+    }
+
+    pub(super) fn reach_to(&mut self, end: u64) {
+        self.structure.reach = self.structure.reach.max(end);
+    }
+
+    pub(super) fn check_aligned(&self, index: u64, offset: u64) -> Result<()> {
+        if self.g.in_cluster(offset) != 0 {
+            return Err(Error::Corrupt(format!(
+                "Refblock offset {offset:#x} unaligned (reftable index: {index:#x})"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Why a cluster in use cannot be counted: no refcount block describes it. QEMU would make one,
+    /// and refuse if the table cannot grow that far.
+    pub(super) fn not_described(&self, cluster: HostCluster) -> Error {
+        let g = self.g;
+        let at = g.offset_of(cluster);
+        let used = (cluster.0 + 1).div_ceil(g.refblock_entries());
+        let blocks = blocks_with_metadata(g, g.first_cluster_of_block(used).0);
+        let within = g.reftable_index(cluster) < self.table().entries.len() as u64;
+        if !within && blocks + blocks.div_ceil(2) > MAX_REFTABLE_ENTRIES {
+            return Error::TooBig(format!(
+                "The cluster at {at:#x}, which is in use, is out of range"
+            ));
+        }
+        Error::Corrupt(format!(
+            "No refcount block describes the cluster at {at:#x}, which is in use"
+        ))
+    }
+
+    /// QEMU's `alloc_refcount_block`.
+    pub(super) fn ensure_block(
+        &mut self,
+        dev: &mut Device,
+        cluster: HostCluster,
+    ) -> Result<Reserved> {
+        let g = self.g;
+        let index = g.reftable_index(cluster);
+        if self.load(dev, index)? {
+            return Ok(Reserved::Done);
+        }
+        let new = HostCluster(self.find(dev, 1, i64::MAX as u64)?);
+        if new.0 == 0 {
+            return Err(Error::Corrupt(
+                "Preventing invalid allocation of refcount block at offset 0".into(),
+            ));
+        }
+        let own = g.reftable_index(new) == index;
+        if !own && self.reserve(dev, new.0, 1)? == Reserved::Again {
+            return Ok(Reserved::Again);
+        }
+        self.new_block(dev, index, g.offset_of(new))?;
+        if own {
+            self.store(new, 1)?;
+        }
+        self.fates.take(new.0)?;
+        if index < self.table().entries.len() as u64 {
+            self.table_mut().entries[index as usize] = g.offset_of(new);
+        } else {
+            let used = (cluster.0 + 1)
+                .max(new.0 + 1)
+                .div_ceil(g.refblock_entries());
+            self.grow_table(dev, g.first_cluster_of_block(used), index, g.offset_of(new))?;
+        }
+        Ok(Reserved::Again)
+    }
+
+    /// An empty block at `offset`, to be entered at `index`.
+    fn new_block(&mut self, dev: &mut Device, index: u64, offset: u64) -> Result<()> {
+        let counts = device::zeroed(self.g.cluster_size())?;
+        self.forget_before_writing(dev, offset, self.g.cluster_size())?;
+        let epoch = self.epoch();
+        self.reach_to(offset.saturating_add(self.g.cluster_size()));
+        self.insert(
+            index,
+            Block::new(self.g, offset, counts, Origin::Made(epoch)),
+        )
+    }
+
+    /// QEMU's `qcow2_refcount_area`: a larger table, and the blocks that describe it, behind
+    /// everything that is described so far.
+    fn grow_table(
+        &mut self,
+        dev: &mut Device,
+        start: HostCluster,
+        new_index: u64,
+        new_block: u64,
+    ) -> Result<()> {
+        let g = self.g;
+        let total_blocks = blocks_with_metadata(g, start.0);
+        let per_cluster = g.reftable_entries_per_cluster();
+        let entries = (total_blocks + total_blocks.div_ceil(2)).next_multiple_of(per_cluster);
+        if total_blocks > MAX_REFTABLE_ENTRIES || entries > MAX_REFTABLE_ENTRIES {
+            return Err(Error::TooBig(
+                "The refcount table would become too large".into(),
+            ));
+        }
+        let clusters = entries / per_cluster;
+
+        let old = (self.table().offset, self.table().clusters);
+        let all = self.table().entries.iter().copied();
+        let all = all.chain(std::iter::repeat(0));
+        let mut table = room::collected(all.take(entries as usize))?;
+        table[new_index as usize] = new_block;
+
+        // Which blocks are new, and where they and the table lie.
+        let first = g.reftable_index(start);
+        let missing = (first..total_blocks)
+            .filter(|i| table[*i as usize] == 0)
+            .count() as u64;
+        let table_cluster = start.0 + missing;
+        let end = table_cluster + clusters;
+        let mut next_block = start.0;
+        for index in first..total_blocks {
+            if table[index as usize] == 0 {
+                let offset = g.offset_of(HostCluster(next_block));
+                self.new_block(dev, index, offset)?;
+                table[index as usize] = offset;
+                next_block += 1;
+            }
+        }
+        let offset = g.offset_of(HostCluster(table_cluster));
+        self.forget_before_writing(dev, offset, clusters * g.cluster_size())?;
+        let table = Reftable {
+            offset,
+            clusters,
+            entries: table,
+            born: Some(self.epoch()),
+        };
+        room::push(&mut self.structure.tables, table)?;
+        for index in first..total_blocks {
+            self.load(dev, index)?;
+        }
+        for c in start.0..end {
+            if self.get(dev, HostCluster(c))? != 0 {
+                return Err(Error::Corrupt(
+                    "Space behind the image's last refcount block is in use".into(),
+                ));
+            }
+            self.store(HostCluster(c), 1)?;
+            self.fates.take(c)?;
+        }
+        self.reach_to(g.offset_of(HostCluster(end)));
+        // The old table is forgotten when the header names the new one.
+        self.free(
+            dev,
+            old.0,
+            old.1 * g.cluster_size(),
+            Freed::Kept,
+            Forgotten::With(self.epoch()),
+        )
+    }
+
+    /// QEMU's `qcow2_shrink_reftable`: drop blocks that describe nothing but themselves.
+    pub(crate) fn shrink_table(&mut self, dev: &mut Device) -> Result<()> {
+        let g = self.g;
+        let mut scratch = Vec::new();
+        let mut unused = Vec::new();
+        for index in 0..self.table().entries.len() as u64 {
+            dev.progress.pass(TABLE_ENTRY)?;
+            let offset = self.entry(index);
+            if offset == 0 {
+                continue;
+            }
+            self.check_aligned(index, offset)?;
+            // Zeros, and a table may name a million of these: terabytes to look at.
+            if offset >= dev.length() && self.block(index).is_none() {
+                room::push(&mut unused, (index, offset))?;
+                continue;
+            }
+            let mut copy = match self.block(index) {
+                Some(b) => room::owned(b.counts(g)?)?,
+                None => {
+                    dev.progress.pass(g.cluster_size())?;
+                    room::resize(&mut scratch, g.cluster_len(), 0)?;
+                    dev.read("Could not read a refcount block", offset, &mut scratch)?;
+                    std::mem::take(&mut scratch)
+                }
+            };
+            let itself = g.cluster_of(offset);
+            if g.reftable_index(itself) == index {
+                refblock::set(g, &mut copy, g.refblock_index(itself), 0);
+            }
+            if copy.iter().all(|b| *b == 0) {
+                room::push(&mut unused, (index, offset))?;
+            }
+            scratch = copy;
+        }
+        let end = self
+            .table()
+            .offset
+            .saturating_add(self.table().entries.len() as u64 * TABLE_ENTRY);
+        self.reach_to(end);
+        for (index, offset) in unused {
+            dev.progress.pass(TABLE_ENTRY)?;
+            // `qcow2_discard_refcount_block`
+            let cluster = g.cluster_of(offset);
+            if self.get(dev, cluster)? != 1 {
+                return Err(Error::Corrupt(format!(
+                    "Invalid refcount: refblock offset {offset:#x}"
+                )));
+            }
+            self.store(cluster, 0)?;
+            self.next = self.next.min(cluster.0);
+            self.fates
+                .free(cluster.0, Freed::Punched, Forgotten::Never)?;
+            self.table_mut().entries[index as usize] = 0;
+            let block = self.take_block(index);
+            if block.as_ref().is_none_or(|b| b.made_in().is_none()) {
+                // Nothing is left in it but, at times, the block itself.
+                let counts = block.map(|mut b| {
+                    // Its place in the temporary file is that of the next block here.
+                    b.now.open(g)?;
+                    b.now.pack(g);
+                    Ok(b.now)
+                });
+                let counts = counts.transpose()?;
+                let dropped = Dropped {
+                    index,
+                    offset,
+                    counts,
+                    peak: None,
+                };
+                room::push(&mut self.structure.dropped, dropped)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Blocks that describe `clusters` and the table and blocks behind them, with QEMU's reserve of
+/// half the table (`qcow2_refcount_metadata_size`, generous).
+fn blocks_with_metadata(g: Geometry, mut clusters: u64) -> u64 {
+    let (mut table, mut blocks, mut total) = (0u64, 0u64, 0u64);
+    let mut generous = true;
+    loop {
+        let last = total;
+        blocks = (clusters + table + blocks).div_ceil(g.refblock_entries());
+        table = blocks.div_ceil(g.reftable_entries_per_cluster());
+        total = clusters + blocks + table;
+        if total == last {
+            if !generous {
+                return blocks;
+            }
+            clusters += table.div_ceil(2);
+            generous = false;
+            total = 0;
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! What a write must not hit (`qcow2_check_metadata_overlap`, template "cached").
+
+use crate::error::{Error, Result};
+use crate::format::entry;
+use crate::format::geometry::Geometry;
+use crate::image::room;
+
+/// Structures that QEMU protects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protected {
+    Header,
+    ActiveL1,
+    ActiveL2,
+    Reftable,
+    Refblock,
+    SnapshotTable,
+    InactiveL1,
+    BitmapDirectory,
+}
+
+impl Protected {
+    fn name(self) -> &'static str {
+        match self {
+            Protected::Header => "qcow2_header",
+            Protected::ActiveL1 => "active L1 table",
+            Protected::ActiveL2 => "active L2 table",
+            Protected::Reftable => "refcount table",
+            Protected::Refblock => "refcount block",
+            Protected::SnapshotTable => "snapshot table",
+            Protected::InactiveL1 => "inactive L1 table",
+            Protected::BitmapDirectory => "bitmap directory",
+        }
+    }
+}
+
+/// The protected ranges of an image, as they are before a verb.
+pub(crate) struct Overlap {
+    g: Geometry,
+    /// Few and long: (start, end, kind), end exclusive, whole clusters.
+    ranges: Vec<(u64, u64, Protected)>,
+    /// For each range the furthest end of it and those before it, so that a search can stop.
+    furthest: Vec<u64>,
+    /// Sorted offsets of active L2 tables and of refcount blocks, one cluster each.
+    active_l2: Vec<u64>,
+    refblocks: Vec<u64>,
+}
+
+impl Overlap {
+    pub(crate) fn new(g: Geometry, l1: &[u64], reftable: &[u64]) -> Result<Overlap> {
+        let ranges = vec![(0, g.cluster_size(), Protected::Header)];
+        let mut overlap = Overlap {
+            g,
+            ranges,
+            furthest: vec![g.cluster_size()],
+            active_l2: Vec::new(),
+            refblocks: Vec::new(),
+        };
+        overlap.follow(l1, reftable)?;
+        Ok(overlap)
+    }
+
+    /// Protect the L2 tables and refcount blocks that these tables name, and no others.
+    pub(crate) fn follow(&mut self, l1: &[u64], reftable: &[u64]) -> Result<()> {
+        let sorted = |table: &[u64], mask: u64| -> Result<Vec<u64>> {
+            let named = table.iter().map(|e| e & mask);
+            let mut offsets = room::collected(named.filter(|o| *o != 0))?;
+            offsets.sort_unstable();
+            Ok(offsets)
+        };
+        self.active_l2 = sorted(l1, entry::OFFSET_MASK)?;
+        self.refblocks = sorted(reftable, entry::REFTABLE_OFFSET_MASK)?;
+        Ok(())
+    }
+
+    /// No refcount block may be in the table twice: one count would stand for two clusters. (QEMU
+    /// goes on; a search through a table that names one full block a million times takes it days.)
+    pub(crate) fn check_refblocks(&self) -> Result<()> {
+        match self.refblocks.windows(2).find(|w| w[0] == w[1]) {
+            Some(twice) => Err(Error::Corrupt(format!(
+                "Refblock offset {:#x} is in the refcount table twice",
+                twice[0]
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Protect `bytes` at `offset`.
+    pub(crate) fn protect(&mut self, kind: Protected, offset: u64, bytes: u64) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let end = self.g.round_up(offset.saturating_add(bytes));
+        let range = (offset - self.g.in_cluster(offset), end, kind);
+        room::push(&mut self.ranges, range)?;
+        // For `seal`, which never fails.
+        room::reserve(&mut self.furthest, self.ranges.len())
+    }
+
+    /// No longer protect ranges of this kind that begin at `offset`.
+    pub(crate) fn release(&mut self, kind: Protected, offset: u64) {
+        self.ranges
+            .retain(|(start, _, k)| !(*k == kind && *start == offset));
+        self.seal();
+    }
+
+    /// Protect the refcount table where it is now, and not where it was.
+    pub(crate) fn follow_reftable(&mut self, offset: u64, bytes: u64) -> Result<()> {
+        let reftable = |r: &&(u64, u64, Protected)| r.2 == Protected::Reftable;
+        let old = self.ranges.iter().find(reftable).map(|r| r.0);
+        if let Some(old) = old.filter(|old| *old != offset) {
+            self.release(Protected::Reftable, old);
+            self.protect(Protected::Reftable, offset, bytes)?;
+            self.seal();
+        }
+        Ok(())
+    }
+
+    /// Sort the ranges for [`Overlap::check`]; call after the last `protect`.
+    pub(crate) fn seal(&mut self) {
+        self.ranges
+            .sort_unstable_by_key(|(start, end, _)| (*start, *end));
+        let mut furthest = 0;
+        self.furthest.clear();
+        #[allow(clippy::disallowed_methods)] // `protect` has made room
+        self.furthest.extend(self.ranges.iter().map(|(_, end, _)| {
+            furthest = furthest.max(*end);
+            furthest
+        }));
+    }
+
+    /// May `bytes` at `offset` be written? `ignore` is the structure being written.
+    pub(crate) fn check(&self, offset: u64, bytes: u64, ignore: Option<Protected>) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let start = offset - self.g.in_cluster(offset);
+        let end = self.g.round_up(offset.saturating_add(bytes));
+        if let Some(kind) = self.hit(start, end, ignore) {
+            return Err(Error::Corrupt(format!(
+                "Preventing invalid write on metadata (overlaps with {})",
+                kind.name()
+            )));
+        }
+        Ok(())
+    }
+
+    fn hit(&self, start: u64, end: u64, ignore: Option<Protected>) -> Option<Protected> {
+        let below = self.ranges.partition_point(|(s, _, _)| *s < end);
+        let candidates = self.ranges.iter().zip(&self.furthest).take(below).rev();
+        candidates
+            .take_while(|(_, furthest)| **furthest > start)
+            .find(|((_, e, k), _)| *e > start && Some(*k) != ignore)
+            .map(|((_, _, k), _)| *k)
+            .or_else(|| self.hit_list(&self.active_l2, start, end, Protected::ActiveL2, ignore))
+            .or_else(|| self.hit_list(&self.refblocks, start, end, Protected::Refblock, ignore))
+    }
+
+    fn hit_list(
+        &self,
+        list: &[u64],
+        start: u64,
+        end: u64,
+        kind: Protected,
+        ignore: Option<Protected>,
+    ) -> Option<Protected> {
+        if ignore == Some(kind) {
+            return None;
+        }
+        // Unaligned offsets in damaged tables count with the cluster they begin in and the next.
+        let from = list.partition_point(|o| o.saturating_add(self.g.cluster_size()) <= start);
+        list.get(from).filter(|o| **o < end).map(|_| kind)
+    }
+}
