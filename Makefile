@@ -146,6 +146,7 @@ bench: setup library tool build/export-snapshot
 SECONDS ?= 1800
 soak: setup
 	DIFF_SECONDS=$(SECONDS) $(CARGO) test --release --test differential --target-dir '$(TARGET)'
+	EXPORT_SECONDS=$(SECONDS) $(CARGO) test --release -p qcow2-snapshot-tool --test chain --target-dir '$(TARGET)' -- --nocapture
 
 soak-crash: setup
 	CRASH_ALL=1 $(CARGO) test --release --test crash --target-dir '$(TARGET)' -- --nocapture
