@@ -717,6 +717,14 @@ typedef struct Qcow2Api {
                                 struct Qcow2Change *change,
                                 struct Qcow2Error **errp);
     /**
+     * qcow2_flatten().
+     */
+    int (*flatten)(struct Qcow2Image *bs, struct Qcow2Error **errp);
+    /**
+     * qcow2_flatten_estimate().
+     */
+    int (*flatten_estimate)(struct Qcow2Image *bs, uint64_t *bytes, struct Qcow2Error **errp);
+    /**
      * qcow2_set_progress().
      */
     int (*set_progress)(struct Qcow2Image *bs, Qcow2ProgressFunc func, void *opaque);
