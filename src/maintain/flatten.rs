@@ -120,6 +120,8 @@ struct Flatten<'a> {
     /// How many were written, and where the last one's search for free clusters ended.
     written: u64,
     searched: u64,
+    /// For what is read, again and again.
+    buffer: Vec<u8>,
 }
 
 /// What is known of the backing file's zeros: of one stretch.
@@ -337,6 +339,7 @@ impl<'a> Flatten<'a> {
             pending: None,
             written: 0,
             searched: 0,
+            buffer: Vec::new(),
         })
     }
 

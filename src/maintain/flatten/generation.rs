@@ -142,7 +142,8 @@ impl Flatten<'_> {
     ) -> Result<u64> {
         let (g, cs) = (self.g, self.g.cluster_len());
         let start = span.start + (run.start << g.cluster_bits);
-        let mut data = zeroed((run.end - run.start) << g.cluster_bits)?;
+        let mut data = std::mem::take(&mut self.buffer);
+        room::resize(&mut data, (run.end - run.start) as usize * cs, 0)?;
         let end = nodes.iter().map(|n| n.ends.1).max().unwrap_or(0);
         let shown = end.saturating_sub(start).min(data.len() as u64) as usize;
         self.image
@@ -150,6 +151,7 @@ impl Flatten<'_> {
 
         let (mut jobs, mut held): (Vec<Job>, Vec<(usize, Vec<Lacking>)>) = Default::default();
         let first_end = nodes.iter().map(|n| n.ends.0).min().unwrap_or(0);
+        data.get_mut(shown..).unwrap_or_default().fill(0);
         let mut done = data.len() / cs;
         for (k, bytes) in data.chunks(cs).enumerate() {
             let (c, at) = (run.start + k as u64, start + (k * cs) as u64);
@@ -216,7 +218,8 @@ impl Flatten<'_> {
             let c = run.start + k as u64;
             self.fill_held(&mut generation, span, nodes, c, bytes, lacking)?;
         }
-        self.new_clusters(&mut generation, span, nodes, run.start, data, &jobs)?;
+        self.new_clusters(&mut generation, span, nodes, run.start, &data, &jobs)?;
+        self.buffer = data;
         self.pending = Some(generation);
         Ok(done as u64)
     }
@@ -228,7 +231,7 @@ impl Flatten<'_> {
         span: &Span,
         nodes: &mut [Node],
         first: u64,
-        mut data: Vec<u8>,
+        data: &[u8],
         jobs: &[Job],
     ) -> Result<()> {
         let cs = self.g.cluster_len();
@@ -243,15 +246,14 @@ impl Flatten<'_> {
             let n = 1 + follow.count();
             let (these, behind) = rest.split_at(n);
             let from = job.k * cs;
-            let contents = if n * cs == data.len() && behind.is_empty() && whole(job) {
-                std::mem::take(&mut data)
-            } else {
-                let mut part = room::copy_of(data.get(from..from + n * cs).unwrap_or_default())?;
-                if n == 1 {
-                    part.get_mut(job.len..).unwrap_or_default().fill(0);
-                }
-                part
-            };
+            let copy;
+            let mut contents = data.get(from..from + n * cs).unwrap_or_default();
+            if n == 1 && !whole(job) {
+                let mut part = room::copy_of(contents)?;
+                part.get_mut(job.len..).unwrap_or_default().fill(0);
+                copy = part;
+                contents = &copy;
+            }
             let offset = self.allocate(generation, n as u64)?;
             for (i, job) in these.iter().enumerate() {
                 let host = offset + (i * cs) as u64;
@@ -271,8 +273,11 @@ impl Flatten<'_> {
                     }
                 }
             }
-            let (replay, dev) = (&mut generation.replay, &mut self.image.dev);
-            replay.write_new(dev, "guest data", offset, contents)?;
+            let replay = &mut generation.replay;
+            if !self.image.write_ahead(replay, offset, contents)? {
+                let contents = room::copy_of(contents)?;
+                replay.write_new(&mut self.image.dev, "guest data", offset, contents)?;
+            }
             rest = behind;
         }
         Ok(())
