@@ -2,7 +2,7 @@
 //!
 //! Images are made by qemu-img and qemu-io. For each: what every state reads before, by the library and
 //! by `qemu-img convert [-l]`, equals what it reads afterwards with the files behind it removed, and
-//! `qemu-img check` finds nothing. `FLATTEN_SECONDS=n` runs for n seconds (15 without it), and
+//! `qemu-img check` finds nothing. `FLATTEN_SECONDS=n` runs for n seconds (8 without it), and
 //! `FLATTEN_SEED=n` makes one image again.
 
 #![allow(clippy::unwrap_used)]
@@ -127,7 +127,7 @@ fn every_state_of_random_overlays_reads_as_before_without_the_files_behind() {
         flattened(&o);
         return;
     }
-    let time = Duration::from_secs(number("FLATTEN_SECONDS").unwrap_or(15));
+    let time = Duration::from_secs(number("FLATTEN_SECONDS").unwrap_or(8));
     let (start, mut images, mut bytes) = (Instant::now(), 0, 0);
     let mut seed = number("FLATTEN_FIRST").unwrap_or(1);
     while start.elapsed() < time {

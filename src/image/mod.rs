@@ -614,6 +614,30 @@ impl Image {
         result
     }
 
+    /// Write contents of new clusters at once, of which the plan that counts them knows only the end of the
+    /// file: nothing refers to them until it is carried out. False: they must be a part of the plan.
+    pub(crate) fn write_ahead(
+        &mut self,
+        replay: &mut Replay,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<bool> {
+        let bytes = data.len() as u64;
+        replay
+            .refs
+            .forget_before_writing(&mut self.dev, offset, bytes)?;
+        let unknown = self.header.autoclear & !features::AUTOCLEAR_KNOWN;
+        if replay.refs.epoch() != 0 || unknown != 0 {
+            return Ok(false);
+        }
+        replay.reach = replay.reach.max(offset.saturating_add(bytes));
+        let written = plan::write_ahead(&mut self.dev, "guest data", offset, data);
+        if written.is_err() {
+            self.last.standing = Standing::NoChanges;
+        }
+        written.map(|()| true)
+    }
+
     /// Drop what was cached of the disk seen so far.
     pub(crate) fn forget_reads(&mut self) {
         self.caches = Caches::default();

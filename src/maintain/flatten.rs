@@ -16,9 +16,11 @@
 //! their tables. What is found here is written in `generation`.
 
 mod generation;
+mod lack;
+mod subclusters;
 
 use crate::error::{Error, Result};
-use crate::format::entry::{self, Cluster, OFFSET_MASK};
+use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::{Geometry, TABLE_ENTRY};
 use crate::format::header::Header;
 use crate::image::device::{self, zeroed};
@@ -118,6 +120,8 @@ struct Flatten<'a> {
     /// How many were written, and where the last one's search for free clusters ended.
     written: u64,
     searched: u64,
+    /// For what is read, again and again.
+    buffer: Vec<u8>,
 }
 
 /// What is known of the backing file's zeros: of one stretch.
@@ -335,6 +339,7 @@ impl<'a> Flatten<'a> {
             pending: None,
             written: 0,
             searched: 0,
+            buffer: Vec::new(),
         })
     }
 
@@ -516,124 +521,6 @@ impl<'a> Flatten<'a> {
         }
         Ok(())
     }
-
-    /// The most bytes that a guest cluster takes in the file; 0: no state lacks anything of it.
-    fn need(&self, span: &Span, nodes: &[Node], c: u64) -> Result<u64> {
-        let at = span.start + (c << self.g.cluster_bits);
-        // Those without a cluster share one, but for those that end in it.
-        let behind = at + self.g.cluster_size();
-        let (mut own, mut ends) = (0, Vec::new());
-        for node in nodes {
-            let Some(lack) = self.lack(node, span, c)? else {
-                continue;
-            };
-            own += u64::from(lack.host != 0);
-            if node.ends.0 >= behind {
-                room::push(&mut ends, behind)?;
-                continue;
-            }
-            for disk in node.disks.iter().filter_map(|d| self.disks.get(*d)) {
-                if disk.end > at {
-                    room::push(&mut ends, disk.end.min(behind))?;
-                }
-            }
-        }
-        ends.sort_unstable();
-        ends.dedup();
-        Ok((own + ends.len() as u64) << self.g.cluster_bits)
-    }
-
-    /// What is missing in a node's entry for a cluster of the span.
-    fn lack(&self, node: &Node, span: &Span, c: u64) -> Result<Option<Lack>> {
-        let g = self.g;
-        let at = span.start + (c << g.cluster_bits);
-        let inside = node.ends.1.saturating_sub(at).min(g.cluster_size());
-        if inside == 0 {
-            return Ok(None);
-        }
-        let (word, bitmap) = node.entry(g, c);
-        let mut lack = Lack {
-            word,
-            bitmap,
-            host: 0,
-            missing: u32::MAX,
-            len: inside as usize,
-        };
-        match entry::cluster(g, word) {
-            Cluster::Unallocated => {}
-            Cluster::Standard(host) if g.extended_l2 => lack.host = host,
-            _ => return Ok(None),
-        }
-        if !g.extended_l2 {
-            return Ok(Some(lack));
-        }
-        let (allocated, zero) = (bitmap as u32, (bitmap >> 32) as u32);
-        let damaged = allocated & zero != 0 || lack.host == 0 && allocated != 0;
-        if damaged || g.in_cluster(lack.host) != 0 {
-            return Err(Error::Corrupt(format!(
-                "Invalid L2 entry {word:#x}, subcluster bitmap {bitmap:#x} (L2 offset: {:#x}, L2 index: {:#x})",
-                node.table,
-                span.first + c
-            )));
-        }
-        lack.missing =
-            !(allocated | zero) & first_bits(inside.div_ceil(g.cluster_size() / SUBCLUSTERS));
-        Ok((lack.missing != 0).then_some(lack))
-    }
-
-    /// Can these clusters be copied, as far as that can be known before anything is written?
-    fn look_at_run(&mut self, span: &Span, nodes: &[Node], run: Range<u64>) -> Result<()> {
-        let g = self.g;
-        let encrypted = self.image.header.crypt_method != 0;
-        let states = nodes.iter().map(|n| n.disks.len() as u64).sum::<u64>();
-        if self.work == Work::Estimate || states <= g.refcount_max() && !encrypted {
-            return Ok(());
-        }
-        for c in run {
-            let at = span.start + (c << g.cluster_bits);
-            let mut ends = Vec::new();
-            for node in nodes {
-                if self
-                    .lack(node, span, c)?
-                    .is_some_and(|l| encrypted || l.host == 0)
-                {
-                    for disk in node.disks.iter().filter_map(|d| self.disks.get(*d)) {
-                        room::push(&mut ends, disk.end.saturating_sub(at))?;
-                    }
-                }
-            }
-            if ends.len() as u64 <= g.refcount_max() && !encrypted {
-                continue;
-            }
-            let shown = ends
-                .iter()
-                .max()
-                .copied()
-                .unwrap_or(0)
-                .min(g.cluster_size());
-            let mut data = zeroed(shown)?;
-            self.image.read_backing(at, &mut data)?;
-            let len = used(&data) as u64;
-            if len != 0 && encrypted {
-                return Err(Error::Unsupported(
-                    "Data of the backing file would have to be encrypted, which is not supported"
-                        .into(),
-                ));
-            }
-            ends.iter_mut().for_each(|e| *e = len.min(*e));
-            ends.retain(|e| *e != 0);
-            ends.sort_unstable();
-            let shares = ends.chunk_by(|a, b| a == b).map(<[u64]>::len).max();
-            let shares = shares.unwrap_or(0);
-            if shares as u64 > g.refcount_max() {
-                return Err(Error::Invalid(format!(
-                    "{shares} states of the disk would share a cluster, which refcounts of {} bits cannot count; delete snapshots first",
-                    g.refcount_bits()
-                )));
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Node {
@@ -644,11 +531,6 @@ impl Node {
         let word = |at: usize| bytes.get(at..at + 8).map_or(0, BigEndian::read_u64);
         (word(0), if g.extended_l2 { word(8) } else { 0 })
     }
-}
-
-/// The first `n` bits.
-fn first_bits(n: u64) -> u32 {
-    ((1u64 << n.min(32)) - 1) as u32
 }
 
 fn is_zero(bytes: &[u8]) -> bool {

@@ -159,10 +159,13 @@ fn ctrl_c_in_a_flatten_leaves_every_snapshot_as_it_was_and_another_call_ends_it(
                 ended &= status.success();
                 sh(same);
                 if signal == libc::SIGINT && !status.success() {
-                    assert_eq!(status.code(), Some(130), "{at}: {said}");
-                    assert!(said.contains("Cancelled"), "{at}: {said}");
+                    // While the image is opened nobody watches yet.
+                    if status.signal() != Some(libc::SIGINT) {
+                        assert_eq!(status.code(), Some(130), "{at}: {said}");
+                        assert!(said.contains("Cancelled"), "{at}: {said}");
+                        broken_off += 1;
+                    }
                     sh("qemu-img check -q image.qcow2");
-                    broken_off += 1;
                 }
                 assert_eq!(
                     ours(folder, &["flatten", "image.qcow2"]).code,

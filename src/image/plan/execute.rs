@@ -85,6 +85,16 @@ fn give_back(dev: &mut Device, temporary: &Temporary) -> Result<()> {
     dev.write("free clusters", at, old)
 }
 
+/// Write to clusters that are free on the disk, before the plan that takes them is complete.
+pub(crate) fn write_ahead(
+    dev: &mut Device,
+    label: &'static str,
+    offset: u64,
+    data: &[u8],
+) -> Result<()> {
+    dev.write(label, offset, data)
+}
+
 /// One request.
 fn emit(dev: &mut Device, refs: &Refcounts, write: &Write) -> Result<()> {
     match &write.what {

@@ -46,6 +46,7 @@ use crate::format::header::Header;
 use std::rc::Rc;
 
 pub(crate) use edit::{At, Edit};
+pub(crate) use execute::write_ahead;
 #[cfg(test)]
 pub(crate) use rules::text;
 pub(crate) use steps::{What, Write};

@@ -1,14 +1,14 @@
 //! One generation of a flatten: allocated and put together in memory, then written in order.
 
-use super::{is_zero, used, Flatten, Lack, Node, Span, SUBCLUSTERS};
+use super::lack::subclusters_with_data;
+use super::{is_zero, used, Flatten, Lack, Node, Span};
 use crate::error::{Error, Result};
-use crate::format::entry;
-use crate::format::entry::{Cluster, COPIED};
+use crate::format::entry::COPIED;
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
 use crate::image::device::zeroed;
 use crate::image::plan::{Plan, What, Write};
 use crate::image::replay::overlap::Protected;
-use crate::image::replay::{NewData, Replay};
+use crate::image::replay::Replay;
 use crate::image::room;
 use byteorder::{BigEndian, ByteOrder};
 use std::ops::Range;
@@ -18,27 +18,27 @@ const MOST_PATCHES: usize = 1 << 17;
 /// Entries that are neighbours are written together, but no more bytes than this.
 const LONGEST: usize = 1 << 16;
 const L1: &str = "L1 entry";
-const L2: &str = "L2 entry";
+pub(super) const L2: &str = "L2 entry";
 
 /// What is written together.
 pub(super) struct Generation {
-    replay: Replay,
+    pub(super) replay: Replay,
     number: u64,
     /// New L2 tables.
     tables: Vec<(u64, Vec<u8>)>,
     /// Entries of tables that are there.
     patches: Vec<Patch>,
     /// Entries again, with COPIED when counts have gone down.
-    flags: Vec<Patch>,
+    pub(super) flags: Vec<Patch>,
     /// Counts to lower. That comes last: what is named until then must not be allocated.
-    lower: Vec<(HostCluster, u64)>,
+    pub(super) lower: Vec<(HostCluster, u64)>,
     /// The last table that was found to be one.
     checked: u64,
-    bytes: u64,
+    pub(super) bytes: u64,
 }
 
 /// New contents of an entry.
-struct Patch {
+pub(super) struct Patch {
     at: u64,
     bytes: [u8; 16],
     len: usize,
@@ -46,7 +46,7 @@ struct Patch {
 }
 
 /// A node, and what its entry lacks.
-type Lacking = (usize, Lack);
+pub(super) type Lacking = (usize, Lack);
 
 /// A guest cluster of a run that gets a new host cluster.
 struct Job {
@@ -142,7 +142,8 @@ impl Flatten<'_> {
     ) -> Result<u64> {
         let (g, cs) = (self.g, self.g.cluster_len());
         let start = span.start + (run.start << g.cluster_bits);
-        let mut data = zeroed((run.end - run.start) << g.cluster_bits)?;
+        let mut data = std::mem::take(&mut self.buffer);
+        room::resize(&mut data, (run.end - run.start) as usize * cs, 0)?;
         let end = nodes.iter().map(|n| n.ends.1).max().unwrap_or(0);
         let shown = end.saturating_sub(start).min(data.len() as u64) as usize;
         self.image
@@ -150,6 +151,7 @@ impl Flatten<'_> {
 
         let (mut jobs, mut held): (Vec<Job>, Vec<(usize, Vec<Lacking>)>) = Default::default();
         let first_end = nodes.iter().map(|n| n.ends.0).min().unwrap_or(0);
+        data.get_mut(shown..).unwrap_or_default().fill(0);
         let mut done = data.len() / cs;
         for (k, bytes) in data.chunks(cs).enumerate() {
             let (c, at) = (run.start + k as u64, start + (k * cs) as u64);
@@ -216,7 +218,8 @@ impl Flatten<'_> {
             let c = run.start + k as u64;
             self.fill_held(&mut generation, span, nodes, c, bytes, lacking)?;
         }
-        self.new_clusters(&mut generation, span, nodes, run.start, data, &jobs)?;
+        self.new_clusters(&mut generation, span, nodes, run.start, &data, &jobs)?;
+        self.buffer = data;
         self.pending = Some(generation);
         Ok(done as u64)
     }
@@ -228,7 +231,7 @@ impl Flatten<'_> {
         span: &Span,
         nodes: &mut [Node],
         first: u64,
-        mut data: Vec<u8>,
+        data: &[u8],
         jobs: &[Job],
     ) -> Result<()> {
         let cs = self.g.cluster_len();
@@ -243,15 +246,14 @@ impl Flatten<'_> {
             let n = 1 + follow.count();
             let (these, behind) = rest.split_at(n);
             let from = job.k * cs;
-            let contents = if n * cs == data.len() && behind.is_empty() && whole(job) {
-                std::mem::take(&mut data)
-            } else {
-                let mut part = room::copy_of(data.get(from..from + n * cs).unwrap_or_default())?;
-                if n == 1 {
-                    part.get_mut(job.len..).unwrap_or_default().fill(0);
-                }
-                part
-            };
+            let copy;
+            let mut contents = data.get(from..from + n * cs).unwrap_or_default();
+            if n == 1 && !whole(job) {
+                let mut part = room::copy_of(contents)?;
+                part.get_mut(job.len..).unwrap_or_default().fill(0);
+                copy = part;
+                contents = &copy;
+            }
             let offset = self.allocate(generation, n as u64)?;
             for (i, job) in these.iter().enumerate() {
                 let host = offset + (i * cs) as u64;
@@ -271,15 +273,18 @@ impl Flatten<'_> {
                     }
                 }
             }
-            let (replay, dev) = (&mut generation.replay, &mut self.image.dev);
-            replay.write_new(dev, "guest data", offset, contents)?;
+            let replay = &mut generation.replay;
+            if !self.image.write_ahead(replay, offset, contents)? {
+                let contents = room::copy_of(contents)?;
+                replay.write_new(&mut self.image.dev, "guest data", offset, contents)?;
+            }
             rest = behind;
         }
         Ok(())
     }
 
     /// New clusters in a row, each counted once.
-    fn allocate(&mut self, generation: &mut Generation, n: u64) -> Result<u64> {
+    pub(super) fn allocate(&mut self, generation: &mut Generation, n: u64) -> Result<u64> {
         let bytes = n << self.g.cluster_bits;
         let offset = generation.replay.refs.alloc(&mut self.image.dev, bytes)?;
         if offset == 0 {
@@ -294,7 +299,7 @@ impl Flatten<'_> {
 
     /// Enter a host cluster of so many states for a guest cluster.
     #[allow(clippy::too_many_arguments)] // where, and what
-    fn enter(
+    pub(super) fn enter(
         &mut self,
         generation: &mut Generation,
         span: &Span,
@@ -485,111 +490,9 @@ impl Flatten<'_> {
         self.pending = Some(generation);
         self.write_generation()
     }
-
-    /// Fill subclusters of clusters that hold others already: in place, if no entry has them allocated
-    /// there; else in new clusters, which take the other subclusters along.
-    fn fill_held(
-        &mut self,
-        generation: &mut Generation,
-        span: &Span,
-        nodes: &mut [Node],
-        c: u64,
-        bytes: &[u8],
-        mut lacking: Vec<Lacking>,
-    ) -> Result<()> {
-        let g = self.g;
-        lacking.sort_unstable_by_key(|(_, l)| (l.host, l.len, l.bitmap, l.missing));
-        for same in lacking.chunk_by(|a, b| a.1.host == b.1.host) {
-            let (host, len) = (same[0].1.host, same[0].1.len);
-            let (mut named, mut allocated) = (0, 0);
-            for node in nodes.iter().filter(|n| n.names(g, c, host)) {
-                named += node.disks.len() as u64;
-                allocated |= node.entry(g, c).1 as u32;
-            }
-            let missing = same.iter().fold(0, |all, (_, l)| all | l.missing);
-            let cluster = g.cluster_of(host);
-            let count = generation.replay.refs.get(&mut self.image.dev, cluster)?;
-            if count < named {
-                return Err(Error::Corrupt(format!(
-                    "The cluster at {host:#x} is named {named} times, but its refcount is {count}"
-                )));
-            }
-            let alike = same.iter().all(|(_, l)| l.len == len);
-            if count != named || !alike || allocated & missing != 0 {
-                self.take_along(generation, span, nodes, c, bytes, same)?;
-                continue;
-            }
-            generation.fill_in_place(g, host, bytes.get(..len).unwrap_or_default(), missing)?;
-            for (i, lack) in same {
-                if let Some(node) = nodes.get_mut(*i) {
-                    let bitmap = lack.bitmap | u64::from(lack.missing);
-                    // What is COPIED stays so.
-                    let one = if lack.word & COPIED != 0 { 1 } else { 2 };
-                    self.enter(generation, span, node, c, host, one, bitmap)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Nodes leave a cluster, in which others have what they lack: for new ones with the subclusters that
-    /// they have there.
-    fn take_along(
-        &mut self,
-        generation: &mut Generation,
-        span: &Span,
-        nodes: &mut [Node],
-        c: u64,
-        bytes: &[u8],
-        same: &[Lacking],
-    ) -> Result<()> {
-        let g = self.g;
-        let host = same[0].1.host;
-        let cluster = g.cluster_of(host);
-        let dev = &mut self.image.dev;
-        let mut left = generation.replay.refs.get(dev, cluster)?;
-        let old = dev.read_vec("Could not read guest data", host, g.cluster_size())?;
-        let key = |l: &Lack| (l.len, l.bitmap, l.missing);
-        for group in same.chunk_by(|a, b| key(&a.1) == key(&b.1)) {
-            let lack = group[0].1;
-            let mut contents = zeroed(g.cluster_size())?;
-            take(g, &mut contents, &old, lack.bitmap as u32);
-            let new = bytes.get(..lack.len).unwrap_or_default();
-            take(g, &mut contents, new, lack.missing);
-            let these = group.iter().filter_map(|(i, _)| nodes.get(*i));
-            let n = these.map(|n| n.disks.len() as u64).sum();
-            let to = self.allocate(generation, 1)?;
-            let (replay, dev) = (&mut generation.replay, &mut self.image.dev);
-            replay.refs.count_as(dev, g.cluster_of(to), n)?;
-            replay.write_new(dev, "guest data", to, contents)?;
-            for (i, _) in group {
-                if let Some(node) = nodes.get_mut(*i) {
-                    let bitmap = lack.bitmap | u64::from(lack.missing);
-                    self.enter(generation, span, node, c, to, n, bitmap)?;
-                }
-            }
-            room::push(&mut generation.lower, (cluster, n))?;
-            left -= n;
-        }
-        // Who is left alone with the old cluster may write to it.
-        let mut rest = nodes.iter().filter(|n| n.names(g, c, host));
-        if let (1, Some(node), None) = (left, rest.next(), rest.next()) {
-            if node.active {
-                let at = node.table + (span.first + c) * g.l2_entry_size() as u64;
-                generation.check_table(g, node.table)?;
-                room::push(&mut generation.flags, patch(at, host | COPIED, L2))?;
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Node {
-    /// Does its entry for a cluster of the span name this host cluster?
-    fn names(&self, g: Geometry, c: u64, host: u64) -> bool {
-        entry::cluster(g, self.entry(g, c).0) == Cluster::Standard(host)
-    }
-
     /// Must its states get tables of their own, before a cluster is entered of which `len` bytes are not
     /// zero?
     fn must_part(&self, at: u64, len: usize) -> bool {
@@ -600,30 +503,8 @@ impl Node {
 }
 
 impl Generation {
-    /// New contents for subclusters of a cluster that is in use: no entry reads them.
-    fn fill_in_place(&mut self, g: Geometry, host: u64, bytes: &[u8], missing: u32) -> Result<()> {
-        let replay = &mut self.replay;
-        replay.check_new(host, g.cluster_size())?;
-        let mut contents = zeroed(g.cluster_size())?;
-        take(g, &mut contents, bytes, missing);
-        for run in runs(g, missing) {
-            let offset = host + run.start as u64;
-            let data = room::copy_of(contents.get(run).unwrap_or_default())?;
-            self.bytes += data.len() as u64;
-            replay.reach = replay.reach.max(offset + data.len() as u64);
-            let new = NewData {
-                label: "guest data",
-                offset,
-                data,
-                epoch: replay.refs.epoch(),
-            };
-            room::push(&mut replay.new_data, new)?;
-        }
-        Ok(())
-    }
-
     /// May entries be written to this L2 table?
-    fn check_table(&mut self, g: Geometry, table: u64) -> Result<()> {
+    pub(super) fn check_table(&mut self, g: Geometry, table: u64) -> Result<()> {
         if self.checked == table {
             return Ok(());
         }
@@ -639,7 +520,7 @@ impl Generation {
     }
 }
 
-fn patch(at: u64, word: u64, label: &'static str) -> Patch {
+pub(super) fn patch(at: u64, word: u64, label: &'static str) -> Patch {
     let mut bytes = [0; 16];
     BigEndian::write_u64(&mut bytes[..8], word);
     Patch {
@@ -676,38 +557,4 @@ fn writes(mut patches: Vec<Patch>) -> Result<Vec<Write>> {
         room::push(&mut all, write)?;
     }
     Ok(all)
-}
-
-/// Runs of subclusters, as bytes of the cluster.
-fn runs(g: Geometry, bits: u32) -> impl Iterator<Item = Range<usize>> {
-    let size = (g.cluster_size() / SUBCLUSTERS) as usize;
-    let mut at = 0;
-    std::iter::from_fn(move || {
-        let rest = u64::from(bits) >> at;
-        if rest == 0 {
-            return None;
-        }
-        let start = at + rest.trailing_zeros() as usize;
-        let n = (u64::from(bits) >> start).trailing_ones() as usize;
-        at = start + n;
-        Some(start * size..at * size)
-    })
-}
-
-/// Take these subclusters of `from`, as far as it goes.
-fn take(g: Geometry, to: &mut [u8], from: &[u8], bits: u32) {
-    for run in runs(g, bits) {
-        let parts = to.get_mut(run.start..).zip(from.get(run.start..));
-        if let Some((to, from)) = parts {
-            let pairs = to.iter_mut().zip(from).take(run.len());
-            pairs.for_each(|(to, from)| *to = *from);
-        }
-    }
-}
-
-/// The subclusters in which these bytes of a cluster are not all zeros.
-fn subclusters_with_data(g: Geometry, bytes: &[u8]) -> u32 {
-    let size = (g.cluster_size() / SUBCLUSTERS) as usize;
-    let subclusters = bytes.chunks(size).enumerate();
-    subclusters.fold(0, |all, (i, part)| all | u32::from(!is_zero(part)) << i)
 }
