@@ -4,19 +4,28 @@
 #   make library  the library alone
 #   make demo     build it and walk through it on a scratch image
 #   make check    everything that is tested
+#   make quick    format, lints, unit tests, an image of each kind, a crash sweep: one minute
+#   make exhaustive  every small image, every cut (an hour; PART=i/n: one image in n)
 #   make header   make include/qcow2_snapshot.h, man/man3 and the golden texts of tests/abi again
 #   make bench    time the verbs against qemu-img and the floor (ROUNDS=5 BENCH_DIR=/var/tmp/...)
 #   make soak     SECONDS=1800: random images against qemu-img, fresh seeds
 #   make soak-crash  every power cut and every failing request, on every image
 #   make install  PREFIX=/usr/local DESTDIR= LIBDIR= BINDIR= INCLUDEDIR= MANDIR= DATADIR=
+#                 stripped; SO_MODE=644, STRIP=: to keep the symbols; install-debug adds a debug file
 #   make uninstall  with the same variables
+#   make prefixed PREFIXED=qs_  a static library, and a header, whose functions are called qs_qcow2_...
+#   make reproducible  build twice in two folders and compare
+#   make package-check  build and try the Debian packages in a Debian 13 root (root, debootstrap)
 #   make setup    what the tests need and this machine lacks (check does it by itself)
+#   make nbdkit   the plugin in integrations/nbdkit, into build/; make nbdkit-check tests it
 #   make python-wheel  a wheel of bindings/python that carries the library, in build/wheel
 #   make python-check  the tests of bindings/python (PYTHONS='python3 ...')
 #   make clean
 
 CARGO  ?= cargo
 CC     ?= cc
+# What a packager has set goes into the build of libzstd; the default is for the test programs.
+BUILD_CFLAGS := $(CFLAGS)
 CFLAGS ?= -O1 -g
 PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
@@ -25,14 +34,24 @@ INCLUDEDIR ?= $(PREFIX)/include
 DATADIR ?= $(PREFIX)/share
 MANDIR ?= $(DATADIR)/man
 
+# A mode for the shared library (755 where the system wants it), and what strips; STRIP=: keeps it all.
+SO_MODE ?= 644
+STRIP   ?= strip
+
 # Cargo's own variable, so that a caller may keep the artefacts elsewhere.
 TARGET  := $(or $(CARGO_TARGET_DIR),target)
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 SONAME  := libqcow2_snapshot.so.0
 HEADER  := include/qcow2_snapshot.h
 
-.PHONY: fuzz soak-hostile asan tsan miri all library tool demo check c-check header bench soak soak-crash install uninstall \
-	install-smoke python-example python-wheel python-check setup clean
+# What is built names no folder of this machine, so that two builds give equal files (make reproducible).
+CARGO_HOME_ := $(or $(CARGO_HOME),$(HOME)/.cargo)
+REPRODUCIBLE = RUSTFLAGS='$(RUSTFLAGS) --remap-path-prefix=$(CURDIR)=. --remap-path-prefix=$(CARGO_HOME_)=/cargo' \
+	CFLAGS='$(BUILD_CFLAGS) -ffile-prefix-map=$(CURDIR)=. -ffile-prefix-map=$(CARGO_HOME_)=/cargo'
+
+.PHONY: fuzz soak-hostile asan tsan miri all library tool demo check quick exhaustive c-check header bench soak soak-crash install uninstall \
+	install-smoke python-example python-wheel python-check nbdkit nbdkit-check \
+	install-debug prefixed prefixed-check reproducible package-check abi-check setup clean
 
 all: library tool
 
@@ -40,7 +59,7 @@ all: library tool
 # itself is it optimised across crates (no LTO beside an rlib). The shared library is linked from
 # it, with symbol versions, which Cargo cannot do; build/ has new dates only where something is new.
 library:
-	$(CARGO) rustc --release --lib -p qcow2-snapshot --crate-type staticlib --target-dir '$(TARGET)'
+	$(REPRODUCIBLE) $(CARGO) rustc --release --lib -p qcow2-snapshot --crate-type staticlib --target-dir '$(TARGET)'
 	@mkdir -p build
 	@cmp -s '$(TARGET)/release/libqcow2_snapshot.a' build/libqcow2_snapshot.a || \
 	    cp '$(TARGET)/release/libqcow2_snapshot.a' build/libqcow2_snapshot.a
@@ -54,7 +73,7 @@ library:
 
 # The tool is Rust through and through: it does not need the shared library.
 tool:
-	$(CARGO) build --release -p qcow2-snapshot-tool --target-dir '$(TARGET)'
+	$(REPRODUCIBLE) $(CARGO) build --release -p qcow2-snapshot-tool --target-dir '$(TARGET)'
 	@mkdir -p build/completions
 	@cmp -s '$(TARGET)/release/qcow2-snapshot' build/qcow2-snapshot || \
 	    cp '$(TARGET)/release/qcow2-snapshot' build/qcow2-snapshot
@@ -77,12 +96,12 @@ pc_file = printf '%s\n' \
 below = $(patsubst $(1)/%,$${prefix}/%,$(2))
 PRIVATE_LIBS := -lutil -lrt -lpthread -lm -ldl
 
-build/demo build/list build/export-snapshot: build/%: examples/%.c $(HEADER) | library
+build/demo build/list build/export-snapshot build/incremental: build/%: examples/%.c $(HEADER) | library
 	$(CC) -std=c99 -Wall -Wextra -Wpedantic $(CFLAGS) -Iinclude -o $@ $< \
 	    -Lbuild -lqcow2_snapshot -Wl,-rpath,'$$ORIGIN'
 
 # The program is linked against the library by name, so a new library needs no new program.
-demo: all build/demo build/list build/export-snapshot
+demo: all build/demo build/list build/export-snapshot build/incremental
 	@echo
 	@build/demo build/demo.qcow2
 	@echo
@@ -96,6 +115,14 @@ demo: all build/demo build/list build/export-snapshot
 
 check: setup all
 	@CARGO='$(CARGO)' TARGET='$(TARGET)' MAKE='$(MAKE)' tools/check
+
+quick:
+	@CARGO='$(CARGO)' CARGO_TARGET_DIR='$(TARGET)' tools/quick
+
+PART ?= 0/1
+exhaustive:
+	EXHAUSTIVE=hour EXHAUSTIVE_PART=$(PART) $(CARGO) test --release --test exhaustive --target-dir '$(TARGET)' \
+	    every_small_image -- --nocapture
 
 c-check: library
 	$(MAKE) -C c-tests check LIBDIR=../build INCDIR=../include
@@ -119,6 +146,7 @@ bench: setup library tool build/export-snapshot
 SECONDS ?= 1800
 soak: setup
 	DIFF_SECONDS=$(SECONDS) $(CARGO) test --release --test differential --target-dir '$(TARGET)'
+	EXPORT_SECONDS=$(SECONDS) $(CARGO) test --release -p qcow2-snapshot-tool --test chain --target-dir '$(TARGET)' -- --nocapture
 
 soak-crash: setup
 	CRASH_ALL=1 $(CARGO) test --release --test crash --target-dir '$(TARGET)' -- --nocapture
@@ -157,14 +185,17 @@ install:
 	then echo 'Installing what is in build/.'; else $(MAKE) --no-print-directory all; fi
 	install -d '$(DESTDIR)$(LIBDIR)/pkgconfig' '$(DESTDIR)$(INCLUDEDIR)' '$(DESTDIR)$(BINDIR)' \
 	    '$(DESTDIR)$(MANDIR)/man1' '$(DESTDIR)$(MANDIR)/man3' $(COMPLETIONS:%='$(DESTDIR)$(DATADIR)/%')
-	install -m 755 build/libqcow2_snapshot.so '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so.$(VERSION)'
+	install -m $(SO_MODE) build/libqcow2_snapshot.so '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so.$(VERSION)'
+	$(STRIP) --strip-unneeded '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so.$(VERSION)'
 	ln -sf libqcow2_snapshot.so.$(VERSION) '$(DESTDIR)$(LIBDIR)/$(SONAME)'
 	ln -sf $(SONAME) '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so'
 	install -m 644 build/libqcow2_snapshot.a '$(DESTDIR)$(LIBDIR)'
+	$(STRIP) --strip-debug '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.a'
 	@$(call pc_file,$(PREFIX),$(LIBDIR),$(INCLUDEDIR)) > '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
 	chmod 644 '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc'
 	install -m 644 $(HEADER) '$(DESTDIR)$(INCLUDEDIR)'
 	install -m 755 build/qcow2-snapshot '$(DESTDIR)$(BINDIR)'
+	$(STRIP) '$(DESTDIR)$(BINDIR)/qcow2-snapshot'
 	install -m 644 tool/qcow2-snapshot.1 '$(DESTDIR)$(MANDIR)/man1'
 	install -m 644 man/man3/*.3 '$(DESTDIR)$(MANDIR)/man3'
 	install -m 644 build/completions/qcow2-snapshot '$(DESTDIR)$(DATADIR)/bash-completion/completions'
@@ -174,10 +205,19 @@ install:
 
 COMPLETIONS := bash-completion/completions zsh/site-functions fish/vendor_completions.d
 
+# The same, and for debuggers what was stripped, where gdb looks for it.
+DEBUGDIR = $(DESTDIR)$(LIBDIR)/debug$(LIBDIR)
+install-debug: install
+	install -d '$(DEBUGDIR)'
+	objcopy --only-keep-debug build/libqcow2_snapshot.so '$(DEBUGDIR)/libqcow2_snapshot.so.$(VERSION).debug'
+	objcopy --add-gnu-debuglink='$(DEBUGDIR)/libqcow2_snapshot.so.$(VERSION).debug' \
+	    '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so.$(VERSION)'
+
 # Only what install made; folders stay, they may be anybody's.
 uninstall:
 	rm -f '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so' '$(DESTDIR)$(LIBDIR)/$(SONAME)' \
 	    '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.so.$(VERSION)' '$(DESTDIR)$(LIBDIR)/libqcow2_snapshot.a' \
+	    '$(DEBUGDIR)/libqcow2_snapshot.so.$(VERSION).debug' \
 	    '$(DESTDIR)$(LIBDIR)/pkgconfig/qcow2_snapshot.pc' '$(DESTDIR)$(INCLUDEDIR)/qcow2_snapshot.h' \
 	    '$(DESTDIR)$(BINDIR)/qcow2-snapshot' '$(DESTDIR)$(MANDIR)/man1/qcow2-snapshot.1' \
 	    $(patsubst man/%,'$(DESTDIR)$(MANDIR)/%',$(wildcard man/man3/*.3)) \
@@ -195,6 +235,34 @@ python-example: demo
 	    python3 examples/list.py build/libqcow2_snapshot.so build/demo.qcow2 > build/list.py.out && \
 	    build/list build/demo.qcow2 | diff - build/list.py.out && echo 'list.py says what list.c says'; \
 	else echo 'SKIPPED: no python3 here: examples/list.py was not run'; fi
+
+# For programs that have QEMU's functions themselves: the same library under other names.
+PREFIXED ?= qs_
+prefixed: library
+	@nm --defined-only -g build/libqcow2_snapshot.a 2> /dev/null | \
+	    sed -n 's/.* [TDR] \(qcow2_[a-z0-9_]*\)$$/\1 $(PREFIXED)\1/p' | sort -u > build/prefixed.syms
+	objcopy --redefine-syms=build/prefixed.syms build/libqcow2_snapshot.a build/lib$(PREFIXED)qcow2_snapshot.a
+	sed 's/\<qcow2_\([a-z0-9_]*\)(/$(PREFIXED)qcow2_\1(/' $(HEADER) > build/$(PREFIXED)qcow2_snapshot.h
+
+prefixed-check: prefixed
+	@CC='$(CC)' PREFIXED='$(PREFIXED)' tests/prefixed.sh
+
+reproducible:
+	@CARGO='$(CARGO)' MAKE='$(MAKE)' tests/reproducible.sh
+
+# What abidiff says of the library beside the committed description of its interface.
+abi-check:
+	@tests/abidiff.sh
+
+package-check:
+	@packaging/check
+
+nbdkit: library
+	@$(MAKE) --no-print-directory -C integrations/nbdkit
+
+nbdkit-check: library
+	@if pkg-config --exists nbdkit; then $(MAKE) --no-print-directory -C integrations/nbdkit all check; \
+	else echo "SKIPPED: no nbdkit headers here: integrations/nbdkit was neither built nor tested"; fi
 
 # No network: Python's setuptools and wheel must be there (Debian: python3-setuptools, python3-wheel).
 PYTHON ?= python3

@@ -1,37 +1,16 @@
-//! Two things that Cargo.toml cannot say: the C header, and how the shared library is linked.
+//! How the shared library is linked, which Cargo.toml cannot say.
 
-use std::path::{Path, PathBuf};
-use std::{env, fs};
-
-/// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 9] = [
-    "src/capi/types.rs",
-    "src/capi/guard.rs",
-    "src/capi/open.rs",
-    "src/capi/verbs.rs",
-    "src/capi/changes.rs",
-    "src/capi/space.rs",
-    "src/capi/progress.rs",
-    "src/capi/layout.rs",
-    "src/capi/error.rs",
-];
+use std::env;
 
 fn main() {
-    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("set by Cargo"));
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("set by Cargo"));
-
-    // Only cbindgen sees this cfg: it makes an #ifdef of it.
-    println!("cargo::rustc-check-cfg=cfg(qcow2_compat_2_1, qcow2_little_memory)");
-
-    // The source tree stays as it is (it may be read-only): `make header` copies the result
-    // to include/, and tests/header.rs compares the two.
-    fs::write(out.join("qcow2_snapshot.h"), header(&root)).expect("OUT_DIR is writable");
-    for file in SOURCES
-        .iter()
-        .chain(&["cbindgen.toml", "build.rs", "examples/list.c"])
-    {
-        println!("cargo::rerun-if-changed={file}");
+    println!("cargo::rerun-if-changed=build.rs");
+    // cargo-c links by rustc, whose own version script leaves no room for ours: a library under the
+    // same SONAME whose symbols have no versions.
+    if env::var_os("CARGO_FEATURE_CAPI").is_some() {
+        panic!("cargo-c would make a library without symbol versions: use make install (CONTRIBUTING.md)");
     }
+    // `qcow2_compat_2_1`: only cbindgen sees it, and makes an #ifdef of it.
+    println!("cargo::rustc-check-cfg=cfg(qcow2_compat_2_1, qcow2_little_memory)");
 
     // Mach-O and PE have no SONAME; only Linux is supported.
     if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
@@ -40,136 +19,4 @@ fn main() {
         // Calls within the library stay there, whatever a program defines or preloads.
         println!("cargo::rustc-cdylib-link-arg=-Wl,-Bsymbolic");
     }
-}
-
-fn header(root: &Path) -> String {
-    let mut config =
-        cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml is valid");
-    config.header = config
-        .header
-        .map(|text| with_example(&text, &root.join("examples/list.c")));
-    config.after_includes = Some(version_macros());
-    let mut builder = cbindgen::Builder::new().with_config(config);
-    for file in SOURCES {
-        builder = builder.with_src(root.join(file));
-    }
-    let mut text = Vec::new();
-    builder
-        .generate()
-        .expect("cbindgen understands src/capi")
-        .write(&mut text);
-    let text = String::from_utf8(text).expect("cbindgen writes UTF-8");
-    // cbindgen puts the semicolon of a conditional member behind the #endif, which leaves a
-    // stray one where the member is left out: not C99.
-    let text = text.replace("\n#endif\n    ;\n", ";\n#endif\n");
-    let lines: Vec<String> = text
-        .lines()
-        .map(|line| for_c89(&flag_in_hex(line)) + "\n")
-        .collect();
-    with_sections(lines).concat()
-}
-
-/// The parts of the header: what the first declaration of each begins with, and its title.
-const SECTIONS: &[(&str, &str)] = &[
-    ("#define QCOW2_O_RDWR ", "Flags of the opens"),
-    (
-        "#define QCOW2_BLOCK_DATA ",
-        "What a run of bytes is made of",
-    ),
-    (
-        "#define QCOW2_OUTCOME_NONE ",
-        "What a verb did to the image",
-    ),
-    ("#define QCOW2_PROGRESS_CHECK ", "Stages of a verb"),
-    ("#define QCOW2_CHANGED_SIZE ", "What a verb changed"),
-    ("typedef struct Qcow2Error ", "Types"),
-    ("const char *qcow2_version(", "Version"),
-    ("int qcow2_open(", "Opening and closing"),
-    ("int qcow2_read_snapshots(", "Snapshots: QEMU's functions"),
-    ("int64_t qcow2_getlength(", "Reading disks and VM state"),
-    (
-        "int qcow2_snapshot_next_change(",
-        "What changed between two states",
-    ),
-    (
-        "int qcow2_snapshot_usage(",
-        "What snapshots hold; many at once",
-    ),
-    ("int qcow2_set_progress(", "Progress"),
-    (
-        "int qcow2_snapshot_layout(",
-        "Embedding: where the tables are",
-    ),
-    ("const char *qcow2_error_get_pretty(", "Errors and outcomes"),
-];
-
-/// A comment before the documentation of the first declaration of each part.
-fn with_sections(mut lines: Vec<String>) -> Vec<String> {
-    for (start, title) in SECTIONS {
-        let declared = lines
-            .iter()
-            .position(|line| line.starts_with(start))
-            .unwrap_or_else(|| panic!("the header has no {start:?}, which begins a section"));
-        let documented = lines[..declared].iter().rposition(|line| line == "/**\n");
-        let rule = format!("/* ---- {title} ");
-        lines.insert(
-            documented.expect("every declaration is documented"),
-            format!("{rule:-<89} */\n\n"),
-        );
-    }
-    lines
-}
-
-/// cbindgen ends its C++ guards with "// ...", which is not C before C99.
-fn for_c89(line: &str) -> String {
-    match line.split_once("// ") {
-        Some((code, words)) if line.starts_with(['#', '}']) => {
-            format!("{} /* {words} */", code.trim_end())
-        }
-        _ => line.to_owned(),
-    }
-}
-
-/// The example in the opening comment is a program that the tests compile and run.
-fn with_example(text: &str, example: &Path) -> String {
-    let program = fs::read_to_string(example).expect("examples/list.c is there");
-    let program: Vec<&str> = program.lines().collect();
-    text.replace("@EXAMPLE@", &program.join("\n *     "))
-        .replace("\n *     \n", "\n *\n")
-}
-
-fn version_macros() -> String {
-    let part = |name: &str| env::var(name).expect("set by Cargo");
-    format!(
-        "/**\n \
-          * The version of this header. Compare qcow2_version(), the one of the library.\n \
-          */\n\
-         #define QCOW2_SNAPSHOT_VERSION_MAJOR {}\n\
-         #define QCOW2_SNAPSHOT_VERSION_MINOR {}\n\
-         #define QCOW2_SNAPSHOT_VERSION_PATCH {}\n\
-         #define QCOW2_SNAPSHOT_VERSION \"{}\"",
-        part("CARGO_PKG_VERSION_MAJOR"),
-        part("CARGO_PKG_VERSION_MINOR"),
-        part("CARGO_PKG_VERSION_PATCH"),
-        part("CARGO_PKG_VERSION"),
-    )
-}
-
-/// cbindgen writes every constant in decimal, which nobody can read in a bit mask.
-fn flag_in_hex(line: &str) -> String {
-    for (prefix, width) in [
-        ("#define QCOW2_O_", 10),
-        ("#define QCOW2_BLOCK_", 4),
-        ("#define QCOW2_CHANGED_", 3),
-        ("#define QCOW2_CHANGE_", 3),
-    ] {
-        let flag = line
-            .strip_prefix(prefix)
-            .and_then(|rest| rest.split_once(' '))
-            .and_then(|(name, value)| Some((name, value.parse::<u32>().ok()?)));
-        if let Some((name, value)) = flag {
-            return format!("{prefix}{name} {value:#0width$x}");
-        }
-    }
-    line.to_owned()
 }

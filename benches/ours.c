@@ -128,6 +128,8 @@ int main(int argc, char **argv)
         Qcow2Usage u;
         ret = qcow2_snapshot_usage(bs, (const char *const *)argv + 3, (size_t)argc - 3, &u, NULL);
         printf("%llu bytes, %llu of them exclusive\n", (unsigned long long)u.referenced, (unsigned long long)u.exclusive);
+    } else if (!strcmp(argv[2], "flatten")) {
+        ret = qcow2_flatten(bs, NULL);
     } else if (!strcmp(argv[2], "list")) {
         ret = qcow2_snapshot_list(bs, &tab);
         for (int i = 0; i < ret; i++) {

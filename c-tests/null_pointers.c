@@ -34,6 +34,10 @@ static void no_handle(void)
     take_message(&err);
     CHECK_RET(qcow2_snapshot_rename(NULL, "1", "x", &err), -EINVAL);
     take_message(&err);
+    CHECK_RET(qcow2_flatten(NULL, &err), -EINVAL);
+    take_message(&err);
+    CHECK_RET(qcow2_flatten_estimate(NULL, NULL, &err), -EINVAL);
+    take_message(&err);
     CHECK_RET(qcow2_last_outcome(NULL), -EINVAL);
     CHECK_RET(qcow2_set_progress(NULL, NULL, NULL), -EINVAL);
     qcow2_last_error(NULL);

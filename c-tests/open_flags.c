@@ -5,7 +5,7 @@
 int main(void)
 {
     const int known = QCOW2_O_RDWR | QCOW2_O_NO_FLUSH | QCOW2_O_FORCE_SHARE | QCOW2_O_NO_LOCK |
-                      QCOW2_O_NO_DISCARD | QCOW2_O_COMPAT_2_1 | QCOW2_O_NO_BACKING;
+                      QCOW2_O_NO_DISCARD | QCOW2_O_COMPAT_2_1 | QCOW2_O_NO_BACKING | QCOW2_O_CHECK;
     const char *path = fixture("v3-4k/before");
 
     for (int bit = 0; bit < 31; bit++) {

@@ -5,6 +5,7 @@
  *     cc manual.c -lqcow2_snapshot && ./a.out scratch.qcow2     (as "make demo" leaves one)
  */
 #define _POSIX_C_SOURCE 200809L
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -49,6 +50,35 @@ int is_sound(const char *filename)
     if (ret < 0)
         return ret;             /* there is no handle to close */
     return qcow2_close(bs);
+}
+/* END */
+
+/* EXAMPLE qcow2_check */
+static void print_finding(void *opaque, const char *finding)
+{
+    fprintf(opaque, "%s\n", finding);
+}
+
+/* After a guest was killed, or a verb was cancelled: give back what leaked. */
+int repair_leaks(const char *filename)
+{
+    BlockDriverState *bs;
+    Qcow2CheckResult found;
+    Error *err = NULL;
+    int ret = qcow2_open(filename, QCOW2_O_RDWR | QCOW2_O_CHECK, &bs, &err);
+
+    if (ret == 0) {
+        ret = qcow2_check(bs, QCOW2_FIX_LEAKS, &found, print_finding, stderr, &err);
+        if (ret == 0)
+            printf("%" PRIu64 " clusters given back, %" PRIu64 " corruptions\n",
+                   found.leaks_fixed, found.corruptions);
+        qcow2_close(bs);
+    }
+    if (err) {
+        fprintf(stderr, "%s: %s\n", filename, qcow2_error_get_pretty(err));
+        qcow2_error_free(err);
+    }
+    return ret;
 }
 /* END */
 
@@ -184,7 +214,7 @@ int revert(BlockDriverState *bs, const char *id_or_name)
             fprintf(stderr, "The disk is what it was.\n");
             break;
         case QCOW2_OUTCOME_DONE:
-            fprintf(stderr, "It took effect; \"qemu-img check\" may find leaks.\n");
+            fprintf(stderr, "It took effect; \"qcow2-snapshot check\" may find leaks.\n");
             break;
         case QCOW2_OUTCOME_UNKNOWN:
             fprintf(stderr, "Open the image again to see.\n");
@@ -299,6 +329,32 @@ int mark_as_good(BlockDriverState *bs, const char *id_or_name)
 }
 /* END */
 
+/* EXAMPLE qcow2_flatten */
+/* Make an overlay a whole image, its snapshots too. */
+int stand_alone(const char *file)
+{
+    BlockDriverState *bs;
+    int ret = qcow2_open(file, QCOW2_O_RDWR, &bs, NULL);
+
+    if (ret < 0)
+        return ret;
+    ret = qcow2_flatten(bs, NULL);
+    qcow2_close(bs);
+    return ret;
+}
+/* END */
+
+/* EXAMPLE qcow2_flatten_estimate */
+/* Will what flatten copies fit into `room` bytes? */
+int would_fit(BlockDriverState *bs, uint64_t room)
+{
+    uint64_t bytes;
+    int ret = qcow2_flatten_estimate(bs, &bytes, NULL);
+
+    return ret < 0 ? ret : bytes <= room;
+}
+/* END */
+
 /* EXAMPLE qcow2_load_vmstate */
 int has_vm_state(BlockDriverState *bs, const QEMUSnapshotInfo *sn)
 {
@@ -373,6 +429,22 @@ int revert_beside_a_cache(BlockDriverState *bs, const char *snapshot, uint64_t *
 }
 /* END */
 
+/* EXAMPLE qcow2_api */
+const char *loaded_version(void *library)       /* from dlopen("libqcow2_snapshot.so.0", RTLD_NOW | RTLD_LOCAL) */
+{
+    const Qcow2Api *(*get)(void);
+    const Qcow2Api *api;
+
+    *(void **)&get = dlsym(library, "qcow2_api");
+    if (!get)
+        return "older than 0.2";
+    api = get();
+    if (api->size <= offsetof(Qcow2Api, snapshot_layout))       /* is the member there? */
+        return "too old";
+    return api->version();
+}
+/* END */
+
 /* EXAMPLE qcow2_set_progress */
 static volatile sig_atomic_t ctrl_c;    /* set by the program's handler of SIGINT */
 
@@ -421,6 +493,7 @@ int main(int argc, char **argv)
     n = print_snapshots(bs);
     must(n > 0 && count_on_disk(bs) == n, "count_on_disk");
     must(revert(bs, "manual") == 0 && revert(bs, "no such") == -ENOENT, "revert");
+    must(strcmp(loaded_version(dlopen(NULL, RTLD_NOW)), qcow2_version()) == 0, "loaded_version");
     must(print_disk_sizes(bs) == n, "print_disk_sizes");
     uint64_t l1[1] = {0};
     must(revert_beside_a_cache(bs, "manual", l1, 1) == 0 && l1[0], "revert_beside_a_cache");
@@ -436,6 +509,7 @@ int main(int argc, char **argv)
     must(raw && write_raw(argv[1], "manual", raw) == 0 && ftell(raw) > 0, "write_raw");
     fclose(raw);
 
+    must(repair_leaks(argv[1]) == 0, "repair_leaks");
     must(move_table(argv[1]) == 0, "move_table");
     bs = open_in_folder(AT_FDCWD, argv[1]);
     must(bs && take_snapshot(bs, "progress") == 0, "take_snapshot");

@@ -49,6 +49,10 @@
  *   QEMU's own temporary files are; or in memory, if there is no room for such a file. A
  *   set-uid program does not follow $TMPDIR.
  *
+ * Damaged images. qcow2_check() finds what "qemu-img check" finds, and mends it. An image with the
+ *   dirty bit, the corrupt bit or a snapshot table that cannot be read is opened with
+ *   QCOW2_O_CHECK for it; changing such a handle in any other way is -EPERM.
+ *
  * Ownership. Handles, error objects and lists belong to the caller and go back through
  *   qcow2_close(), qcow2_error_free() and qcow2_snapshot_list_free() or free(). Out-pointers
  *   are set to NULL first and to a value on success only. Strings that functions return
@@ -79,6 +83,8 @@
  * Macros, to be defined before the include:
  *   QCOW2_SNAPSHOT_NO_QEMU_NAMES  leaves out the typedefs BlockDriverState, Error and
  *       QEMUSnapshotInfo, for programs that include QEMU's own headers.
+ *   QCOW2_SNAPSHOT_NO_PROTOTYPES  leaves out the functions, for programs that have functions of the same
+ *       names (QEMU itself): they load the library by dlopen(), and call it through qcow2_api().
  *   QCOW2_SNAPSHOT_COMPAT_2_1  for code from the time of QEMU 2.1: the struct has 408 bytes,
  *       without icount, and qcow2_open(), qcow2_open_fd() and qcow2_open_io() add
  *       QCOW2_O_COMPAT_2_1 to the flags, so that struct and handle agree. Do not pass such
@@ -111,6 +117,14 @@
  * cost anything, including every snapshot.
  */
 #define QCOW2_O_NO_FLUSH 0x00000200
+
+/**
+ * Open an image to check it, however damaged (QEMU's BDRV_O_CHECK): the dirty bit, the
+ * corrupt bit and a snapshot table that cannot be read are accepted. On such a handle every
+ * function that changes the image is -EPERM, but for qcow2_check(), until a repair has left
+ * nothing wrong. Listing and reading work where the tables can be read.
+ */
+#define QCOW2_O_CHECK 0x00001000
 
 /**
  * Read beside a running guest, as "qemu-img -U": read-only opens only, claims nothing
@@ -232,6 +246,21 @@
  * cannot be cancelled.
  */
 #define QCOW2_PROGRESS_RECLAIM 3
+
+/**
+ * qcow2_check(): give back clusters whose count is too high (QEMU's BDRV_FIX_LEAKS).
+ */
+#define QCOW2_FIX_LEAKS 1
+
+/**
+ * qcow2_check(): mend everything else (QEMU's BDRV_FIX_ERRORS).
+ */
+#define QCOW2_FIX_ERRORS 2
+
+/**
+ * qcow2_check(): look at the snapshot table alone, and mend it with QCOW2_FIX_ERRORS.
+ */
+#define QCOW2_CHECK_TABLE_ONLY 4
 
 /* ---- What a verb changed ------------------------------------------------------------- */
 
@@ -505,6 +534,64 @@ typedef struct Qcow2Usage {
 typedef int (*Qcow2ProgressFunc)(void *opaque, int stage, uint64_t done, uint64_t total);
 
 /**
+ * What qcow2_check() found (QEMU's BdrvCheckResult), by the names of
+ * "qemu-img check --output=json".
+ */
+typedef struct Qcow2CheckResult {
+    /**
+     * Errors that harm data, or would when the disk is written to.
+     */
+    uint64_t corruptions;
+    /**
+     * Clusters whose count is too high: space that is lost, nothing else.
+     */
+    uint64_t leaks;
+    /**
+     * Things that could not be checked.
+     */
+    uint64_t check_errors;
+    /**
+     * Corruptions that this call has mended.
+     */
+    uint64_t corruptions_fixed;
+    /**
+     * Leaked clusters that this call has given back.
+     */
+    uint64_t leaks_fixed;
+    /**
+     * Where the last cluster in use ends, in bytes.
+     */
+    uint64_t image_end_offset;
+    /**
+     * Clusters of the disk.
+     */
+    uint64_t total_clusters;
+    /**
+     * Of these, clusters that the image has.
+     */
+    uint64_t allocated_clusters;
+    /**
+     * Of these, clusters that do not follow the one before them in the file.
+     */
+    uint64_t fragmented_clusters;
+    /**
+     * Of these, compressed clusters.
+     */
+    uint64_t compressed_clusters;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[6];
+} Qcow2CheckResult;
+
+/**
+ * Told a finding of qcow2_check(), in the words of "qemu-img check": one line, without a
+ * newline. The text is gone when the function returns. It must not throw, longjmp or call
+ * back into the handle (-EBUSY).
+ */
+typedef void (*Qcow2CheckFunc)(void *opaque, const char *finding);
+
+/**
  * One entry of the snapshot table in full, from qcow2_snapshot_layout().
  */
 typedef struct Qcow2SnapshotLayout {
@@ -628,9 +715,211 @@ typedef struct Qcow2ImageLayout {
     uint64_t reserved[4];
 } Qcow2ImageLayout;
 
+/**
+ * All functions of the library, from qcow2_api(): for a program that loads the library with
+ * dlopen() and wants one dlsym(), or that has functions of the same names itself. A member is called
+ * like its function without "qcow2_"; the order is that of the header of version 0.2, and what later
+ * versions bring comes at the end.
+ */
+typedef struct Qcow2Api {
+    /**
+     * Bytes of the table that the library has. A program compiled with a newer header looks here
+     * before it uses a member: offsetof(Qcow2Api, member) < size.
+     */
+    size_t size;
+    /**
+     * qcow2_version().
+     */
+    const char *(*version)(void);
+    /**
+     * qcow2_open().
+     */
+    int (*open)(const char *filename,
+                int flags,
+                struct Qcow2Image **pbs,
+                struct Qcow2Error **errp);
+    /**
+     * qcow2_open_fd().
+     */
+    int (*open_fd)(int fd, int flags, struct Qcow2Image **pbs, struct Qcow2Error **errp);
+    /**
+     * qcow2_open_io().
+     */
+    int (*open_io)(const struct Qcow2IoOps *ops,
+                   void *opaque,
+                   int flags,
+                   struct Qcow2Image **pbs,
+                   struct Qcow2Error **errp);
+    /**
+     * qcow2_close().
+     */
+    int (*close)(struct Qcow2Image *bs);
+    /**
+     * qcow2_read_snapshots().
+     */
+    int (*read_snapshots)(struct Qcow2Image *bs);
+    /**
+     * qcow2_free_snapshots().
+     */
+    void (*free_snapshots)(struct Qcow2Image *bs);
+    /**
+     * qcow2_write_snapshots().
+     */
+    int (*write_snapshots)(struct Qcow2Image *bs);
+    /**
+     * qcow2_snapshot_create().
+     */
+    int (*snapshot_create)(struct Qcow2Image *bs, struct Qcow2SnapshotInfo *sn_info);
+    /**
+     * qcow2_snapshot_goto().
+     */
+    int (*snapshot_goto)(struct Qcow2Image *bs, const char *snapshot_id);
+    /**
+     * qcow2_snapshot_delete().
+     */
+    int (*snapshot_delete)(struct Qcow2Image *bs,
+                           const char *snapshot_id,
+                           const char *name,
+                           struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_list().
+     */
+    int (*snapshot_list)(struct Qcow2Image *bs, struct Qcow2SnapshotInfo **psn_tab);
+    /**
+     * qcow2_snapshot_list_free().
+     */
+    void (*snapshot_list_free)(struct Qcow2SnapshotInfo *sn_tab);
+    /**
+     * qcow2_snapshot_load_tmp().
+     */
+    int (*snapshot_load_tmp)(struct Qcow2Image *bs,
+                             const char *snapshot_id,
+                             const char *name,
+                             struct Qcow2Error **errp);
+    /**
+     * qcow2_getlength().
+     */
+    int64_t (*getlength)(const struct Qcow2Image *bs);
+    /**
+     * qcow2_pread().
+     */
+    int (*pread)(struct Qcow2Image *bs,
+                 int64_t offset,
+                 void *buf,
+                 size_t bytes,
+                 struct Qcow2Error **errp);
+    /**
+     * qcow2_block_status().
+     */
+    int (*block_status)(struct Qcow2Image *bs,
+                        int64_t offset,
+                        int64_t bytes,
+                        struct Qcow2Extent *extent,
+                        struct Qcow2Error **errp);
+    /**
+     * qcow2_load_vmstate().
+     */
+    int (*load_vmstate)(struct Qcow2Image *bs,
+                        int64_t pos,
+                        void *buf,
+                        size_t bytes,
+                        struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_next_change().
+     */
+    int (*snapshot_next_change)(struct Qcow2Image *bs,
+                                const char *from,
+                                const char *to,
+                                int64_t offset,
+                                int64_t bytes,
+                                int flags,
+                                struct Qcow2Change *change,
+                                struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_usage().
+     */
+    int (*snapshot_usage)(struct Qcow2Image *bs,
+                          const char *const *snapshots,
+                          size_t n,
+                          struct Qcow2Usage *usage,
+                          struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_delete_many().
+     */
+    int (*snapshot_delete_many)(struct Qcow2Image *bs,
+                                const char *const *snapshots,
+                                size_t n,
+                                struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_rename().
+     */
+    int (*snapshot_rename)(struct Qcow2Image *bs,
+                           const char *snapshot,
+                           const char *new_name,
+                           struct Qcow2Error **errp);
+    /**
+     * qcow2_flatten().
+     */
+    int (*flatten)(struct Qcow2Image *bs, struct Qcow2Error **errp);
+    /**
+     * qcow2_flatten_estimate().
+     */
+    int (*flatten_estimate)(struct Qcow2Image *bs, uint64_t *bytes, struct Qcow2Error **errp);
+    /**
+     * qcow2_set_progress().
+     */
+    int (*set_progress)(struct Qcow2Image *bs, Qcow2ProgressFunc func, void *opaque);
+    /**
+     * qcow2_check().
+     */
+    int (*check)(struct Qcow2Image *bs,
+                 int fix,
+                 struct Qcow2CheckResult *result,
+                 Qcow2CheckFunc report,
+                 void *opaque,
+                 struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_layout().
+     */
+    int (*snapshot_layout)(const struct Qcow2Image *bs,
+                           size_t index,
+                           struct Qcow2SnapshotLayout *layout,
+                           struct Qcow2Error **errp);
+    /**
+     * qcow2_image_layout().
+     */
+    int (*image_layout)(const struct Qcow2Image *bs, struct Qcow2ImageLayout *layout);
+    /**
+     * qcow2_reload().
+     */
+    int (*reload)(struct Qcow2Image *bs, struct Qcow2Error **errp);
+    /**
+     * qcow2_error_get_pretty().
+     */
+    const char *(*error_get_pretty)(const struct Qcow2Error *err);
+    /**
+     * qcow2_error_free().
+     */
+    void (*error_free)(struct Qcow2Error *err);
+    /**
+     * qcow2_last_error().
+     */
+    const char *(*last_error)(const struct Qcow2Image *bs);
+    /**
+     * qcow2_last_outcome().
+     */
+    int (*last_outcome)(const struct Qcow2Image *bs);
+    /**
+     * qcow2_api().
+     */
+    const struct Qcow2Api *(*api)(void);
+} Qcow2Api;
+
 #ifdef __cplusplus
 extern "C" {
 #endif /* __cplusplus */
+
+#ifndef QCOW2_SNAPSHOT_NO_PROTOTYPES
 
 /* ---- Version ------------------------------------------------------------------------- */
 
@@ -652,6 +941,11 @@ const char *qcow2_version(void);
  * read-only open while a guest runs (QCOW2_O_FORCE_SHARE is for that); while the handle is
  * open, qemu-img refuses the image in the same way.
  *
+ * A block device is opened like a file. Its length is the device's own and stays: what would need
+ * more is -ENOSPC before anything is written. Freed clusters are discarded where the device can.
+ * Nothing tells there that somebody else has changed the image (QCOW2_O_FORCE_SHARE):
+ * qcow2_reload() looks again.
+ *
  * A process's classic record locks (fcntl() with F_SETLK) on the image go away whenever any
  * descriptor of the file is closed: an open may drop them already, and qcow2_close() does. That
  * is how the system defines them; F_OFD_SETLK locks stay.
@@ -664,15 +958,15 @@ const char *qcow2_version(void);
  *                  failure, then owned by the caller (qcow2_error_free())
  * @return          0, or -errno:
  *                  -EINVAL   filename or pbs is NULL; an unknown flag, or FORCE_SHARE with
- *                            RDWR; not a regular file; or not a qcow2 image, or a field of
- *                            its header is not valid
+ *                            RDWR; neither a regular file nor a block device; or not a
+ *                            qcow2 image, or a field of its header is not valid
  *                  -ENOENT   no such file; likewise the system's other errnos for paths
- *                  -EACCES   no permission, or the image is marked corrupt and RDWR is
- *                            given
+ *                  -EACCES   no permission; or, with RDWR, the device is write-protected or
+ *                            the image marked corrupt
  *                  -EAGAIN   the image is in use by somebody else
  *                  -EFBIG    a table of the image exceeds QEMU's limit for it
- *                  -ENOTSUP  a block device; the dirty bit with RDWR; or a feature that is
- *                            not supported: the words name it
+ *                  -ENOTSUP  the dirty bit with RDWR; or a feature that is not supported: the
+ *                            words name it
  *                  -EIO      the file cannot be read, or is damaged
  *                  -ENOMEM
  *
@@ -694,7 +988,8 @@ int qcow2_open(const char *filename,
  * locks on the descriptor itself must give QCOW2_O_NO_LOCK, for closing the handle would
  * release them there.
  *
- * @param fd     a descriptor of a regular file; with QCOW2_O_RDWR it must be writable
+ * @param fd     a descriptor of a regular file or a block device; with QCOW2_O_RDWR it must
+ *               be writable
  * @param flags  QCOW2_O values joined by "|", or 0: read-only
  * @param pbs    where to put the handle, which then belongs to the caller
  *               (qcow2_close()); set to NULL if the call fails
@@ -1229,6 +1524,68 @@ int qcow2_snapshot_rename(struct Qcow2Image *bs,
                           const char *new_name,
                           struct Qcow2Error **errp);
 
+/* ---- Letting go of the backing file -------------------------------------------------- */
+
+/**
+ * Let go of the backing file without losing a snapshot: what the backing chain shows in the
+ * active disk and in each snapshot is copied into the image, then the image stops naming the
+ * backing file. Every state reads as before. ("qemu-img rebase -b ''" fills the active disk
+ * only, and every snapshot then reads zeros where the backing file was.)
+ *
+ * A cluster that several states lack is copied once, and zeros of the backing file take no
+ * clusters. Compressed clusters, bitmaps and VM state stay as they are.
+ *
+ * The progress function hears of bytes of the L2 tables in QCOW2_PROGRESS_CHECK and of bytes
+ * that are copied in QCOW2_PROGRESS_PREPARE. A call that is cancelled, that fails or that a
+ * power cut ends leaves every state reading as before, at the cost of 64 MiB of leaked
+ * clusters at most; the next one goes on behind what is copied (after a failed write on a
+ * new handle). Cancelled, no clusters have leaked and the handle stays good.
+ *
+ * @param bs    the handle, opened with QCOW2_O_RDWR
+ * @param errp  NULL, or where to put the error: must hold NULL on entry, set only on
+ *              failure, then owned by the caller (qcow2_error_free())
+ * @return      0, also without a backing file (nothing is written then), or -errno; on
+ *              failure see qcow2_last_outcome(): QCOW2_OUTCOME_UNCHANGED says that every state
+ *              reads as before:
+ *              -EINVAL   bs is NULL; so many states would share a cluster that its refcount
+ *                        would overflow its width (nothing is written); the image is in its
+ *                        own backing chain; or a backing file changes its length meanwhile
+ *              -EACCES   the handle is read-only
+ *              -ENOTSUP  data would have to be encrypted; a snapshot's L1 table is shorter than
+ *                        its disk; an external data file; QCOW2_O_NO_BACKING; no way to open
+ *                        files behind qcow2_open_io(); a backing file in a format other than
+ *                        qcow2 and raw, or encrypted
+ *              -EFBIG    the file would pass the process's limit or QEMU's
+ *              -ENOSPC   the disk is full
+ *              -EIO      the image is damaged, cannot be read or written, or an earlier failure
+ *                        spent the handle
+ *              -ECANCELED  the progress function has cancelled it
+ *              -ENOMEM, -EBUSY, and what the I/O functions and opening a backing file return
+ */
+int qcow2_flatten(struct Qcow2Image *bs,
+                  struct Qcow2Error **errp);
+
+/**
+ * The most that qcow2_flatten() would copy. Only tables are read, and the holes of the
+ * backing file where the system tells of them; data that turns out to be zeros will take
+ * nothing. The progress function is not called.
+ *
+ * @param bs     the handle, read-only or not
+ * @param bytes  where to put the number, in bytes of whole clusters; 0 without a backing
+ *               file; cleared if the call fails
+ * @param errp   NULL, or where to put the error: must hold NULL on entry, set only on
+ *               failure, then owned by the caller (qcow2_error_free())
+ * @return       0, or -errno:
+ *               -EINVAL   bs or bytes is NULL; or the image is in its own backing chain
+ *               -ENOTSUP  as of qcow2_flatten(), but for encryption
+ *               -EIO      the image is damaged or cannot be read; or an earlier failure
+ *                         spent the handle
+ *               -ENOMEM, -EBUSY, and what the I/O functions and opening a backing file return
+ */
+int qcow2_flatten_estimate(struct Qcow2Image *bs,
+                           uint64_t *bytes,
+                           struct Qcow2Error **errp);
+
 /* ---- Progress ------------------------------------------------------------------------ */
 
 /**
@@ -1246,7 +1603,8 @@ int qcow2_snapshot_rename(struct Qcow2Image *bs,
  * A verb that is cancelled returns -ECANCELED, and qcow2_last_outcome() is
  * QCOW2_OUTCOME_UNCHANGED. In QCOW2_PROGRESS_CHECK not a byte has changed, and the handle
  * is good. In QCOW2_PROGRESS_PREPARE it is as after an I/O error: disk and snapshots are
- * what they were, but clusters may have leaked ("qemu-img check -r leaks" frees them), and
+ * what they were, but clusters may have leaked ("qcow2-snapshot check -r leaks" or
+ * qcow2_check() frees them), and
  * the handle refuses further changes (-EIO) until the image is opened again. In
  * QCOW2_PROGRESS_RECLAIM the answer is ignored: the verb has been done.
  *
@@ -1264,6 +1622,57 @@ int qcow2_snapshot_rename(struct Qcow2Image *bs,
 int qcow2_set_progress(struct Qcow2Image *bs,
                        Qcow2ProgressFunc func,
                        void *opaque);
+
+/**
+ * Check the image, and mend it if asked to. Without a fix nothing is written, and the
+ * numbers are those of "qemu-img check" for the same file; with one, corruptions and leaks
+ * are what a second look finds.
+ *
+ * A damaged image is opened with QCOW2_O_CHECK. When a repair has left nothing wrong (but
+ * for leaks that were not to be mended), the dirty and the corrupt bit are cleared and the
+ * handle is as any other.
+ *
+ * What a repair writes, it writes in this order: counts that are too low are raised and
+ * flags that allow too much are cleared; when that is stable, counts that are too high are
+ * lowered and clusters given back. So a power cut leaves an image that a second repair
+ * finishes, and no disk or snapshot reads worse for it. While a table cannot be read, a
+ * repair lowers and frees nothing and says so: what the table refers to is not known. Data
+ * of a cluster that was counted as free is kept. What cannot be mended stays: entries that
+ * lead nowhere, reserved bits, counts that the refcount width cannot hold.
+ *
+ * qcow2_set_progress() works as for a verb: until counts are lowered a repair can be
+ * cancelled.
+ *
+ * @param bs      the handle; to mend, opened with QCOW2_O_RDWR
+ * @param fix     0, or QCOW2_FIX values joined by "|", or QCOW2_CHECK_TABLE_ONLY with or
+ *                without QCOW2_FIX_ERRORS. QCOW2_FIX_LEAKS alone lowers nothing where the
+ *                refcount structures would have to be made anew.
+ * @param result  where to put the numbers: set to zeros first, written on success only
+ * @param report  NULL, or a function that is told each finding
+ * @param opaque  handed to the function, otherwise not looked at
+ * @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+ *                failure, then owned by the caller (qcow2_error_free())
+ * @return        0 when the check has run to its end, whatever it found; or -errno; after a
+ *                fix see qcow2_last_outcome():
+ *                -EINVAL   bs or result is NULL, an unknown bit in fix, or the snapshot
+ *                          table's place is not valid (QCOW2_FIX_ERRORS does not help)
+ *                -EFBIG    the snapshot table exceeds QEMU's limits (QCOW2_FIX_ERRORS cuts
+ *                          it), or the file has more clusters than can be checked
+ *                -EACCES   a fix, and the handle is read-only
+ *                -ENOSPC   the disk is full
+ *                -EIO      the image cannot be read or written, or an earlier failure spent
+ *                          the handle
+ *                -ECANCELED  the progress function has cancelled it
+ *                -ENOMEM, -EBUSY, and what the I/O functions return
+ *
+ * QEMU: bdrv_check()
+ */
+int qcow2_check(struct Qcow2Image *bs,
+                int fix,
+                struct Qcow2CheckResult *result,
+                Qcow2CheckFunc report,
+                void *opaque,
+                struct Qcow2Error **errp);
 
 /* ---- Embedding: where the tables are ------------------------------------------------- */
 
@@ -1365,7 +1774,7 @@ const char *qcow2_last_error(const struct Qcow2Image *bs);
  *
  * QCOW2_OUTCOME_UNCHANGED together with an error can mean an I/O error before the
  * new state was published: the disk and the snapshots are what they were, but clusters may
- * have leaked ("qemu-img check -r leaks" finds them) and the handle refuses further
+ * have leaked (qcow2_check() finds them) and the handle refuses further
  * changes (-EIO) until the image is opened again. QCOW2_OUTCOME_DONE together with an
  * error means that the verb took effect and that only clusters it should have freed may be
  * left over.
@@ -1374,6 +1783,17 @@ const char *qcow2_last_error(const struct Qcow2Image *bs);
  * @return    one of the QCOW2_OUTCOME values, or -EINVAL if `bs` is NULL
  */
 int qcow2_last_outcome(const struct Qcow2Image *bs);
+
+/* ---- All functions in one table ------------------------------------------------------ */
+
+/**
+ * The table of all functions.
+ *
+ * @return  a static table, good as long as the library is loaded
+ */
+const struct Qcow2Api *qcow2_api(void);
+
+#endif /* QCOW2_SNAPSHOT_NO_PROTOTYPES */
 
 #ifdef __cplusplus
 } /* extern "C" */
@@ -1386,7 +1806,7 @@ typedef Qcow2Error Error;
 typedef Qcow2SnapshotInfo QEMUSnapshotInfo;
 #endif
 
-#ifdef QCOW2_SNAPSHOT_COMPAT_2_1
+#if defined(QCOW2_SNAPSHOT_COMPAT_2_1) && !defined(QCOW2_SNAPSHOT_NO_PROTOTYPES)
 /*
  * The opens of a program that uses the struct of 2014. Functions rather than macros with
  * arguments, so that a pointer to qcow2_open is right as well. C89 has no "inline".

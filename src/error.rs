@@ -37,6 +37,8 @@ pub enum Error {
     Unsupported(String),
     /// The handle or the image does not allow changes (-EACCES).
     Access(String),
+    /// The handle is there to check the image, and the image is not good yet (-EPERM).
+    NotPermitted(String),
     /// The image is in use by somebody else (-EAGAIN).
     InUse(String),
     /// The handle is busy, or dirty bitmaps are active (-EBUSY).
@@ -73,6 +75,7 @@ impl fmt::Display for Error {
             | Error::Exists(text)
             | Error::Unsupported(text)
             | Error::Access(text)
+            | Error::NotPermitted(text)
             | Error::InUse(text)
             | Error::Busy(text)
             | Error::Cancelled(text)
@@ -96,6 +99,7 @@ impl Error {
             Error::Exists(_) => libc::EEXIST,
             Error::Unsupported(_) => libc::ENOTSUP,
             Error::Access(_) => libc::EACCES,
+            Error::NotPermitted(_) => libc::EPERM,
             Error::InUse(_) => libc::EAGAIN,
             Error::Busy(_) => libc::EBUSY,
             Error::Cancelled(_) => libc::ECANCELED,
@@ -124,6 +128,7 @@ impl Error {
             Error::Exists(_) => Error::Exists(text),
             Error::Unsupported(_) => Error::Unsupported(text),
             Error::Access(_) => Error::Access(text),
+            Error::NotPermitted(_) => Error::NotPermitted(text),
             Error::InUse(_) => Error::InUse(text),
             Error::Busy(_) => Error::Busy(text),
             Error::Spent(_) => Error::Spent(text),

@@ -11,6 +11,8 @@ impl OpenFlags {
     pub const RDWR: OpenFlags = OpenFlags(0x0002);
     /// Never wait for stable storage (QEMU's `BDRV_O_NO_FLUSH`).
     pub const NO_FLUSH: OpenFlags = OpenFlags(0x0200);
+    /// Open an image to check it, however damaged (QEMU's `BDRV_O_CHECK`).
+    pub const CHECK: OpenFlags = OpenFlags(0x1000);
     /// Read-only beside a running guest, as qemu-img's `-U`.
     pub const FORCE_SHARE: OpenFlags = OpenFlags(0x0100_0000);
     /// Take no image lock at all.
@@ -22,8 +24,14 @@ impl OpenFlags {
     /// Never open a backing file.
     pub const NO_BACKING: OpenFlags = OpenFlags(0x2000_0000);
 
-    const ALL: u32 =
-        0x0002 | 0x0200 | 0x0100_0000 | 0x0200_0000 | 0x0400_0000 | 0x0800_0000 | 0x2000_0000;
+    const ALL: u32 = 0x0002
+        | 0x0200
+        | 0x1000
+        | 0x0100_0000
+        | 0x0200_0000
+        | 0x0400_0000
+        | 0x0800_0000
+        | 0x2000_0000;
 
     /// No flag: read-only.
     pub const fn read_only() -> OpenFlags {
@@ -54,6 +62,11 @@ impl OpenFlags {
     /// The flags for files behind an image: read-only, locked as it is.
     pub(crate) const fn for_layers(self) -> OpenFlags {
         OpenFlags(self.0 & (Self::NO_LOCK.0 | Self::FORCE_SHARE.0))
+    }
+
+    /// These flags but for `other`.
+    pub(crate) const fn without(self, other: OpenFlags) -> OpenFlags {
+        OpenFlags(self.0 & !other.0)
     }
 
     /// Are all bits of `other` set?

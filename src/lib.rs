@@ -55,14 +55,15 @@
 //! ```
 //!
 //! Begin with `snapshot/create.rs`: a verb checks, replays QEMU's code path in memory
-//! (`image/replay.rs`, `image/refcount.rs`, `image/walk.rs`), and hands the result to
-//! `image/update.rs`, which writes it in the one order that a power cut cannot break.
+//! (`image/replay/`, `image/refcount/`), and hands the result to
+//! `image/plan/`, which writes it in the one order that a power cut cannot break.
 
 mod error;
 mod flags;
 pub mod format;
 pub mod image;
 pub mod io;
+mod maintain;
 pub mod read;
 pub mod snapshot;
 mod words;
@@ -72,7 +73,8 @@ pub mod capi;
 
 pub use error::{Error, Result};
 pub use flags::OpenFlags;
-pub use image::{BlockStatus, Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
-pub use read::{Change, Changes, Mapping};
+pub use image::{Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
+pub use maintain::{CheckResult, Fix};
+pub use read::{BlockStatus, Change, Changes, Mapping, PackedCluster};
 pub use snapshot::{NewSnapshot, Snapshot, Usage};
 pub use words::{os_words, printable, strerror};

@@ -1,5 +1,7 @@
 //! The C header: it is what cbindgen makes today, and every C and C++ program can include it.
 
+#[path = "header/generate.rs"]
+mod generate;
 #[path = "abi/toolbox.rs"]
 mod toolbox;
 
@@ -10,10 +12,7 @@ const COMMITTED: &str = "include/qcow2_snapshot.h";
 
 #[test]
 fn the_committed_header_is_what_cbindgen_makes() {
-    compare_with_golden(
-        COMMITTED,
-        include_str!(concat!(env!("OUT_DIR"), "/qcow2_snapshot.h")),
-    );
+    compare_with_golden(COMMITTED, &generate::header());
 }
 
 #[test]
@@ -134,3 +133,68 @@ int use(Qcow2Image **pbs, Qcow2Error **errp)
         + qcow2_open_io(NULL, NULL, 0, pbs, errp);
 }
 "#;
+
+#[test]
+fn without_prototypes_the_header_stands_beside_functions_of_the_same_names() {
+    let dir = tempfile::tempdir().expect("a scratch folder");
+    let source = dir.path().join("no_prototypes.c");
+    std::fs::write(&source, NO_PROTOTYPES).expect("the scratch folder is writable");
+    let Some(mut command) = compiler(false) else {
+        return;
+    };
+    command.args(["-std=c99", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]);
+    command.arg("-I").arg(root().join("include")).arg(&source);
+    let Some(output) = run(&mut command, "that prototypes can be left out") else {
+        return;
+    };
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words}");
+}
+
+const NO_PROTOTYPES: &str = r#"
+/* What QEMU's block/qcow2.h declares. */
+typedef struct BlockDriverState BlockDriverState;
+typedef struct Error Error;
+typedef struct QEMUSnapshotInfo QEMUSnapshotInfo;
+int qcow2_snapshot_create(BlockDriverState *bs, QEMUSnapshotInfo *sn_info);
+int qcow2_write_snapshots(void *other, int signature);
+
+#define QCOW2_SNAPSHOT_NO_QEMU_NAMES
+#define QCOW2_SNAPSHOT_NO_PROTOTYPES
+#include <qcow2_snapshot.h>
+
+int call(const Qcow2Api *api, Qcow2Image *image);
+int call(const Qcow2Api *api, Qcow2Image *image)
+{
+    return api->snapshot_goto(image, "1");
+}
+"#;
+
+#[test]
+fn the_table_of_functions_has_them_all_in_the_order_of_the_header() {
+    let header = std::fs::read_to_string(root().join(COMMITTED)).expect("the header is committed");
+    let (types, functions) = header
+        .split_once("#ifndef QCOW2_SNAPSHOT_NO_PROTOTYPES")
+        .expect("functions are guarded");
+    let (_, table) = types
+        .split_once("typedef struct Qcow2Api {")
+        .expect("is there");
+    let members: Vec<String> = table
+        .lines()
+        .take_while(|line| !line.starts_with('}'))
+        .filter_map(|line| Some(line.split_once("(*")?.1.split_once(')')?.0.to_owned()))
+        .collect();
+    let names: Vec<String> = functions
+        .lines()
+        .take_while(|line| !line.starts_with("#endif"))
+        .filter(|line| line.starts_with(|c: char| c.is_ascii_lowercase()))
+        .filter_map(|line| {
+            line.split_once("qcow2_")?
+                .1
+                .split_once('(')
+                .map(|(n, _)| n.to_owned())
+        })
+        .collect();
+    assert!(names.len() > 20);
+    assert_eq!(members, names);
+}

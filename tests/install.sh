@@ -102,7 +102,7 @@ build_and_run() {
         libs=${libs/-lqcow2_snapshot/-l:libqcow2_snapshot.a} ;;
     static) libs="-static $(pkg-config --static --libs qcow2_snapshot)" ;;
     esac
-    for program in demo list manual export-snapshot; do
+    for program in demo list manual export-snapshot incremental; do
         # shellcheck disable=SC2086
         $CC $flags $flags_of_pc -o "$out/$program" "examples/$program.c" $libs || return 1
     done

@@ -17,6 +17,7 @@ use std::mem::ManuallyDrop;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
+use super::cancel::Uncancellable;
 use super::error::{set_error, Qcow2Error};
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
@@ -125,34 +126,6 @@ fn run<R>(body: impl FnOnce() -> Result<R>) -> Ran<R> {
         Ok(Ok(value)) => Ran::Value(value),
         Ok(Err((errno, text))) => Ran::Failed { errno, text },
         Err(payload) => Ran::Panicked(panic_text(payload)),
-    }
-}
-
-extern "C" {
-    // Not in the libc crate for Linux.
-    fn pthread_setcancelstate(state: c_int, old: *mut c_int) -> c_int;
-}
-// The value of glibc and of musl.
-const PTHREAD_CANCEL_DISABLE: c_int = 1;
-
-/// While this lives `pthread_cancel()` of the calling thread waits. Unwinding from a cancellation
-/// point would go through Rust's frames, which abort the process, and end a verb half-way.
-pub(super) struct Uncancellable(c_int);
-
-impl Uncancellable {
-    pub(super) fn new() -> Uncancellable {
-        let mut old = 0;
-        // SAFETY: the state of the calling thread and a place for the old one.
-        unsafe { pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &mut old) };
-        Uncancellable(old)
-    }
-}
-
-impl Drop for Uncancellable {
-    fn drop(&mut self) {
-        let mut disabled = 0;
-        // SAFETY: as above. It does not cancel by itself: that is for the next cancellation point.
-        unsafe { pthread_setcancelstate(self.0, &mut disabled) };
     }
 }
 
@@ -289,7 +262,7 @@ pub(super) unsafe fn guard_close(bs: *mut Qcow2Image) -> c_int {
 }
 
 /// A message as C text: one line, as an error already is; the words of a panic may be more.
-fn to_c_text(message: &str) -> CString {
+pub(super) fn to_c_text(message: &str) -> CString {
     CString::new(printable(message.as_bytes())).unwrap_or_default()
 }
 

@@ -21,9 +21,14 @@
 // The contract with the caller is in the C documentation of each function.
 #![allow(clippy::missing_safety_doc)]
 
+mod api;
+mod cancel;
 mod changes;
+mod check;
 mod error;
+mod flatten;
 mod guard;
+mod last;
 mod layout;
 mod open;
 mod progress;
@@ -31,9 +36,13 @@ mod space;
 mod types;
 mod verbs;
 
+pub use api::*;
 pub use changes::*;
+pub use check::*;
 pub use error::*;
+pub use flatten::*;
 pub use guard::Qcow2Image;
+pub use last::*;
 pub use layout::*;
 pub use open::*;
 pub use progress::*;

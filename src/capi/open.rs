@@ -22,6 +22,11 @@ use crate::io::callbacks::{failure as callback_error, CallbackStorage, Callbacks
 /// read-only open while a guest runs (QCOW2_O_FORCE_SHARE is for that); while the handle is
 /// open, qemu-img refuses the image in the same way.
 ///
+/// A block device is opened like a file. Its length is the device's own and stays: what would need
+/// more is -ENOSPC before anything is written. Freed clusters are discarded where the device can.
+/// Nothing tells there that somebody else has changed the image (QCOW2_O_FORCE_SHARE):
+/// qcow2_reload() looks again.
+///
 /// A process's classic record locks (fcntl() with F_SETLK) on the image go away whenever any
 /// descriptor of the file is closed: an open may drop them already, and qcow2_close() does. That
 /// is how the system defines them; F_OFD_SETLK locks stay.
@@ -34,15 +39,15 @@ use crate::io::callbacks::{failure as callback_error, CallbackStorage, Callbacks
 ///                  failure, then owned by the caller (qcow2_error_free())
 /// @return          0, or -errno:
 ///                  -EINVAL   filename or pbs is NULL; an unknown flag, or FORCE_SHARE with
-///                            RDWR; not a regular file; or not a qcow2 image, or a field of
-///                            its header is not valid
+///                            RDWR; neither a regular file nor a block device; or not a
+///                            qcow2 image, or a field of its header is not valid
 ///                  -ENOENT   no such file; likewise the system's other errnos for paths
-///                  -EACCES   no permission, or the image is marked corrupt and RDWR is
-///                            given
+///                  -EACCES   no permission; or, with RDWR, the device is write-protected or
+///                            the image marked corrupt
 ///                  -EAGAIN   the image is in use by somebody else
 ///                  -EFBIG    a table of the image exceeds QEMU's limit for it
-///                  -ENOTSUP  a block device; the dirty bit with RDWR; or a feature that is
-///                            not supported: the words name it
+///                  -ENOTSUP  the dirty bit with RDWR; or a feature that is not supported: the
+///                            words name it
 ///                  -EIO      the file cannot be read, or is damaged
 ///                  -ENOMEM
 ///
@@ -79,7 +84,8 @@ pub unsafe extern "C" fn qcow2_open(
 /// locks on the descriptor itself must give QCOW2_O_NO_LOCK, for closing the handle would
 /// release them there.
 ///
-/// @param fd     a descriptor of a regular file; with QCOW2_O_RDWR it must be writable
+/// @param fd     a descriptor of a regular file or a block device; with QCOW2_O_RDWR it must
+///               be writable
 /// @param flags  QCOW2_O values joined by "|", or 0: read-only
 /// @param pbs    where to put the handle, which then belongs to the caller
 ///               (qcow2_close()); set to NULL if the call fails

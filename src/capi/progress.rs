@@ -32,7 +32,8 @@ pub type Qcow2ProgressFunc =
 /// A verb that is cancelled returns -ECANCELED, and qcow2_last_outcome() is
 /// QCOW2_OUTCOME_UNCHANGED. In QCOW2_PROGRESS_CHECK not a byte has changed, and the handle
 /// is good. In QCOW2_PROGRESS_PREPARE it is as after an I/O error: disk and snapshots are
-/// what they were, but clusters may have leaked ("qemu-img check -r leaks" frees them), and
+/// what they were, but clusters may have leaked ("qcow2-snapshot check -r leaks" or
+/// qcow2_check() frees them), and
 /// the handle refuses further changes (-EIO) until the image is opened again. In
 /// QCOW2_PROGRESS_RECLAIM the answer is ignored: the verb has been done.
 ///

@@ -7,6 +7,11 @@ pub const QCOW2_O_RDWR: c_int = 0x0002;
 /// Never wait for stable storage (QEMU's BDRV_O_NO_FLUSH). Faster; a power cut may then
 /// cost anything, including every snapshot.
 pub const QCOW2_O_NO_FLUSH: c_int = 0x0200;
+/// Open an image to check it, however damaged (QEMU's BDRV_O_CHECK): the dirty bit, the
+/// corrupt bit and a snapshot table that cannot be read are accepted. On such a handle every
+/// function that changes the image is -EPERM, but for qcow2_check(), until a repair has left
+/// nothing wrong. Listing and reading work where the tables can be read.
+pub const QCOW2_O_CHECK: c_int = 0x1000;
 /// Read beside a running guest, as "qemu-img -U": read-only opens only, claims nothing
 /// exclusive. What is read while the guest writes may be torn. When the image file was changed
 /// a call that reads looks at header, tables and list of snapshots again first (not behind the
@@ -259,6 +264,7 @@ mod tests {
         let pairs = [
             (QCOW2_O_RDWR, OpenFlags::RDWR),
             (QCOW2_O_NO_FLUSH, OpenFlags::NO_FLUSH),
+            (QCOW2_O_CHECK, OpenFlags::CHECK),
             (QCOW2_O_NO_LOCK, OpenFlags::NO_LOCK),
             (QCOW2_O_FORCE_SHARE, OpenFlags::FORCE_SHARE),
             (QCOW2_O_NO_DISCARD, OpenFlags::NO_DISCARD),

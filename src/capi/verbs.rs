@@ -1,11 +1,14 @@
 //! The functions of QEMU's `block/qcow2-snapshot.c`, and reading disk and VM state.
+//!
+//! Nearly half of this long file is the manual of its functions.
 
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::mem::{offset_of, size_of, MaybeUninit};
 use std::ptr::{self, NonNull};
 
+use super::cancel::Uncancellable;
 use super::error::Qcow2Error;
-use super::guard::{guard_image, null, Entered, Kind, Qcow2Image, Uncancellable};
+use super::guard::{guard_image, null, Entered, Kind, Qcow2Image};
 use super::types::{
     Qcow2Extent, Qcow2SnapshotInfo, QCOW2_BLOCK_ALLOCATED, QCOW2_BLOCK_COMPRESSED,
     QCOW2_BLOCK_DATA, QCOW2_BLOCK_OFFSET_VALID, QCOW2_BLOCK_ZERO,

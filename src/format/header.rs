@@ -11,17 +11,20 @@
 //! write of it lands whole or not at all.
 
 use super::compress::Compression;
+use super::extensions::{Extensions, Owner};
 use super::features;
 use super::geometry::{Geometry, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MAX_SNAPSHOTS, TABLE_ENTRY};
+use super::{u32_at, u64_at};
 use crate::error::{Error, Result};
 use crate::words::printable;
-use byteorder::{BigEndian, ByteOrder};
 
 /// Bytes of the header that are read at once (QEMU's `sizeof(QCowHeader)`).
 pub const HEADER_BYTES: usize = 112;
 /// `"QFI\xfb"`.
 pub const MAGIC: u32 = 0x5146_49fb;
 
+/// Offset of the place of the backing file's name; its length follows at 16.
+pub const AT_BACKING: u64 = 8;
 /// Offset of the virtual disk size.
 pub const AT_SIZE: u64 = 24;
 /// Offset of the L1 entry count, which the L1 offset follows at 40.
@@ -32,19 +35,10 @@ pub const AT_REFTABLE: u64 = 48;
 pub const AT_SNAPSHOTS: u64 = 60;
 /// Offset behind the last field that a verb switches.
 pub const AFTER_SNAPSHOTS: u64 = 72;
+/// Offset of the incompatible feature bits.
+pub const AT_INCOMPATIBLE: u64 = 72;
 /// Offset of the autoclear feature bits.
 pub const AT_AUTOCLEAR: u64 = 88;
-
-const EXT_END: u32 = 0;
-const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXT_FEATURE_TABLE: u32 = 0x6803_f857;
-const EXT_CRYPTO: u32 = 0x0537_be77;
-const EXT_BITMAPS: u32 = 0x2385_2875;
-const EXT_DATA_FILE: u32 = 0x4441_5441;
-
-const CRYPT_LUKS: u32 = 2;
-const MAX_BITMAPS: u32 = 65_535;
-const MAX_BITMAP_DIRECTORY: u64 = 1024 * MAX_BITMAPS as u64;
 
 /// A header whose fields QEMU would accept.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,33 +77,6 @@ pub struct Header {
     pub backing_name: (u64, u32),
 }
 
-/// What the header extensions say.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Extensions {
-    /// Format name of the backing file.
-    pub backing_format: Vec<u8>,
-    /// The bitmap directory (offset, bytes), where the extension is valid (autoclear bit 0).
-    pub bitmap_directory: Option<(u64, u64)>,
-    /// A bitmaps extension is there, valid or not.
-    pub has_bitmaps: bool,
-    /// Name of the external data file.
-    pub data_file: Vec<u8>,
-    /// Names of feature bits: (type, bit, name), for error messages.
-    pub feature_names: Vec<(u8, u8, Vec<u8>)>,
-}
-
-fn u32_at(b: &[u8], at: usize) -> u32 {
-    at.checked_add(4)
-        .and_then(|end| b.get(at..end))
-        .map_or(0, BigEndian::read_u32)
-}
-
-fn u64_at(b: &[u8], at: usize) -> u64 {
-    at.checked_add(8)
-        .and_then(|end| b.get(at..end))
-        .map_or(0, BigEndian::read_u64)
-}
-
 /// QEMU's check of a table's place and size (`qcow2_validate_table`).
 pub fn validate_table(
     g: Geometry,
@@ -134,6 +101,16 @@ impl Header {
     /// (`qcow2_do_open`). `first_cluster` holds the extensions for the names of unknown features;
     /// it may be shorter than a cluster.
     pub fn parse(first_cluster: &[u8], read_write: bool) -> Result<Header> {
+        Header::parse_as(first_cluster, read_write, false)
+    }
+
+    /// The header of an image that is going to be checked: the corrupt bit, a missing refcount table
+    /// and whatever is said of the snapshot table are accepted, as by QEMU's `BDRV_O_CHECK`.
+    pub fn parse_to_check(first_cluster: &[u8]) -> Result<Header> {
+        Header::parse_as(first_cluster, false, true)
+    }
+
+    fn parse_as(first_cluster: &[u8], read_write: bool, to_check: bool) -> Result<Header> {
         let b = first_cluster;
         if u32_at(b, 0) != MAGIC {
             return Err(Error::Invalid("Image is not in qcow2 format".into()));
@@ -228,14 +205,14 @@ impl Header {
             },
             backing_name: (backing_offset, u32_at(b, 16)),
         };
-        header.validate_tables()?;
+        header.validate_tables(to_check)?;
         Ok(header)
     }
 
     /// Places and sizes of the refcount table, the snapshot table and the active L1 table.
-    fn validate_tables(&self) -> Result<()> {
+    fn validate_tables(&self, to_check: bool) -> Result<()> {
         let g = self.geometry;
-        if self.reftable_clusters == 0 {
+        if self.reftable_clusters == 0 && !to_check {
             return Err(Error::Invalid(
                 "Image does not contain a reference count table".into(),
             ));
@@ -248,7 +225,9 @@ impl Header {
             MAX_REFTABLE_BYTES,
             "Reference count table",
         )?;
-        validate_snapshots(g, self.nb_snapshots, self.snapshots_offset)?;
+        if !to_check {
+            self.validate_snapshots()?;
+        }
         validate_table(
             g,
             self.l1_offset,
@@ -265,6 +244,11 @@ impl Header {
             return Err(Error::Invalid("L1 table is too small".into()));
         }
         Ok(())
+    }
+
+    /// Number and place of the snapshots, as QEMU accepts them.
+    pub fn validate_snapshots(&self) -> Result<()> {
+        validate_snapshots(self.geometry, self.nb_snapshots, self.snapshots_offset)
     }
 
     /// Take number and place of the snapshots from header bytes 60 to 71.
@@ -323,7 +307,14 @@ impl Header {
     /// first cluster.
     pub fn extensions(&self, first_cluster: &[u8]) -> Result<Extensions> {
         let ext = Extensions::parse_area(first_cluster, self.header_length, self.extension_end())?;
-        ext.check(self, first_cluster)
+        let owner = Owner {
+            geometry: self.geometry,
+            crypt_method: self.crypt_method,
+            autoclear: self.autoclear,
+            data_file: self.has_data_file(),
+            area: (self.header_length, self.extension_end()),
+        };
+        ext.check(&owner, first_cluster)
     }
 
     /// The backing file's name, empty for none.
@@ -407,158 +398,6 @@ fn name_bits(bits: u64, names: &[(u8, u8, Vec<u8>)]) -> String {
     words.join(", ")
 }
 
-impl Extensions {
-    /// Walk the area between `header_length` and `end`. Only lengths are checked here.
-    fn parse_area(cluster: &[u8], header_length: u32, end: u64) -> Result<Extensions> {
-        let mut ext = Extensions::default();
-        let mut at = u64::from(header_length);
-        while at < end {
-            let magic = u32_at(cluster, at as usize);
-            let len = u64::from(u32_at(cluster, at.saturating_add(4) as usize));
-            at = at.saturating_add(8);
-            if at > end || len > end.saturating_sub(at) {
-                return Err(Error::Invalid("Header extension too large".into()));
-            }
-            let body = cluster
-                .get(at as usize..at.saturating_add(len) as usize)
-                .unwrap_or_default();
-            match magic {
-                EXT_END => break,
-                EXT_BACKING_FORMAT => {
-                    if len >= 16 {
-                        return Err(Error::Invalid(format!(
-                            "ERROR: ext_backing_format: len={len} too large (>=16)"
-                        )));
-                    }
-                    ext.backing_format = body.to_vec();
-                }
-                EXT_FEATURE_TABLE => {
-                    for entry in body.chunks_exact(48) {
-                        if let [kind, bit, name @ ..] = entry {
-                            let name = name.split(|b| *b == 0).next().unwrap_or_default();
-                            ext.feature_names.push((*kind, *bit, name.to_vec()));
-                        }
-                    }
-                }
-                EXT_CRYPTO if len != 16 => {
-                    return Err(Error::Invalid(format!(
-                        "CRYPTO header extension size {len}, but expected size 16"
-                    )));
-                }
-                EXT_BITMAPS => {
-                    if len != 24 {
-                        return Err(Error::Invalid(
-                            "bitmaps_ext: Invalid extension length".into(),
-                        ));
-                    }
-                    ext.has_bitmaps = true;
-                    ext.bitmap_directory = Some((u64_at(body, 16), u64_at(body, 8)));
-                }
-                EXT_DATA_FILE => ext.data_file = body.to_vec(),
-                _ => {}
-            }
-            // Each extension is padded to a multiple of 8 bytes.
-            at = at.saturating_add(len.saturating_add(7) & !7);
-        }
-        Ok(ext)
-    }
-
-    /// Checks that need the header's other fields.
-    fn check(mut self, header: &Header, cluster: &[u8]) -> Result<Extensions> {
-        let g = header.geometry;
-        let mut luks = false;
-        for_each_extension(
-            cluster,
-            header.header_length,
-            header.extension_end(),
-            |magic, body| {
-                match magic {
-                    EXT_CRYPTO => {
-                        if header.crypt_method != CRYPT_LUKS {
-                            return Err(Error::Invalid(
-                                "CRYPTO header extension only expected with LUKS encryption method"
-                                    .into(),
-                            ));
-                        }
-                        let offset = u64_at(body, 0);
-                        if g.in_cluster(offset) != 0 {
-                            return Err(Error::Invalid(format!(
-                            "Encryption header offset '{offset}' is not a multiple of cluster size '{}'",
-                            g.cluster_size()
-                        )));
-                        }
-                        luks = true;
-                    }
-                    EXT_BITMAPS if header.autoclear & features::BITMAPS != 0 => {
-                        check_bitmaps(g, body)?
-                    }
-                    _ => {}
-                }
-                Ok(())
-            },
-        )?;
-        if header.autoclear & features::BITMAPS == 0 {
-            self.bitmap_directory = None;
-        }
-        if header.crypt_method > CRYPT_LUKS || (header.crypt_method == CRYPT_LUKS && !luks) {
-            return Err(Error::Invalid(format!(
-                "Missing CRYPTO header for crypt method {}",
-                header.crypt_method
-            )));
-        }
-        if header.autoclear & features::DATA_FILE_RAW != 0 && !header.has_data_file() {
-            return Err(Error::Invalid("data-file-raw requires a data file".into()));
-        }
-        Ok(self)
-    }
-}
-
-fn check_bitmaps(g: Geometry, body: &[u8]) -> Result<()> {
-    let nb = u32_at(body, 0);
-    let problem = if u32_at(body, 4) != 0 {
-        "bitmaps_ext: Reserved field is not zero".to_owned()
-    } else if nb > MAX_BITMAPS {
-        format!("bitmaps_ext: Image has {nb} bitmaps, exceeding the QEMU supported maximum of {MAX_BITMAPS}")
-    } else if nb == 0 {
-        "found bitmaps extension with zero bitmaps".to_owned()
-    } else if g.in_cluster(u64_at(body, 16)) != 0 {
-        "bitmaps_ext: invalid bitmap directory offset".to_owned()
-    } else if u64_at(body, 8) > MAX_BITMAP_DIRECTORY {
-        format!(
-            "bitmaps_ext: bitmap directory size ({}) exceeds the maximum supported size",
-            u64_at(body, 8)
-        )
-    } else {
-        return Ok(());
-    };
-    Err(Error::Invalid(problem))
-}
-
-fn for_each_extension(
-    cluster: &[u8],
-    header_length: u32,
-    end: u64,
-    mut f: impl FnMut(u32, &[u8]) -> Result<()>,
-) -> Result<()> {
-    let mut at = u64::from(header_length);
-    while at < end {
-        let magic = u32_at(cluster, at as usize);
-        let len = u64::from(u32_at(cluster, at.saturating_add(4) as usize));
-        at = at.saturating_add(8);
-        if magic == EXT_END || at > end || len > end.saturating_sub(at) {
-            break;
-        }
-        f(
-            magic,
-            cluster
-                .get(at as usize..at.saturating_add(len) as usize)
-                .unwrap_or_default(),
-        )?;
-        at = at.saturating_add(len.saturating_add(7) & !7);
-    }
-    Ok(())
-}
-
 /// Where the tables stand that the header names. One that moves with its contents changes nothing
 /// that a reader sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -609,6 +448,7 @@ pub fn encode_switched(places: Places, meaning: Meaning, crypt_method: u32) -> [
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
     use super::*;
+    use byteorder::{BigEndian, ByteOrder};
 
     fn v3() -> Vec<u8> {
         let mut b = vec![0u8; 65536];
@@ -682,7 +522,7 @@ mod tests {
     fn unknown_features_are_named() {
         let mut b = v3();
         BigEndian::write_u64(&mut b[72..], (1 << 7) | (1 << 9));
-        BigEndian::write_u32(&mut b[112..], EXT_FEATURE_TABLE);
+        BigEndian::write_u32(&mut b[112..], 0x6803_f857);
         BigEndian::write_u32(&mut b[116..], 48);
         b[121] = 7;
         b[122..127].copy_from_slice(b"bells");

@@ -7,6 +7,7 @@
 
 pub mod compress;
 pub mod entry;
+pub mod extensions;
 pub mod features;
 pub mod geometry;
 pub mod header;
@@ -14,3 +15,17 @@ pub mod probe;
 pub mod record;
 pub mod refblock;
 pub mod run;
+
+use byteorder::{BigEndian, ByteOrder};
+
+fn u32_at(b: &[u8], at: usize) -> u32 {
+    at.checked_add(4)
+        .and_then(|end| b.get(at..end))
+        .map_or(0, BigEndian::read_u32)
+}
+
+fn u64_at(b: &[u8], at: usize) -> u64 {
+    at.checked_add(8)
+        .and_then(|end| b.get(at..end))
+        .map_or(0, BigEndian::read_u64)
+}

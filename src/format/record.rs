@@ -75,6 +75,42 @@ pub fn decode(bytes: &[u8], index: u64, disk_size: u64) -> Result<Option<(Snapsh
     Ok(Some((snapshot, end)))
 }
 
+/// Lengths of the parts of an entry, as its fixed part says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lengths {
+    /// Bytes of extra data.
+    pub extra: u32,
+    /// Bytes of the ID.
+    pub id: u16,
+    /// Bytes of the name.
+    pub name: u16,
+}
+
+impl Lengths {
+    /// Those of an entry's fixed part.
+    pub fn of(fixed: &[u8]) -> Lengths {
+        let u16_at = |at: usize| {
+            fixed
+                .get(at..at.saturating_add(2))
+                .map_or(0, BigEndian::read_u16)
+        };
+        Lengths {
+            extra: fixed.get(36..40).map_or(0, BigEndian::read_u32),
+            id: u16_at(12),
+            name: u16_at(14),
+        }
+    }
+
+    /// The fixed part with another length of extra data.
+    pub fn into_fixed(self, fixed: &[u8]) -> Vec<u8> {
+        let mut fixed = fixed.to_vec();
+        if let Some(slot) = fixed.get_mut(36..40) {
+            BigEndian::write_u32(slot, self.extra);
+        }
+        fixed
+    }
+}
+
 /// QEMU keeps IDs and names as C strings: what follows a NUL is lost at the next write.
 fn c_string(bytes: &[u8]) -> &[u8] {
     bytes.split(|b| *b == 0).next().unwrap_or_default()

@@ -3,10 +3,56 @@
 //! Widths below 8 bits start at the least significant bit of each byte; wider ones are big endian.
 
 use super::geometry::Geometry;
-use super::run::with_width;
-use crate::by_refcount_width;
 use crate::error::{Error, Result};
 use byteorder::{BigEndian, ByteOrder};
+
+/// Call `$call` with the constant `$width` standing for the refcount width of `$g`: one copy of the
+/// loop for each of the seven.
+#[macro_export]
+#[doc(hidden)]
+macro_rules! by_refcount_width {
+    ($g:expr, $width:ident => $call:expr) => {
+        match $g.refcount_order {
+            0 => {
+                const $width: u32 = 0;
+                $call
+            }
+            1 => {
+                const $width: u32 = 1;
+                $call
+            }
+            2 => {
+                const $width: u32 = 2;
+                $call
+            }
+            3 => {
+                const $width: u32 = 3;
+                $call
+            }
+            4 => {
+                const $width: u32 = 4;
+                $call
+            }
+            5 => {
+                const $width: u32 = 5;
+                $call
+            }
+            _ => {
+                const $width: u32 = 6;
+                $call
+            }
+        }
+    };
+}
+
+/// `g` with its refcount width known to the compiler: `get` and `set` shrink to a load and a store.
+#[inline(always)]
+pub fn with_width<const WIDTH: u32>(g: Geometry) -> Geometry {
+    Geometry {
+        refcount_order: WIDTH,
+        ..g
+    }
+}
 
 /// The count at `index`; 0 past the end of the block.
 #[inline]

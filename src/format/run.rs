@@ -7,7 +7,7 @@
 
 use super::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use super::geometry::Geometry;
-use super::refblock;
+use super::refblock::{self, with_width};
 use byteorder::{BigEndian, ByteOrder};
 
 /// What is done to each count.
@@ -34,54 +34,6 @@ pub struct Tallied {
     pub others: bool,
     /// The lowest index in the block whose count became zero.
     pub freed: Option<usize>,
-}
-
-/// Call `$call` with the constant `$width` standing for the refcount width of `$g`: one copy of the
-/// loop for each of the seven.
-#[macro_export]
-#[doc(hidden)]
-macro_rules! by_refcount_width {
-    ($g:expr, $width:ident => $call:expr) => {
-        match $g.refcount_order {
-            0 => {
-                const $width: u32 = 0;
-                $call
-            }
-            1 => {
-                const $width: u32 = 1;
-                $call
-            }
-            2 => {
-                const $width: u32 = 2;
-                $call
-            }
-            3 => {
-                const $width: u32 = 3;
-                $call
-            }
-            4 => {
-                const $width: u32 = 4;
-                $call
-            }
-            5 => {
-                const $width: u32 = 5;
-                $call
-            }
-            _ => {
-                const $width: u32 = 6;
-                $call
-            }
-        }
-    };
-}
-
-/// `g` with its refcount width known to the compiler: `get` and `set` shrink to a load and a store.
-#[inline(always)]
-pub fn with_width<const WIDTH: u32>(g: Geometry) -> Geometry {
-    Geometry {
-        refcount_order: WIDTH,
-        ..g
-    }
 }
 
 /// The refcount block that counts `entry`, if that is a standard cluster.
@@ -170,15 +122,29 @@ const USUAL: u32 = 4;
 /// one another with the same flags, as far as the block reaches.
 #[inline(always)]
 fn in_order(g: Geometry, table: &[u8], entry: u64, index: usize) -> usize {
+    let size = g.l2_entry_size();
     let left = (g.refblock_entries() as usize).saturating_sub(index);
-    let mut next = entry;
-    let words = table.chunks_exact(g.l2_entry_size()).take(left);
-    let same = words.take_while(|word| {
-        let here = BigEndian::read_u64(word) == next;
-        next = next.wrapping_add(g.cluster_size());
-        here
-    });
-    same.count()
+    let (mut n, mut next) = (0usize, entry);
+    // Eight at a time, without a branch for each.
+    for eight in table.chunks_exact(size.wrapping_mul(8)).take(left >> 3) {
+        let (mut expected, mut differ) = (next, 0);
+        for word in eight.chunks_exact(size) {
+            differ |= BigEndian::read_u64(word) ^ expected;
+            expected = expected.wrapping_add(g.cluster_size());
+        }
+        if differ != 0 {
+            break;
+        }
+        (n, next) = (n.wrapping_add(8), expected);
+    }
+    let rest = table.get(n.wrapping_mul(size)..).unwrap_or_default();
+    for word in rest.chunks_exact(size).take(left.saturating_sub(n)) {
+        if BigEndian::read_u64(word) != next {
+            break;
+        }
+        (n, next) = (n.wrapping_add(1), next.wrapping_add(g.cluster_size()));
+    }
+    n
 }
 
 /// What counting clusters in order came to.
@@ -254,29 +220,65 @@ pub fn set_copied<const WIDTH: u32>(
     only_clear: bool,
 ) -> (usize, bool) {
     let fields = with_width::<WIDTH>(g);
+    let size = g.l2_entry_size();
     let (mut entries, mut changed) = (0usize, false);
-    for word in table.chunks_exact_mut(g.l2_entry_size()) {
+    let mut rest = table;
+    while let Some(word) = rest.get(..size) {
         let entry = BigEndian::read_u64(word);
         if entry != 0 {
             if block_of(g, entry) != Some(block) {
                 break;
             }
             let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
+            let next = rest.get(size..).and_then(|r| r.get(..8));
+            let behind = entry.wrapping_add(g.cluster_size()).to_be_bytes();
+            if WIDTH == USUAL && next == Some(&behind[..]) {
+                let n = in_order(g, rest, entry, index);
+                let at = index.wrapping_mul(2);
+                let these = counts.get(at..at.wrapping_add(n.wrapping_mul(2)));
+                changed |= flag_all(g, rest, these.unwrap_or_default(), only_clear);
+                entries = entries.wrapping_add(n);
+                rest = rest.get_mut(n.wrapping_mul(size)..).unwrap_or_default();
+                continue;
+            }
             let copied = refblock::get(fields, counts, index) == 1;
             if (entry & COPIED != 0) != copied && !(only_clear && copied) {
-                BigEndian::write_u64(word, entry ^ COPIED);
+                BigEndian::write_u64(rest, entry ^ COPIED);
                 changed = true;
             }
         }
         entries = entries.wrapping_add(1);
+        rest = rest.get_mut(size..).unwrap_or_default();
     }
     (entries, changed)
+}
+
+/// [`set_copied`] for standard clusters in order, as many as there are 16-bit counts.
+#[inline(always)]
+fn flag_all(g: Geometry, table: &mut [u8], counts: &[u8], only_clear: bool) -> bool {
+    let words = table.chunks_exact_mut(g.l2_entry_size());
+    let mut differs = 0;
+    for (word, count) in words.zip(counts.chunks_exact(2)) {
+        let Some(first) = word.first_mut() else {
+            break;
+        };
+        let copied = u8::from(count == [0, 1]) << 7;
+        let new = if only_clear {
+            *first & (copied | 0x7f)
+        } else {
+            *first & 0x7f | copied
+        };
+        differs |= new ^ *first;
+        *first = new;
+    }
+    differs != 0
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
     use super::{refblock, Geometry, Tallied, Tally, COMPRESSED, COPIED, ZERO};
+    use crate::by_refcount_width;
     use byteorder::{BigEndian, ByteOrder};
 
     fn count(g: Geometry, table: &[u8], counts: &mut [u8], block: u64, tally: Tally) -> Tallied {
@@ -382,6 +384,33 @@ mod tests {
                     "{round} {tally:?}"
                 );
                 assert_eq!(together, one_by_one, "{round} {tally:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn flags_of_clusters_in_order_come_to_the_same_as_one_by_one() {
+        for extended in [false, true] {
+            for only_clear in [false, true] {
+                let g = Geometry::new(9, 4, extended);
+                let all = 512 / g.l2_entry_size();
+                let mut t = table(g, 40);
+                let mut counts = vec![0u8; 512];
+                for i in 0..256 {
+                    refblock::set(g, &mut counts, i, [1, 2, 1, 0, 257, 256][i * 7 % 6]);
+                }
+                for (i, word) in t.chunks_exact_mut(g.l2_entry_size()).enumerate() {
+                    word[0] &= if i % 16 < 9 { 0xff } else { 0x7f };
+                    word[4] |= u8::from(i == 20); // the next is not in order
+                }
+                let (mut together, mut one_by_one) = (t.clone(), t.clone());
+                let (n, changed) = set_copied(g, &mut together, &counts, 0, only_clear);
+                let mut any = false;
+                for word in one_by_one.chunks_exact_mut(g.l2_entry_size()).take(n) {
+                    any |= set_copied(g, word, &counts, 0, only_clear).1;
+                }
+                assert_eq!((together, changed), (one_by_one, any));
+                assert_eq!(n, if all < 20 { all } else { 20 });
             }
         }
     }

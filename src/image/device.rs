@@ -139,6 +139,10 @@ impl Device {
     }
 
     /// What tells this file from every other, where the storage can tell.
+    pub(crate) fn host_file(&self) -> Option<std::fs::File> {
+        self.storage.host_file()
+    }
+
     pub(crate) fn identity(&mut self) -> Option<(u64, u64)> {
         self.storage.identity()
     }

@@ -3,12 +3,12 @@
 use super::device::{zeroed, Device};
 use super::refcount::Refcounts;
 use super::room;
-use super::tables::{Kind, Reader};
+use super::tables::{Reader, Source};
 use crate::by_refcount_width;
 use crate::error::Result;
 use crate::format::geometry::{Geometry, HostCluster};
 use crate::format::refblock;
-use crate::format::run::with_width;
+use crate::format::refblock::with_width;
 use crate::io::Run;
 
 /// Clusters whose counts the replay has changed, each once.
@@ -28,7 +28,7 @@ pub(crate) fn held(dev: &mut Device, refs: &Refcounts) -> Result<Held> {
     let changed = refs.loaded().filter(|(_, b)| b.is_written());
     let changed = room::collected(changed.map(|(index, b)| (index, b.offset)))?;
     let offsets = room::collected(changed.iter().map(|(_, offset)| *offset))?;
-    let mut reader = Reader::new(g, Kind::Refblocks, &offsets);
+    let mut reader = Reader::new(g, Source::Refblocks, &offsets);
     let mut new = zeroed(g.cluster_size())?;
     let mut sum = Sum::default();
     let mut done = 0;

@@ -37,7 +37,7 @@ impl Image {
         Ok(ImageLayout {
             header: &self.header,
             l1: &self.l1,
-            changed: self.changed,
+            changed: self.last.changed,
         })
     }
 

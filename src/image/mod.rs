@@ -4,40 +4,34 @@
 
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
+use crate::format::extensions::Extensions;
 use crate::format::features;
 use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
-use crate::format::header::{Extensions, Header, HEADER_BYTES};
+use crate::format::header::{Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::{Stamp, Storage};
-use crate::read::changes::Pair;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{copies, Snapshot};
 use device::Device;
-use overlap::{Kind, Overlap};
 use plan::Plan;
 use progress::Progress;
+use reading::{Behind, Caches, Place};
+use replay::overlap::{Overlap, Protected};
 use replay::Replay;
 
-mod chain;
-mod damage;
 pub(crate) mod device;
 pub(crate) mod held;
 mod layout;
-pub(crate) mod mapping;
 pub(crate) mod named;
-pub(crate) mod overlap;
 pub(crate) mod plan;
 pub(crate) mod progress;
+pub(crate) mod reading;
 pub(crate) mod refcount;
 pub(crate) mod replay;
-pub(crate) mod resize;
 pub(crate) mod room;
-mod status;
 mod tables;
-pub(crate) mod walk;
 
 pub use layout::{Changed, ImageLayout};
 pub use progress::{ProgressHook, Stage};
-pub use status::BlockStatus;
 
 /// What the last changing verb did to the image (`qcow2_last_outcome()`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +57,14 @@ enum Standing {
     Spent,
 }
 
+/// What the last changing verb has left behind in the handle.
+struct Last {
+    standing: Standing,
+    outcome: Outcome,
+    changed: Changed,
+    remark: Option<String>,
+}
+
 /// What `load_tmp` put in front of the active disk.
 pub(crate) struct View {
     pub(crate) l1: Vec<u64>,
@@ -86,11 +88,10 @@ pub(crate) struct SnapshotList {
 
 /// One open image.
 ///
-/// The order of the first members is that of dropping them: what was opened through a caller's
+/// The order of the first two members is that of dropping them: what was opened through a caller's
 /// functions is closed before these are.
 pub struct Image {
-    chain: Option<chain::Chain>,
-    data_file: Option<Device>,
+    pub(crate) behind: Behind,
     pub(crate) dev: Device,
     pub(crate) flags: OpenFlags,
     pub(crate) header: Header,
@@ -100,31 +101,21 @@ pub struct Image {
     pub(crate) reftable: Vec<u64>,
     pub(crate) snapshots: SnapshotList,
     pub(crate) view: Option<View>,
-    l2_cache: mapping::L2Cache,
-    unpacked: Option<mapping::Unpacked>,
-    /// The two states last compared.
-    pub(crate) compared: Option<Box<Pair>>,
-    /// Where the image is, for names in it that are relative; unknown behind callbacks.
-    place: Option<chain::Place>,
-    /// Names of the files of the chain that C callers were given.
-    host_names: Vec<std::ffi::CString>,
+    pub(crate) caches: Caches,
     /// What the file's stamp was when header and tables were read, if a later change shows in it.
     seen: Option<Stamp>,
-    /// Were clusters allocated ahead? Found out on first use.
-    preallocated: Option<bool>,
-    standing: Standing,
-    outcome: Outcome,
-    changed: Changed,
-    remark: Option<String>,
+    last: Last,
     /// Bytes that refcounts may take in memory.
-    refcount_memory: u64,
+    pub(crate) refcount_memory: u64,
+    /// Opened to be checked, and not found good yet: no verb may change it.
+    pub(crate) unchecked: bool,
     /// The steps of the last verb, as text.
     #[cfg(test)]
     steps: String,
 }
 
 /// What an image says of itself, as it is on the disk.
-struct Tables {
+struct Loaded {
     header: Header,
     extensions: Extensions,
     backing_file: Vec<u8>,
@@ -132,15 +123,19 @@ struct Tables {
     reftable: Vec<u64>,
 }
 
-impl Tables {
-    fn read(dev: &mut Device, flags: OpenFlags) -> Result<Tables> {
+impl Loaded {
+    fn read(dev: &mut Device, flags: OpenFlags) -> Result<Loaded> {
         let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
         // The extensions may fill the first cluster, whose size the header says.
         let bits = first.get(20..24).map_or(0, byteorder::BigEndian::read_u32);
         if (9..=21).contains(&bits) {
             first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
         }
-        let header = Header::parse(&first, flags.has(OpenFlags::RDWR))?;
+        let header = if flags.has(OpenFlags::CHECK) {
+            Header::parse_to_check(&first)?
+        } else {
+            Header::parse(&first, flags.has(OpenFlags::RDWR))?
+        };
         let l1 = dev.read_vec(
             "Could not read L1 table",
             header.l1_offset,
@@ -153,7 +148,7 @@ impl Tables {
             header.reftable_offset,
             u64::from(header.reftable_clusters) << header.geometry.cluster_bits,
         )?;
-        Ok(Tables {
+        Ok(Loaded {
             reftable: device::words(&reftable)?,
             extensions: header.extensions(&first)?,
             backing_file: room::copy_of(header.backing_file(&first)?)?,
@@ -172,10 +167,10 @@ impl Image {
     /// of [`Image::open_storage`].
     #[allow(clippy::disallowed_methods)] // one box
     pub fn open(path: &std::path::Path, flags: OpenFlags) -> Result<Image> {
-        let place = chain::Place::new(path.to_owned());
+        let place = Place::new(path.to_owned());
         let storage = FileStorage::open_path(path, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
-        image.place = Some(place);
+        image.behind.place = Some(place);
         Ok(image)
     }
 
@@ -188,10 +183,10 @@ impl Image {
         let storage = FileStorage::open_fd(fd, &Image::file_options(flags))?;
         let mut image = Image::open_storage(Box::new(storage), flags)?;
         // Names in the image are relative to the folder that the file is in, if it still has one.
-        image.place = std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
+        image.behind.place = std::fs::read_link(format!("/proc/thread-self/fd/{fd}"))
             .ok()
             .filter(|p| p.is_absolute())
-            .map(chain::Place::new);
+            .map(Place::new);
         Ok(image)
     }
 
@@ -224,12 +219,11 @@ impl Image {
         Image::on_device(Device::new(storage)?, flags)
     }
 
-    fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
+    pub(crate) fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
         let seen = dev.stamp().filter(Stamp::is_settled);
-        let tables = Tables::read(&mut dev, flags)?;
+        let tables = Loaded::read(&mut dev, flags)?;
         let mut image = Image {
-            chain: None,
-            data_file: None,
+            behind: Behind::default(),
             dev,
             flags,
             header: tables.header,
@@ -239,22 +233,20 @@ impl Image {
             reftable: tables.reftable,
             snapshots: SnapshotList::default(),
             view: None,
-            l2_cache: mapping::L2Cache::default(),
-            unpacked: None,
-            place: None,
-            compared: None,
-            host_names: Vec::new(),
+            caches: Caches::default(),
             seen,
-            preallocated: None,
-            standing: Standing::Good,
-            outcome: Outcome::None,
-            changed: Changed::default(),
-            remark: None,
+            last: Last {
+                standing: Standing::Good,
+                outcome: Outcome::None,
+                changed: Changed::default(),
+                remark: None,
+            },
             refcount_memory: refcount::packed::MOST,
+            unchecked: flags.has(OpenFlags::CHECK),
             #[cfg(test)]
             steps: String::new(),
         };
-        image.load_snapshots()?;
+        image.load_what_is_good()?;
         image.refuse_dirty()?;
         Ok(image)
     }
@@ -264,23 +256,37 @@ impl Image {
         // Until all is read nothing is known.
         self.seen = None;
         let stamp = self.dev.stamp();
-        let tables = Tables::read(&mut self.dev, self.flags)?;
+        let tables = Loaded::read(&mut self.dev, self.flags)?;
         self.header = tables.header;
         self.extensions = tables.extensions;
         self.backing_file = tables.backing_file;
         self.l1 = tables.l1;
         self.reftable = tables.reftable;
         self.forget_reads();
-        (self.view, self.chain, self.data_file) = (None, None, None);
-        self.load_snapshots()?;
+        (self.view, self.behind.chain, self.behind.data_file) = (None, None, None);
+        self.load_what_is_good()?;
         self.seen = stamp.filter(Stamp::is_settled);
         self.refuse_dirty()
     }
 
+    /// Load the snapshot table; of an image that is going to be checked it may be damaged.
+    fn load_what_is_good(&mut self) -> Result<()> {
+        match self.load_snapshots() {
+            Err(Error::TooBig(_) | Error::Invalid(_) | Error::Corrupt(_)) if self.unchecked => {
+                self.snapshots = SnapshotList::default();
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
     fn refuse_dirty(&self) -> Result<()> {
+        if self.unchecked {
+            return Ok(());
+        }
         if self.flags.has(OpenFlags::RDWR) && self.header.incompatible & features::DIRTY != 0 {
             return Err(Error::Unsupported(
-                "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qemu-img check -r all'"
+                "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qcow2-snapshot check -r all'"
                     .into(),
             ));
         }
@@ -292,8 +298,8 @@ impl Image {
     /// # Errors
     /// Those of closing or unlocking the file only; the handle is gone in any case.
     pub fn close(mut self) -> Result<()> {
-        self.chain = None;
-        self.data_file = None;
+        self.behind.chain = None;
+        self.behind.data_file = None;
         self.dev.close()
     }
 
@@ -306,16 +312,16 @@ impl Image {
 
     /// What the last changing verb did.
     pub fn last_outcome(&self) -> Outcome {
-        self.outcome
+        self.last.outcome
     }
 
     /// A remark on the last verb that succeeded.
     pub fn remark(&self) -> Option<&str> {
-        self.remark.as_deref()
+        self.last.remark.as_deref()
     }
 
     pub(crate) fn set_remark(&mut self, text: &str) {
-        self.remark = Some(text.into());
+        self.last.remark = Some(text.into());
     }
 
     /// Tell `hook` how far a changing verb is, and let it cancel the verb; `None` takes it away.
@@ -325,10 +331,10 @@ impl Image {
 
     /// Make the handle refuse everything but close, after a panic in the middle of a call.
     pub fn poison(&mut self) {
-        if self.outcome != Outcome::None {
-            self.outcome = Outcome::Unknown;
+        if self.last.outcome != Outcome::None {
+            self.last.outcome = Outcome::Unknown;
         }
-        self.standing = Standing::Spent;
+        self.last.standing = Standing::Spent;
     }
 
     /// The flags given at open.
@@ -342,7 +348,7 @@ impl Image {
 
     /// May the handle still be used to read?
     pub(crate) fn usable(&self) -> Result<()> {
-        if self.standing == Standing::Spent {
+        if self.last.standing == Standing::Spent {
             return Err(Error::Spent(
                 "An earlier failure left the state of the image unknown; close the handle and open it again".into(),
             ));
@@ -369,8 +375,8 @@ impl Image {
             return Ok(());
         }
         let mut changed = self.has_changed();
-        for layer in self.chain.iter_mut().flat_map(|c| c.iter_mut()) {
-            if let chain::Layer::Qcow2(image) = layer {
+        for layer in self.behind.chain.iter_mut().flat_map(|c| c.iter_mut()) {
+            if let reading::Layer::Qcow2(image) = layer {
                 changed |= image.has_changed();
             }
         }
@@ -408,14 +414,20 @@ impl Image {
     /// Begin a changing verb: may this handle change the image at all?
     pub(crate) fn begin_change(&mut self) -> Result<()> {
         self.usable()?;
-        self.remark = None;
-        (self.outcome, self.changed) = (Outcome::Unchanged, Changed::default());
+        self.last.remark = None;
+        (self.last.outcome, self.last.changed) = (Outcome::Unchanged, Changed::default());
         if !self.flags.has(OpenFlags::RDWR) {
             return Err(Error::Access("The image is opened read-only".into()));
         }
-        if self.standing == Standing::NoChanges {
+        if self.last.standing == Standing::NoChanges {
             return Err(Error::Spent(
                 "An earlier write failed; the image can be read but not changed until it is opened again".into(),
+            ));
+        }
+        if self.unchecked {
+            return Err(Error::NotPermitted(
+                "The image is opened to be checked; repair it first, or open it without that flag"
+                    .into(),
             ));
         }
         if self.header.has_data_file() {
@@ -427,6 +439,55 @@ impl Image {
             self.load_snapshots()?;
         }
         Ok(())
+    }
+
+    /// Begin a repair: as a verb, but whatever is wrong with the image.
+    pub(crate) fn begin_repair(&mut self) -> Result<()> {
+        self.usable()?;
+        self.last.remark = None;
+        (self.last.outcome, self.last.changed) = (Outcome::Unchanged, Changed::default());
+        if !self.flags.has(OpenFlags::RDWR) {
+            return Err(Error::Access("The image is opened read-only".into()));
+        }
+        if self.last.standing == Standing::NoChanges {
+            return Err(Error::Spent(
+                "An earlier write failed; the image can be read but not changed until it is opened again".into(),
+            ));
+        }
+        self.dev.changed = false;
+        Ok(())
+    }
+
+    /// What is true of the image should the next request of a repair fail.
+    pub(crate) fn repairing(&mut self, outcome: Outcome) {
+        self.last.outcome = outcome;
+    }
+
+    /// Nothing is wrong any more: the handle is as any other from now on.
+    pub(crate) fn found_good(&mut self) {
+        self.unchecked = false;
+        self.flags = self.flags.without(OpenFlags::CHECK);
+    }
+
+    /// A repair is over.
+    pub(crate) fn end_repair(&mut self, ended: bool) {
+        self.forget_reads();
+        if self.dev.changed {
+            // Any of them may have been written.
+            self.last.changed = Changed {
+                size: false,
+                l1: true,
+                reftable: true,
+                snapshots: true,
+            };
+        }
+        if ended {
+            self.last.outcome = Outcome::Done;
+        } else if self.last.outcome == Outcome::Unknown {
+            self.last.standing = Standing::Spent;
+        } else if self.dev.changed && self.last.standing == Standing::Good {
+            self.last.standing = Standing::NoChanges;
+        }
     }
 
     /// Let refcounts take that many bytes of memory in a verb; the others go to a temporary file.
@@ -442,25 +503,29 @@ impl Image {
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
         overlap.protect(
-            Kind::ActiveL1,
+            Protected::ActiveL1,
             h.l1_offset,
             u64::from(h.l1_size) * TABLE_ENTRY,
         )?;
         overlap.protect(
-            Kind::Reftable,
+            Protected::Reftable,
             h.reftable_offset,
             u64::from(h.reftable_clusters) << h.geometry.cluster_bits,
         )?;
-        overlap.protect(Kind::SnapshotTable, h.snapshots_offset, self.snapshots.size)?;
+        overlap.protect(
+            Protected::SnapshotTable,
+            h.snapshots_offset,
+            self.snapshots.size,
+        )?;
         for s in &self.snapshots.entries {
             overlap.protect(
-                Kind::InactiveL1,
+                Protected::InactiveL1,
                 s.l1_table_offset,
                 u64::from(s.l1_size) * TABLE_ENTRY,
             )?;
         }
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
-            overlap.protect(Kind::BitmapDirectory, offset, bytes)?;
+            overlap.protect(Protected::BitmapDirectory, offset, bytes)?;
         }
         Ok(Replay::new(
             h,
@@ -488,22 +553,22 @@ impl Image {
         let autoclear = (unknown != 0).then_some(self.header.autoclear & features::AUTOCLEAR_KNOWN);
         self.dev.changed = false;
         let (outcome, result) = plan.carry_out(&mut self.dev, &self.header, autoclear, &mut replay);
-        self.outcome = outcome;
+        self.last.outcome = outcome;
         self.forget_reads();
         if result.is_err() {
-            self.standing = match (outcome, self.dev.changed) {
+            self.last.standing = match (outcome, self.dev.changed) {
                 (Outcome::Unknown, _) => Standing::Spent,
                 (_, true) => Standing::NoChanges,
-                _ => self.standing,
+                _ => self.last.standing,
             };
         } else {
             // A verb that had to begin anew is done after all.
-            self.standing = Standing::Good;
+            self.last.standing = Standing::Good;
         }
         if outcome == Outcome::Done {
             let (was, places, meaning) = (&self.header, replay.places(), replay.meaning);
             let table = replay.refs.take_table();
-            self.changed = Changed {
+            self.last.changed = Changed {
                 size: meaning.size != was.size,
                 l1: places.l1_offset != was.l1_offset || self.l1 != replay.l1,
                 reftable: places.reftable_offset != was.reftable_offset || self.reftable != table,
@@ -529,11 +594,29 @@ impl Image {
         result.map(drop)
     }
 
+    /// [`Image::commit`] for a part of a verb. All parts but the last leave the image meaning what it
+    /// meant. The verb's progress is told by the verb.
+    pub(crate) fn commit_part(&mut self, replay: Replay, plan: Plan, last: bool) -> Result<()> {
+        let (before, size) = (self.last.changed, self.snapshots.size);
+        let list = copies(&self.snapshots.entries)?;
+        let progress = std::mem::replace(&mut self.dev.progress, Progress::new(None));
+        let result = self.commit(replay, plan, list, size);
+        self.dev.progress = progress;
+        if self.last.outcome == Outcome::Done {
+            if !last {
+                self.last.outcome = Outcome::Unchanged;
+            }
+            self.last.changed.size |= before.size;
+            self.last.changed.l1 |= before.l1;
+            self.last.changed.reftable |= before.reftable;
+            self.last.changed.snapshots |= before.snapshots;
+        }
+        result
+    }
+
     /// Drop what was cached of the disk seen so far.
     pub(crate) fn forget_reads(&mut self) {
-        (self.l2_cache, self.unpacked) = (mapping::L2Cache::default(), None);
-        self.preallocated = None;
-        self.compared = None;
+        self.caches = Caches::default();
     }
 
     /// Does the image have valid persistent bitmaps?

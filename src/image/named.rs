@@ -1,7 +1,7 @@
 //! The L2 tables that several L1 tables name, each once, with how often it is named.
 
+use super::replay::walk::{check_l2_offset, Part, Share, Tables};
 use super::room;
-use super::walk::{check_l2_offset, Part, Share, Tables};
 use crate::error::Result;
 use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::Geometry;

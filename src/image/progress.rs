@@ -133,7 +133,7 @@ impl Progress {
         let text = match (hook(self.stage, done, self.total), self.stage) {
             (ControlFlow::Continue(()), _) | (_, Stage::Reclaim) => return Ok(()),
             (_, Stage::Check) => "Cancelled before anything was written",
-            (_, Stage::Prepare) => "Cancelled before it took effect; clusters may have leaked ('qemu-img check -r leaks' frees them)",
+            (_, Stage::Prepare) => "Cancelled before it took effect; clusters may have leaked ('qcow2-snapshot check -r leaks' frees them)",
         };
         Err(Error::Cancelled(text.into()))
     }

@@ -17,7 +17,7 @@ const AHEAD: usize = 4 << 20;
 /// Reads the clusters that a list names.
 pub(crate) struct Reader<'a> {
     g: Geometry,
-    kind: Kind,
+    source: Source,
     list: &'a [u64],
     /// These of the list are in `buf`, one behind the other.
     held: Range<usize>,
@@ -28,34 +28,34 @@ pub(crate) struct Reader<'a> {
 
 /// What is read.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum Source {
     /// L2 tables, as the words of an L1 table name them.
     L2Tables,
     /// Refcount blocks, all of which a walk has read a while ago.
     Refblocks,
 }
 
-impl Kind {
+impl Source {
     fn offset(self, word: u64) -> u64 {
         match self {
-            Kind::L2Tables => word & OFFSET_MASK,
-            Kind::Refblocks => word,
+            Source::L2Tables => word & OFFSET_MASK,
+            Source::Refblocks => word,
         }
     }
 
     fn action(self) -> &'static str {
         match self {
-            Kind::L2Tables => "Could not read an L2 table",
-            Kind::Refblocks => "Could not read a refcount block",
+            Source::L2Tables => "Could not read an L2 table",
+            Source::Refblocks => "Could not read a refcount block",
         }
     }
 }
 
 impl<'a> Reader<'a> {
-    pub(crate) fn new(g: Geometry, kind: Kind, list: &'a [u64]) -> Reader<'a> {
+    pub(crate) fn new(g: Geometry, source: Source, list: &'a [u64]) -> Reader<'a> {
         Reader {
             g,
-            kind,
+            source,
             list,
             held: 0..0,
             buf: Vec::new(),
@@ -71,7 +71,7 @@ impl<'a> Reader<'a> {
         let until = end.saturating_add(AHEAD / self.g.cluster_len());
         let (mut from, mut bytes) = (0, 0);
         let next = self.list.iter().take(until).skip(self.asked);
-        for offset in next.map(|w| self.kind.offset(*w)).filter(|o| *o != 0) {
+        for offset in next.map(|w| self.source.offset(*w)).filter(|o| *o != 0) {
             if bytes != 0 && (from + bytes != offset || bytes >= 1 << 20) {
                 dev.will_read(from, bytes);
                 bytes = 0;
@@ -91,10 +91,10 @@ impl<'a> Reader<'a> {
     fn neighbours(&self, index: usize) -> usize {
         let most = (MAX_REQUEST / self.g.cluster_len()).max(1);
         let mut ahead = self.list.iter().skip(index).take(most);
-        let mut next = ahead.next().map_or(0, |w| self.kind.offset(*w));
+        let mut next = ahead.next().map_or(0, |w| self.source.offset(*w));
         let more = ahead.take_while(|w| {
             next = next.saturating_add(self.g.cluster_size());
-            self.kind.offset(**w) == next
+            self.source.offset(**w) == next
         });
         1 + more.count()
     }
@@ -107,12 +107,12 @@ impl<'a> Reader<'a> {
             self.buf = device::zeroed(bytes as u64)?;
         }
         self.held = 0..0;
-        if self.kind == Kind::L2Tables {
+        if self.source == Source::L2Tables {
             self.ask_ahead(dev, index + n);
         }
-        let offset = self.list.get(index).map_or(0, |w| self.kind.offset(*w));
+        let offset = self.list.get(index).map_or(0, |w| self.source.offset(*w));
         let buf = self.buf.get_mut(..bytes).unwrap_or_default();
-        dev.read(self.kind.action(), offset, buf)?;
+        dev.read(self.source.action(), offset, buf)?;
         self.held = index..index + n;
         Ok((n, buf))
     }

@@ -1,6 +1,8 @@
 //! QEMU's image locks, and the few system calls that the standard library does not wrap or not as
 //! a library needs them.
 //!
+//! A quarter of this long file is its tests; the rest must be the one place of system calls.
+//!
 //! QEMU lets programs agree about an image with open-file-description locks on single bytes
 //! (`block/file-posix.c`, `raw_apply_lock_bytes()` and `raw_check_lock_bytes()`):
 //!

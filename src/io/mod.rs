@@ -101,6 +101,11 @@ pub trait Storage {
         None
     }
 
+    /// The open file, once more. `None` where the storage is no file.
+    fn host_file(&self) -> Option<std::fs::File> {
+        None
+    }
+
     /// What tells whether somebody has changed this file. `None` where the storage cannot tell.
     fn stamp(&mut self) -> Option<Stamp> {
         None

@@ -1,6 +1,8 @@
 //! The recorder for crash and fault tests: a test tool, which the library itself never uses
 //! (the linker leaves it out of the shared library).
 //!
+//! Long, since a recorder is one idea; a fifth of it is tests.
+//!
 //! [`TraceStorage`] is an image in memory that keeps a log of everything that changes it, counts
 //! requests and can fail them ([`FaultPlan`]). From the log, [`crash_images`] makes the images
 //! that a power cut could leave:
@@ -241,7 +243,7 @@ impl FaultPlan {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct Recorded {
     initial: Vec<u8>,
     bytes: Vec<u8>,
     events: Vec<Event>,
@@ -302,7 +304,7 @@ impl FullDisk {
     }
 }
 
-impl State {
+impl Recorded {
     /// Count a request; the plan, when it has to fail.
     fn request(&mut self, kind: RequestKind, bytes: u64) -> Option<FaultPlan> {
         self.counts.add(kind, bytes);
@@ -318,7 +320,7 @@ impl State {
         })
     }
 
-    /// As [`State::request`], for requests that fail without a trace.
+    /// As [`Recorded::request`], for requests that fail without a trace.
     fn admit(&mut self, kind: RequestKind, bytes: u64) -> Result<()> {
         match self.request(kind, bytes) {
             Some(plan) => Err(Error::from_raw_os_error(plan.errno)),
@@ -343,7 +345,7 @@ impl State {
 /// An image in memory that records what is done to it.
 #[derive(Debug)]
 pub struct TraceStorage {
-    state: Rc<RefCell<State>>,
+    state: Rc<RefCell<Recorded>>,
     /// Length of the files that names open.
     named: Option<u64>,
 }
@@ -351,16 +353,16 @@ pub struct TraceStorage {
 /// The test's end of a [`TraceStorage`]; good after the storage has been closed.
 #[derive(Clone, Debug)]
 pub struct Trace {
-    state: Rc<RefCell<State>>,
+    state: Rc<RefCell<Recorded>>,
 }
 
 impl TraceStorage {
     /// An image with these contents, an empty log and no fault.
     pub fn new(initial: Vec<u8>) -> TraceStorage {
-        let state = State {
+        let state = Recorded {
             bytes: initial.clone(),
             initial,
-            ..State::default()
+            ..Recorded::default()
         };
         TraceStorage {
             state: Rc::new(RefCell::new(state)),
@@ -398,10 +400,10 @@ impl Trace {
     pub fn restart(&self) {
         let mut state = self.state.borrow_mut();
         let bytes = std::mem::take(&mut state.bytes);
-        *state = State {
+        *state = Recorded {
             initial: bytes.clone(),
             bytes,
-            ..State::default()
+            ..Recorded::default()
         };
     }
 

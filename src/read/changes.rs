@@ -9,12 +9,13 @@
 //!                   with `compare`: their data, sector by sector
 //! ```
 
+use super::mapping::Extent;
 use super::tables::Tables;
 use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::Geometry;
-use crate::image::mapping::Extent;
-use crate::image::{device, room, walk, Image};
+use crate::image::replay::walk;
+use crate::image::{device, room, Image};
 use byteorder::{BigEndian, ByteOrder};
 
 /// What is compared in one go, in bytes of each side.
@@ -112,6 +113,7 @@ impl Image {
     ) -> Changes<'_> {
         Changes {
             image: self,
+            #[allow(clippy::disallowed_methods)] // as long as the caller's
             names: [from, to].map(|name| name.map(<[u8]>::to_vec)),
             compare,
             at: Some(0),
@@ -148,8 +150,10 @@ impl Image {
                 "Comparing encrypted guest data is not supported; without QCOW2_CHANGE_COMPARE the tables are compared".into(),
             ));
         }
-        let mut pair = match self.compared.take() {
+        let known = self.caches.compared.take();
+        let mut pair = match known.and_then(|known| known.downcast::<Pair>().ok()) {
             Some(pair) if pair.names.each_ref().map(Option::as_deref) == [from, to] => pair,
+            #[allow(clippy::disallowed_methods)] // one box, and names as long as the caller's
             _ => Box::new(Pair {
                 names: [from, to].map(|name| name.map(<[u8]>::to_vec)),
                 from: self.state(from)?,
@@ -162,7 +166,7 @@ impl Image {
         let found = self.first_change(&mut pair, offset, end, compare);
         // After an error nothing of it is kept.
         if found.is_ok() {
-            self.compared = Some(pair);
+            self.caches.compared = Some(pair);
         }
         found
     }

@@ -6,13 +6,13 @@ use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
 use crate::format::run::Tally;
-use crate::image::device::{bytes_of, zeroed};
+use crate::image::device::bytes_of;
 use crate::image::plan::{ActiveL1, Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
+use crate::image::replay::resize::shared_but_copied;
+use crate::image::replay::walk::{set_copied, Flags};
 use crate::image::replay::Replay;
-use crate::image::resize::shared_but_copied;
 use crate::image::room;
-use crate::image::walk::{set_copied, Flags};
 use crate::image::Image;
 use crate::words::printable;
 use std::rc::Rc;
@@ -167,14 +167,12 @@ impl Image {
                 .l1
                 .get(index as usize)
                 .is_some_and(|e| e & crate::format::entry::COPIED == 0);
-            let (offset, mut table) =
+            let (offset, table) =
                 replay.own_table(&mut self.dev, index, replay.refs.forgotten_now())?;
             if !made {
                 return Err(shared_but_copied(offset));
             }
-            if table.is_empty() {
-                table = zeroed(g.cluster_size())?;
-            }
+            let mut table = table.whole(g)?;
             set_copied(
                 &mut replay.refs,
                 &mut self.dev,

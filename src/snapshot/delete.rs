@@ -5,12 +5,12 @@ use crate::error::{Error, Result};
 use crate::format::geometry::TABLE_ENTRY;
 use crate::format::run::Tally;
 use crate::image::named::{Named, Naming};
-use crate::image::overlap::Kind;
 use crate::image::plan::{Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
+use crate::image::replay::overlap::Protected;
+use crate::image::replay::walk::{Marked, Part};
 use crate::image::room;
-use crate::image::walk::{Marked, Part};
 use crate::image::Image;
 use std::rc::Rc;
 
@@ -58,7 +58,7 @@ impl Image {
         let tables = || table_bytes(replay.g, &[named.tables().words, &self.l1]);
         self.dev.progress.begin(Stage::Check, tables);
         let offsets = room::collected(l1_tables.iter().map(|t| t.offset))?;
-        replay.overlap.release_all(Kind::InactiveL1, &offsets);
+        replay.overlap.release_all(Protected::InactiveL1, &offsets);
         let table_size = self
             .replay_table(&mut replay, &mut plan, &list)
             .map_err(|e| e.context("Failed to remove snapshot from snapshot list"))?;
@@ -73,7 +73,7 @@ impl Image {
                 .free(&mut self.dev, at, bytes, Freed::Punched, epoch)?;
         }
         let active = replay
-            .walk(&mut self.dev, &self.l1, Tally::Look)
+            .look(&mut self.dev, &self.l1, named.tables().words)
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
         if active.l1_changed {
             let end = self

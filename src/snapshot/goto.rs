@@ -15,14 +15,14 @@ use crate::format::header::Header;
 use crate::format::record::EXTRA_2014;
 use crate::format::run::Tally;
 use crate::image::device::{bytes_of, Device};
-use crate::image::overlap::Kind;
 use crate::image::plan::{no_room, ActiveL1, Edit, Plan, Temporary};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Refcounts;
+use crate::image::replay::overlap::Protected;
+use crate::image::replay::resize::shared_but_copied;
+use crate::image::replay::walk::{Flags, Marked, Walked};
 use crate::image::replay::Replay;
-use crate::image::resize::shared_but_copied;
 use crate::image::room;
-use crate::image::walk::{Flags, Marked, Walked};
 use crate::image::Image;
 use std::rc::Rc;
 
@@ -229,7 +229,9 @@ impl<'a> BothCounted<'a> {
         let new_l1 = &self.up.l1;
         let bytes = new_l1.len() as u64 * TABLE_ENTRY;
         let offset = replay.l1_place().offset;
-        replay.overlap.check(offset, bytes, Some(Kind::ActiveL1))?;
+        replay
+            .overlap
+            .check(offset, bytes, Some(Protected::ActiveL1))?;
         replay.reach = replay.reach.max(offset.saturating_add(bytes));
         let publish = if replay.unpublished_l1().is_some() {
             Publish::Moved
@@ -336,16 +338,19 @@ impl Chosen<'_> {
 /// Tables that the resize made are free again, with a hole where they were; none of the tables
 /// that it emptied may have survived in a snapshot.
 fn check_after_resize(replay: &mut Replay, dev: &mut Device) -> Result<()> {
-    let temporary = std::mem::take(&mut replay.temporary);
+    let temporary = std::mem::take(&mut replay.remade.temporary);
     for cluster in temporary.sorted()?.into_iter().map(HostCluster) {
         dev.progress.pass(TABLE_ENTRY)?;
         if replay.refs.get(dev, cluster)? == 0 {
             replay.refs.fates.punch(cluster.0)?;
-        } else if replay.zero_tables.contains(cluster.0) {
+        } else if replay
+            .remade
+            .is_zeros(replay.g, replay.g.offset_of(cluster))
+        {
             return Err(shared_but_copied(replay.g.offset_of(cluster)));
         }
     }
-    for offset in replay.tables.sorted()? {
+    for offset in replay.remade.offsets()? {
         let cluster = replay.g.cluster_of(offset);
         if replay.refs.get(dev, cluster)? != 0 {
             return Err(shared_but_copied(offset));

@@ -18,7 +18,7 @@ mod usage;
 pub use usage::Usage;
 
 /// A copy of a list whose entries take up to 64 MiB.
-fn copies<'a>(list: impl IntoIterator<Item = &'a Snapshot>) -> Result<Vec<Snapshot>> {
+pub(crate) fn copies<'a>(list: impl IntoIterator<Item = &'a Snapshot>) -> Result<Vec<Snapshot>> {
     let mut out = Vec::new();
     for s in list {
         let copy = Snapshot {

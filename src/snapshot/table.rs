@@ -48,6 +48,8 @@ impl Snapshot {
 impl Image {
     /// Load the snapshot table from the image (`qcow2_read_snapshots`).
     pub(crate) fn load_snapshots(&mut self) -> Result<()> {
+        // A handle that is to check the image has taken the header as it is.
+        self.header.validate_snapshots()?;
         // Where no lock keeps others out, the file may have been cut.
         self.dev.length_now()?;
         let start = self.header.snapshots_offset;
@@ -98,7 +100,7 @@ impl Image {
         }
         list.size = at - start;
         self.snapshots = list;
-        self.compared = None;
+        self.caches.compared = None;
         Ok(())
     }
 

@@ -13,8 +13,8 @@ use crate::image::device::Device;
 use crate::image::held::held;
 use crate::image::named::Naming;
 use crate::image::refcount::Freed;
+use crate::image::replay::walk::Part;
 use crate::image::replay::Replay;
-use crate::image::walk::Part;
 use crate::image::{room, Image};
 use std::ops::Range;
 

@@ -8,7 +8,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint};
 /// The program's own name.
 pub(crate) const NAME: &str = "qcow2-snapshot";
 /// First words that are no image.
-pub(crate) const SUBCOMMANDS: [&str; 9] = [
+pub(crate) const SUBCOMMANDS: [&str; 11] = [
     "list",
     "create",
     "revert",
@@ -17,6 +17,8 @@ pub(crate) const SUBCOMMANDS: [&str; 9] = [
     "du",
     "diff",
     "export",
+    "check",
+    "flatten",
     "completions",
 ];
 /// Long options that QEMU does not have. An abbreviation that also fits options of QEMU means those.
@@ -176,7 +178,9 @@ pub(crate) fn command() -> Command {
         .subcommand(delete_command())
         .subcommand(rename_command())
         .subcommand(du_command())
+        .subcommand(check_command())
         .subcommand(diff_command())
+        .subcommand(flatten_command())
         .subcommand(export_command())
         .subcommand(
             Command::new("completions")
@@ -392,29 +396,138 @@ fn diff_command() -> Command {
         )
 }
 
+fn flatten_command() -> Command {
+    Command::new("flatten")
+        .infer_long_args(true)
+        .about("Copy in what the backing file shows in the disk and in each snapshot, and let go of it")
+        .arg(help())
+        .arg(flag(
+            "dry-run",
+            None,
+            "Only say how much would be copied at most",
+        ))
+        .arg(no_lock())
+        .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
+        .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
+}
+
 fn export_command() -> Command {
+    let one = |name, help| {
+        operand(name, help, ValueHint::Other)
+            .required(false)
+            .required_unless_present("all")
+            .conflicts_with("all")
+    };
     Command::new("export")
         .infer_long_args(true)
-        .about("Write the disk that a snapshot holds to a new sparse raw file")
+        .about("Write the disk that a snapshot holds to a new raw or qcow2 file")
         .arg(help())
+        .arg(
+            Arg::new("format")
+                .short('O')
+                .long("format")
+                .value_name("FORMAT")
+                .help("What to make: raw (sparse; the default), or qcow2 (thin, compressed clusters as they are)")
+                .value_parser(["raw", "qcow2"])
+                .overrides_with("format"),
+        )
+        .arg(
+            valued(
+                "since",
+                None,
+                "SNAPSHOT",
+                "Only what changed since this snapshot, as a qcow2 overlay over BACKING",
+            )
+            .requires("backing")
+            .action(ArgAction::Set),
+        )
+        .arg(
+            valued(
+                "backing",
+                Some('b'),
+                "BACKING",
+                "With --since: the file that holds the disk of that snapshot; relative to OUT's folder",
+            )
+            .value_hint(ValueHint::FilePath)
+            .requires_all(["since", "backing-format"])
+            .action(ArgAction::Set),
+        )
+        .arg(
+            Arg::new("backing-format")
+                .short('F')
+                .long("backing-format")
+                .value_name("FMT")
+                .help("BACKING's format: qcow2 or raw")
+                .value_parser(["qcow2", "raw"])
+                .requires("backing")
+                .overrides_with("backing-format"),
+        )
+        .arg(
+            valued(
+                "all",
+                None,
+                "DIR",
+                "Every snapshot, oldest first, as a chain of qcow2 files in the new folder DIR, with index.json",
+            )
+            .value_hint(ValueHint::DirPath)
+            .conflicts_with("since")
+            .action(ArgAction::Set),
+        )
         .arg(flag(
             "force-share",
             Some('U'),
             "Open the image even if a guest writes to it: the result may be torn",
         ))
         .arg(no_lock())
+        .arg(flag(
+            "no-reflink",
+            None,
+            "Copy data also where a raw file could share blocks with the image (XFS, btrfs)",
+        ))
         .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
         .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
-        .arg(operand(
-            "SNAPSHOT",
-            "The snapshot's ID, else its name",
-            ValueHint::Other,
+        .arg(one("SNAPSHOT", "The snapshot's ID, else its name"))
+        .arg(
+            one(
+                "OUT",
+                "The file to make; it must not exist. '-' is the standard output (raw)",
+            )
+            .value_hint(ValueHint::FilePath),
+        )
+}
+
+fn check_command() -> Command {
+    Command::new("check")
+        .about("Check an image as 'qemu-img check' does, and mend it with -r")
+        .arg(help())
+        .arg(
+            Arg::new("repair")
+                .long("repair")
+                .short('r')
+                .value_name("WHAT")
+                .help("leaks: give back clusters that are lost; all: mend everything")
+                .value_parser(["leaks", "all"]),
+        )
+        .arg(
+            Arg::new("output")
+                .long("output")
+                .value_name("FORMAT")
+                .help("How to say it: human, or json as 'qemu-img check' does")
+                .value_parser(["human", "json"]),
+        )
+        .arg(flag(
+            "force-share",
+            Some('U'),
+            "Open the image even if a guest writes to it: what is found may be wrong",
         ))
-        .arg(operand(
-            "OUT",
-            "The raw file to make; it must not exist. '-' is the standard output",
-            ValueHint::FilePath,
-        ))
+        .arg(flag("quiet", Some('q'), "Show no progress and no summary"))
+        .arg(
+            Arg::new("IMAGE")
+                .help("The qcow2 image")
+                .required(true)
+                .value_hint(ValueHint::FilePath)
+                .value_parser(OsStringValueParser::new()),
+        )
 }
 
 /// What to do with the image.

@@ -1,34 +1,32 @@
-//! `export`: the disk that a snapshot holds, as a sparse raw file or on the standard output.
+//! `export`: the disk that a snapshot holds, as a file or on the standard output.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, Permissions};
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use clap::ArgMatches;
 use qcow2_snapshot::{Error, Image, OpenFlags};
 use tempfile::NamedTempFile;
 
+use crate::output::{Kind, Output, CHUNK};
 use crate::progress;
+use crate::reflink::Reflink;
 use crate::signals::Asked;
 use crate::stop::{explained, without_number, Stop};
 use crate::target::{not_opened, open_words};
+use crate::thin;
 
-/// Read at once.
-const CHUNK: usize = 2 << 20;
-/// Zeros in pieces of this size, aligned, become holes: `qemu-img convert` does the same.
-const PIECE: usize = 4096;
 /// The tables are asked about so much at once, so that Ctrl-C is seen in between.
-const STRETCH: u64 = 64 << 30;
-const GONE: &str = "Interrupted; nothing is left of the output";
-static ZEROS: [u8; CHUNK] = [0; CHUNK];
+pub(crate) const STRETCH: u64 = 64 << 30;
+pub(crate) const GONE: &str = "Interrupted; nothing is left of the output";
 
 pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
-    let operand = |id| m.get_one::<OsString>(id).map_or(OsStr::new(""), |o| o);
-    let (name, snapshot, out) = (operand("IMAGE"), operand("SNAPSHOT"), operand("OUT"));
+    let given = |id| m.get_one::<OsString>(id).map(OsString::as_os_str);
+    let name = given("IMAGE").unwrap_or_default();
     let flags = match m.get_flag("force-share") {
         true => OpenFlags::FORCE_SHARE,
         false => OpenFlags::read_only(),
@@ -37,18 +35,96 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
         true => flags | OpenFlags::NO_LOCK,
         false => flags,
     };
+    let format = m.get_one::<String>("format").map(String::as_str);
+    let (since, all) = (given("since"), given("all"));
+    if format == Some("raw") && (since.is_some() || all.is_some()) {
+        let text = "--since and --all make qcow2 files: '-O raw' does not go with them";
+        return Err(Stop::Usage(text.into()));
+    }
+    let qcow2 = format == Some("qcow2") || since.is_some();
+    let out = given("OUT").unwrap_or_default();
+    if qcow2 && out == "-" {
+        let text =
+            "Only a raw disk can be written to the standard output (a file of that name is './-')";
+        return Err(Stop::failed(text));
+    }
+
     let mut image = Image::open(name.as_ref(), flags).map_err(|e| {
         let words = open_words(&e, name.as_ref());
         Stop::Failed(explained(&e, &words, not_opened(name, &words)))
     })?;
-    show(&mut image, snapshot.as_bytes()).map_err(|e| {
-        let name = snapshot.to_string_lossy();
-        explain(&e, &format!("Could not export snapshot '{name}'"))
-    })?;
     let quiet = m.get_flag("quiet");
-    match out.as_bytes() {
-        b"-" => print(&mut image, quiet),
-        _ => write(&mut image, out.as_ref(), quiet),
+    if let Some(folder) = all {
+        return thin::all(&mut image, folder.as_ref(), quiet);
+    }
+    let snapshot = given("SNAPSHOT").unwrap_or_default();
+    show(&mut image, snapshot)?;
+    if out == "-" {
+        return print(&mut image, quiet);
+    }
+    let backing = match since.zip(given("backing")) {
+        None => None,
+        Some((since, backing)) => {
+            let format = m.get_one::<String>("backing-format");
+            let format = format.map(String::as_str).unwrap_or_default();
+            Some(thin::Backing::of(
+                &mut image, name, since, out, backing, format,
+            )?)
+        }
+    };
+    // From here on a signal ends the work between two requests.
+    let asked = Asked::watch()?;
+    new_file(out.as_ref(), &asked, |file| match qcow2 {
+        true => thin::write(&mut image, snapshot, backing.as_ref(), file, &asked, quiet),
+        false => {
+            let shared = match m.get_flag("no-reflink") {
+                true => None,
+                false => Reflink::to(file, folder_of(out.as_ref())),
+            };
+            file.set_len(image.length())?;
+            let out = Output::new(file.try_clone()?, Kind::Sparse)?;
+            copy(&mut image, out, Kind::Sparse, shared, &asked, quiet)
+        }
+    })
+}
+
+/// What ends an export before its end.
+pub(crate) enum Halt {
+    /// The output cannot be written.
+    Output(io::Error),
+    Other(Stop),
+}
+
+impl From<io::Error> for Halt {
+    fn from(e: io::Error) -> Halt {
+        Halt::Output(e)
+    }
+}
+
+impl From<Stop> for Halt {
+    fn from(stop: Stop) -> Halt {
+        Halt::Other(stop)
+    }
+}
+
+impl From<Error> for Halt {
+    /// Reading has failed.
+    fn from(e: Error) -> Halt {
+        Halt::Other(explain(&e, "Could not read the snapshot"))
+    }
+}
+
+impl Halt {
+    /// As it is said of an output of this name.
+    pub(crate) fn of(self, out: &Path) -> Stop {
+        match self {
+            Halt::Other(stop) => stop,
+            Halt::Output(e) => Stop::failed(format!(
+                "Could not write '{}': {}",
+                out.display(),
+                without_number(&e)
+            )),
+        }
     }
 }
 
@@ -59,48 +135,49 @@ fn explain(e: &Error, what: &str) -> Stop {
     Stop::Failed(explained(e, &sentence, line.into()))
 }
 
-/// The snapshot with this ID, else with this name, as with `-a`.
-fn show(image: &mut Image, wanted: &[u8]) -> qcow2_snapshot::Result<()> {
-    match image.snapshot_load_tmp(Some(wanted), None) {
-        Err(Error::NotFound(_)) => image.snapshot_load_tmp(None, Some(wanted)),
+/// Let the image show the snapshot with this ID, else with this name, as with `-a`.
+pub(crate) fn show(image: &mut Image, snapshot: &OsStr) -> Result<(), Stop> {
+    let wanted = Some(snapshot.as_bytes());
+    let shown = match image.snapshot_load_tmp(wanted, None) {
+        Err(Error::NotFound(_)) => image.snapshot_load_tmp(None, wanted),
         other => other,
+    };
+    shown.map_err(|e| {
+        let name = snapshot.to_string_lossy();
+        explain(&e, &format!("Could not export snapshot '{name}'"))
+    })
+}
+
+/// The folder that a file is to be made in.
+pub(crate) fn folder_of(out: &Path) -> &Path {
+    match out.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
     }
 }
 
-/// Write the disk now seen to a new file. It gets its name when it is complete; until then, and
-/// whatever goes wrong, there is at most a temporary file beside it, which is removed.
-fn write(image: &mut Image, out: &Path, quiet: bool) -> Result<(), Stop> {
-    let failed = |e: &io::Error| {
-        let text = format!("Could not write '{}': {}", out.display(), without_number(e));
-        Stop::failed(text)
+/// Make a new file. It gets its name when it is complete; until then, and whatever goes wrong, there
+/// is at most a temporary file beside it, which is removed.
+fn new_file(
+    out: &Path,
+    asked: &Asked,
+    write: impl FnOnce(&File) -> Result<(), Halt>,
+) -> Result<(), Stop> {
+    let made = || -> Result<(), Halt> {
+        if out.symlink_metadata().is_ok() {
+            return Err(io::Error::from_raw_os_error(libc::EEXIST).into());
+        }
+        let file = tempfile::Builder::new()
+            .prefix(".qcow2-snapshot-")
+            .suffix(".partial")
+            .permissions(Permissions::from_mode(0o666))
+            .tempfile_in(folder_of(out))?;
+        write(file.as_file())?;
+        file.as_file().sync_all()?;
+        asked.check(GONE)?;
+        Ok(give_name(file, out)?)
     };
-    if out.symlink_metadata().is_ok() {
-        return Err(failed(&io::Error::from_raw_os_error(libc::EEXIST)));
-    }
-    let folder = match out.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
-    // From here on a signal ends the work between two requests.
-    let asked = Asked::watch()?;
-    let file = tempfile::Builder::new()
-        .prefix(".qcow2-snapshot-")
-        .suffix(".partial")
-        .permissions(Permissions::from_mode(0o666))
-        .tempfile_in(folder)
-        .map_err(|e| failed(&e))?;
-    let length = image.length();
-    file.as_file().set_len(length).map_err(|e| failed(&e))?;
-    copy(
-        image,
-        Output::Sparse(file.as_file()),
-        &asked,
-        quiet,
-        &failed,
-    )?;
-    file.as_file().sync_all().map_err(|e| failed(&e))?;
-    asked.check(GONE)?;
-    give_name(file, out).map_err(|e| failed(&e))
+    made().map_err(|halt| halt.of(out))
 }
 
 /// Nobody else's file is replaced, also where the file system can neither link nor rename without
@@ -116,96 +193,63 @@ fn give_name(file: NamedTempFile, out: &Path) -> io::Result<()> {
 
 /// Write the disk now seen to the standard output, zeros and all.
 fn print(image: &mut Image, quiet: bool) -> Result<(), Stop> {
-    let failed = |e: &io::Error| {
-        let text = format!("Could not write the output: {}", without_number(e));
-        Stop::failed(text)
-    };
     if io::stdout().is_terminal() {
         return Err(Stop::failed("Could not write the output: it is a terminal"));
     }
     let asked = Asked::watch()?;
-    // Without the buffer, which looks for the ends of lines.
-    let out = io::stdout().as_fd().try_clone_to_owned();
-    let out = Output::Stream(File::from(out.map_err(|e| failed(&e))?));
-    copy(image, out, &asked, quiet, &failed)
-}
-
-/// Where the disk goes.
-enum Output<'a> {
-    /// Zeros become holes.
-    Sparse(&'a File),
-    /// Everything, in order.
-    Stream(File),
+    let mut printed = || -> Result<(), Halt> {
+        // Without the buffer, which looks for the ends of lines.
+        let out = io::stdout().as_fd().try_clone_to_owned()?;
+        let out = Output::new(File::from(out), Kind::Stream)?;
+        copy(image, out, Kind::Stream, None, &asked, quiet)
+    };
+    printed().map_err(|halt| match halt {
+        Halt::Other(stop) => stop,
+        Halt::Output(e) => {
+            let text = format!("Could not write the output: {}", without_number(&e));
+            Stop::failed(text)
+        }
+    })
 }
 
 fn copy(
     image: &mut Image,
     mut out: Output,
+    kind: Kind,
+    shared: Option<Reflink>,
     asked: &Asked,
     quiet: bool,
-    failed: &dyn Fn(&io::Error) -> Stop,
-) -> Result<(), Stop> {
+) -> Result<(), Halt> {
     let length = image.length();
-    let interrupted = match &out {
-        Output::Sparse(_) => GONE,
-        Output::Stream(_) => "Interrupted; the output is not complete",
+    let interrupted = match kind {
+        Kind::Sparse => GONE,
+        Kind::Stream => "Interrupted; the output is not complete",
     };
     let bar = progress::bytes(length, quiet);
-    let mut buffer = vec![0; CHUNK];
     let mut at = 0;
-    // Everything before `end` is data or zeros, as far as the image's tables say.
-    let (mut end, mut zero) = (0, false);
     while at < length {
-        asked
-            .check(interrupted)
-            .inspect_err(|_| bar.finish_and_clear())?;
-        if at >= end {
-            let status = image.block_status(at, STRETCH).map_err(unreadable)?;
-            (end, zero) = (at + status.length.max(1), status.zero);
+        asked.check(interrupted)?;
+        // Data or zeros, as far as the image's tables say.
+        let status = image.block_status(at, STRETCH)?;
+        let end = (at + status.length.max(1)).min(length);
+        if let (Kind::Sparse, true) = (kind, status.zero) {
+            at = end;
+        } else if let Some(shared) = &shared {
+            at += shared.share(image, &status);
         }
-        let n = (end.min(length) - at).min(CHUNK as u64) as usize;
-        let chunk = buffer.get_mut(..n).unwrap_or_default();
-        at = match (&mut out, zero) {
-            (Output::Sparse(_), true) => end.min(length),
-            (Output::Sparse(file), false) => {
-                image.read(at, chunk).map_err(unreadable)?;
-                write_data(file, at, chunk).map_err(|e| failed(&e))?;
-                at + n as u64
+        while at < end {
+            asked.check(interrupted)?;
+            bar.set_position(at);
+            let n = (end - at).min(CHUNK as u64);
+            let mut buffer = out.buffer();
+            buffer.resize(n as usize, 0);
+            match status.zero {
+                true => buffer.fill(0),
+                false => image.read(at, &mut buffer)?,
             }
-            (Output::Stream(file), zero) => {
-                match zero {
-                    true => chunk.fill(0),
-                    false => image.read(at, chunk).map_err(unreadable)?,
-                }
-                file.write_all(chunk).map_err(|e| failed(&e))?;
-                at + n as u64
-            }
-        };
-        bar.set_position(at);
+            out.write(at, buffer)?;
+            at += n;
+        }
     }
-    bar.finish_and_clear();
-    Ok(())
-}
-
-fn unreadable(e: Error) -> Stop {
-    explain(&e, "Could not read the snapshot")
-}
-
-/// Write what is not zeros; neighbouring pieces go out together.
-fn write_data(file: &File, at: u64, chunk: &[u8]) -> io::Result<()> {
-    if ZEROS.starts_with(chunk) {
-        return Ok(());
-    }
-    let mut start = 0;
-    while start < chunk.len() {
-        let rest = chunk.get(start..).unwrap_or_default();
-        let zero = |piece: &[u8]| ZEROS.starts_with(piece);
-        let empty = rest.chunks(PIECE).take_while(|p| zero(p)).count() * PIECE;
-        let rest = rest.get(empty..).unwrap_or_default();
-        let full = rest.chunks(PIECE).take_while(|p| !zero(p)).count() * PIECE;
-        let data = rest.get(..full.min(rest.len())).unwrap_or_default();
-        file.write_all_at(data, at + (start + empty) as u64)?;
-        start += empty + full;
-    }
-    Ok(())
+    Ok(out.finish()?)
 }

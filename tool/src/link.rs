@@ -5,7 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::Metadata;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use crate::stop::{without_number, Stop};
@@ -13,6 +13,15 @@ use crate::{actions, cli, getopt};
 
 /// The name that is stood in for.
 pub(crate) const NAME: &str = "qemu-img";
+
+/// CloudStack looks for this name first.
+const CLOUD: &str = "cloud-qemu-img";
+
+/// Is this one of the names under which the program stands in for qemu-img?
+pub(crate) fn is_name(called: &OsStr) -> bool {
+    let name = Path::new(called).file_name();
+    [NAME, CLOUD].iter().any(|n| name == Some(OsStr::new(n)))
+}
 
 /// The files that had this call already, as `device:inode` with blanks between: several copies of this
 /// program, or scripts that call `qemu-img` again, must not send it around in a circle.
@@ -46,7 +55,10 @@ fn pass_on(called: &OsStr, args: &[OsString], why: Vec<Vec<u8>>) -> Result<(), S
     if let Ok(own) = std::fs::metadata("/proc/self/exe") {
         passed.push(identity(&own));
     }
-    let Some((next, id)) = next_in_path(&passed) else {
+    let own_name = Path::new(called).file_name();
+    let names = own_name.into_iter().chain([OsStr::new(NAME)]);
+    let next = names.filter_map(|name| next_in_path(name, &passed)).next();
+    let Some((next, id)) = next else {
         return Err(Stop::NotServed(why));
     };
     passed.push(id);
@@ -64,11 +76,11 @@ fn pass_on(called: &OsStr, args: &[OsString], why: Vec<Vec<u8>>) -> Result<(), S
 
 /// The first program of this name that has not had the call yet. Only in absolute folders: an empty
 /// or relative part of PATH would run what somebody has put into the current folder.
-fn next_in_path(passed: &[String]) -> Option<(PathBuf, String)> {
+fn next_in_path(name: &OsStr, passed: &[String]) -> Option<(PathBuf, String)> {
     let path = std::env::var_os("PATH")?;
     let mut folders = std::env::split_paths(&path).filter(|folder| folder.is_absolute());
     folders.find_map(|folder| {
-        let file = folder.join(NAME);
+        let file = folder.join(name);
         let found = std::fs::metadata(&file).ok()?;
         let id = identity(&found);
         let runs = found.is_file() && found.permissions().mode() & 0o111 != 0;

@@ -137,25 +137,35 @@ fn three_digits(value: f64) -> String {
 
 /// An array with the fields that `qemu-img info --output=json` has under "snapshots".
 pub(crate) fn json(snapshots: &[Snapshot]) -> String {
-    let items: Vec<String> = snapshots
-        .iter()
-        .map(|s| {
-            let mut fields = Vec::new();
-            if s.icount != NO_ICOUNT {
-                fields.push(format!("\"icount\": {}", s.icount as i64));
-            }
-            fields.extend([
-                format!("\"vm-clock-nsec\": {}", s.vm_clock_nsec % 1_000_000_000),
-                format!("\"name\": {}", quoted(&s.name)),
-                format!("\"date-sec\": {}", s.date_sec),
-                format!("\"date-nsec\": {}", s.date_nsec),
-                format!("\"vm-clock-sec\": {}", s.vm_clock_nsec / 1_000_000_000),
-                format!("\"id\": {}", quoted(&s.id)),
-                format!("\"vm-state-size\": {}", s.vm_state_size as i64),
-            ]);
-            format!("    {{\n        {}\n    }}", fields.join(",\n        "))
-        })
-        .collect();
+    let items: Vec<String> = snapshots.iter().map(|s| object(&fields(s))).collect();
+    array(&items)
+}
+
+/// What QEMU says of a snapshot.
+pub(crate) fn fields(s: &Snapshot) -> Vec<String> {
+    let mut fields = Vec::new();
+    if s.icount != NO_ICOUNT {
+        fields.push(format!("\"icount\": {}", s.icount as i64));
+    }
+    fields.extend([
+        format!("\"vm-clock-nsec\": {}", s.vm_clock_nsec % 1_000_000_000),
+        format!("\"name\": {}", quoted(&s.name)),
+        format!("\"date-sec\": {}", s.date_sec),
+        format!("\"date-nsec\": {}", s.date_nsec),
+        format!("\"vm-clock-sec\": {}", s.vm_clock_nsec / 1_000_000_000),
+        format!("\"id\": {}", quoted(&s.id)),
+        format!("\"vm-state-size\": {}", s.vm_state_size as i64),
+    ]);
+    fields
+}
+
+/// A JSON object of an array.
+pub(crate) fn object(fields: &[String]) -> String {
+    format!("    {{\n        {}\n    }}", fields.join(",\n        "))
+}
+
+/// A JSON array of such objects.
+pub(crate) fn array(items: &[String]) -> String {
     if items.is_empty() {
         return "[\n]\n".to_owned();
     }

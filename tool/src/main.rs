@@ -9,31 +9,45 @@
 //!    │    └── listing   the table and its JSON form
 //!    ├── delete, du     many snapshots: which (select), what they hold, what goes
 //!    ├── revert, rename
-//!    ├── export         a snapshot's disk as a raw file
+//!    ├── export         a snapshot's disk as a file
+//!    │    ├── thin      what of it goes into a qcow2 file: all, what changed, every snapshot
+//!    │    ├── qcow2     a new qcow2 file, from its first cluster to its last
+//!    │    ├── reflink   blocks shared with the image instead of copied
+//!    │    └── output    the file that is written, by a thread of its own
+//!    ├── check          check and repair
 //!    ├── diff           what changed between two snapshots
+//!    ├── flatten        let go of the backing file
 //!    ├── complete       what the completion scripts of the shells ask for
 //!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
 
+#![forbid(unsafe_code)]
+
 mod actions;
+mod check;
 mod cli;
 mod complete;
 mod delete;
 mod diff;
 mod du;
 mod export;
+mod flatten;
 mod getopt;
 mod link;
 mod listing;
 #[cfg(test)]
 mod manual;
+mod output;
 mod progress;
+mod qcow2;
+mod reflink;
 mod rename;
 mod revert;
 mod select;
 mod signals;
 mod stop;
 mod target;
+mod thin;
 
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
@@ -48,7 +62,7 @@ fn main() -> ExitCode {
     let mut args = std::env::args_os();
     let called = args.next().unwrap_or_else(|| cli::NAME.into());
     let args: Vec<OsString> = args.collect();
-    if Path::new(&called).file_name() == Some(OsStr::new(link::NAME)) {
+    if link::is_name(&called) {
         return link::run(&called, &args);
     }
     let usage = format!("{} --help", cli::NAME);
@@ -108,7 +122,9 @@ fn subcommand(args: &[OsString]) -> Result<(), Stop> {
         Some(("rename", m)) => rename::run(m),
         Some(("du", m)) => du::run(m),
         Some(("export", m)) => export::run(m),
+        Some(("check", m)) => check::run(m),
         Some(("diff", m)) => diff::run(m),
+        Some(("flatten", m)) => flatten::run(m),
         Some(("completions", m)) => stop::print(complete::script(m).as_bytes()),
         _ => Ok(()),
     }
@@ -139,6 +155,12 @@ fn report(prefix: &str, help: &str, result: Result<(), Stop>) -> ExitCode {
             let text = text.strip_prefix("error: ").unwrap_or(&text);
             let text = format!("{prefix}: {text}");
             let _ = std::io::stderr().write_all(text.as_bytes());
+        }
+        Err(Stop::Code(code, line)) => {
+            if !line.is_empty() {
+                stop::say(prefix, &[line.into_bytes()]);
+            }
+            return ExitCode::from(code);
         }
         Err(Stop::Clap(e)) => {
             let _ = e.print();

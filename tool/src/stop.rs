@@ -8,7 +8,7 @@ pub(crate) use qcow2_snapshot::{os_words as without_number, strerror};
 
 /// The way out of damage, in one place.
 const REPAIR: &str =
-    "The image is damaged: 'qemu-img check' says where, 'qemu-img check -r all' repairs what it can";
+    "The image is damaged: 'qcow2-snapshot check' says where, 'qcow2-snapshot check -r all' repairs what it can";
 /// The way out where bitmaps are in the way.
 const REMOVE_BITMAPS: &str =
     "'qemu-img bitmap --remove FILE BITMAP' removes a bitmap; 'qemu-img info FILE' names them";
@@ -26,6 +26,8 @@ pub(crate) enum Stop {
     Failed(Vec<Vec<u8>>),
     /// Nothing was changed, and qemu-img might be able to do it.
     NotServed(Vec<Vec<u8>>),
+    /// With this exit code. The line, if there is one, follows the program's name.
+    Code(u8, String),
     /// clap's complaint, or its help.
     Clap(clap::Error),
     /// By this signal. The line follows the program's name.
@@ -59,7 +61,7 @@ pub(crate) fn explained(error: &Error, sentence: &str, line: Vec<u8>) -> Vec<Vec
     }
     if sentence.contains("bitmap") {
         lines.push(REMOVE_BITMAPS.into());
-    } else if is_damage(error) && !sentence.contains("qemu-img check") {
+    } else if is_damage(error) && !sentence.contains("qcow2-snapshot check") {
         lines.push(REPAIR.into());
     }
     lines.push(line);

@@ -161,7 +161,9 @@ pub(crate) fn open_words(error: &Error, path: &Path) -> String {
             .replacen(". Is another", "\nIs another", 1),
         // QEMU's hint, on a line of its own.
         _ if text.starts_with("Too much extra metadata in snapshot table entry") => {
-            format!("{text}\nYou can force-remove this extra metadata with qemu-img check -r all")
+            format!(
+                "{text}\nYou can force-remove this extra metadata with qcow2-snapshot check -r all"
+            )
         }
         _ => text.to_owned(),
     }

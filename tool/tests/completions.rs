@@ -78,6 +78,7 @@ const CALLS: &[(&[&str], &[&str])] = &[
     (&["diff", "image.qcow2", "tw"], &["two"]),
     (&["diff", "image.qcow2", "two", "on"], &["one"]),
     (&["diff", "--output", "j"], &["json"]),
+    (&["flatten", "ima"], &["image.qcow2"]),
     (&["revert", "image.qcow2", "tw"], &["two"]),
     (&["revert", "--save-as", "x", "image.qcow2", "tw"], &["two"]),
     (&["rename", "image.qcow2", "two", "tw"], &[]),

@@ -227,3 +227,53 @@ fn a_finished_copy_gets_its_name_on_every_file_system() {
     let partial: Vec<_> = leftovers(folder);
     assert_eq!(partial, ["out.raw"]);
 }
+
+/// A snapshot's blocks are shared with the copy where the file system can do that, and the bytes are the same.
+#[test]
+fn on_a_file_system_with_reflinks_blocks_are_shared() {
+    if !common::have("mkfs.xfs", "sharing blocks") || qemu_img("sharing blocks").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let tool = common::tool().display();
+    let sh = |script: &str| {
+        said(
+            Command::new("unshare")
+                .args(["-m", "sh", "-ec", script])
+                .current_dir(folder),
+        )
+    };
+    let mount =
+        "rm -rf fs m && truncate -s 400M fs && mkfs.xfs -q -m reflink=1 fs && mkdir -p m && mount -o loop fs m";
+    let able = sh(mount);
+    if able.code != Some(0) {
+        println!("SKIPPED: no XFS can be mounted here: sharing blocks was not tested");
+        return;
+    }
+    // Data in two files and compressed, zeros, a disk that ends within a cluster, clusters that are no blocks.
+    let script = format!(
+        "{mount}; cd m
+        qemu-img create -q -f raw base 50000384 && qemu-io -f raw -c 'write -q -P 7 0 30M' base
+        qemu-img create -q -f qcow2 -b base -F raw i.qcow2 100000256 && qemu-io -c 'write -q -P 1 20M 60M' \
+            -c 'write -q -z 25M 1M' -c 'write -q -P 4 95M 512' i.qcow2 && qemu-io -c 'write -q -c -P 5 90M 64k' i.qcow2
+        {tool} -c x i.qcow2 && qemu-io -c 'write -q -P 2 30M 1M' i.qcow2
+        qemu-img create -q -f qcow2 -o cluster_size=1k small 3M && qemu-io -c 'write -q -P 8 1k 2M' small && {tool} -c x small
+        used() {{ sync; df -k . | tail -1 | awk '{{ print $3 }}'; }}
+        a=$(used); {tool} export i.qcow2 x shared; b=$(used)
+        {tool} export --no-reflink i.qcow2 x copied; c=$(used)
+        cmp shared copied; qemu-img convert -l x -O raw i.qcow2 theirs; cmp shared theirs
+        echo $((b - a)) $((c - b))
+        {tool} export small x s && qemu-img compare -q -f qcow2 -F raw small s
+        ! {tool} export i.qcow2 x shared 2> /dev/null"
+    );
+    let got = sh(&script);
+    assert_eq!((got.code, got.err.as_str()), (Some(0), ""), "{got:?}");
+    let taken: Vec<i64> = got
+        .out
+        .split_whitespace()
+        .map(|n| n.parse().unwrap())
+        .collect();
+    // In KiB: 80 MiB of data.
+    assert!(taken[0] < 4 << 10 && taken[1] > 70 << 10, "{taken:?}");
+}

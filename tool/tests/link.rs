@@ -247,3 +247,30 @@ fn what_is_in_the_current_folder_is_never_run() {
     let path = [link.path(), Path::new(""), &trap.path().join("bin")];
     assert_eq!(by_name(&path, trap.path(), &["info", "x"]).code, Some(42));
 }
+
+#[test]
+fn the_name_that_cloudstack_looks_for_serves_as_well() {
+    let (folder, echo) = (image("names", "after-7"), echo());
+    let cloud = tempfile::tempdir().unwrap();
+    let program = env!("CARGO_BIN_EXE_qcow2-snapshot");
+    std::os::unix::fs::symlink(program, cloud.path().join("cloud-qemu-img")).unwrap();
+    let call = |words: &[&str]| {
+        let path = std::env::join_paths([cloud.path(), echo.path()]).unwrap();
+        said(
+            Command::new("/bin/bash")
+                .current_dir(folder.path())
+                .env("PATH", path)
+                .args(["-c", "exec -- cloud-qemu-img \"$@\"", "bash"])
+                .args(words),
+        )
+    };
+    let got = call(&["snapshot", "-l", "image.qcow2"]);
+    let expected = common::ours(folder.path(), &["-l", "image.qcow2"]);
+    assert_eq!((got.code, got.out), (expected.code, expected.out));
+    // The rest goes to qemu-img.
+    let got = call(&["convert", "-l", "x", "a", "b"]);
+    assert_eq!(
+        (got.code, got.out.as_str()),
+        (Some(42), "<convert><-l><x><a><b>")
+    );
+}

@@ -131,7 +131,7 @@ fn verbs_on_reference_images_end_as_by_qemu_img() {
     };
     let mut compared = 0;
     for (name, path) in cases() {
-        // Agreed differences: no key is needed, the dirty bit is for qemu-img check, and a table that
+        // Agreed differences: no key is needed, the dirty bit is for 'check', and a table that
         // the end of the file cuts off is not read as zeros (tool/tests/listing.rs).
         if name.starts_with("encrypted") || name == "dirty-bit" || name == "damaged-table-past-end"
         {
@@ -287,7 +287,7 @@ fn options_of_today_and_refusals_have_their_own_words() {
     let dirty = image("dirty-bit", "before");
     let got = ours(dirty.path(), &["-c", "x", "image.qcow2"]);
     assert_eq!(got.code, Some(1));
-    assert!(got.err.contains("qemu-img check -r all"), "{got:?}");
+    assert!(got.err.contains("qcow2-snapshot check -r all"), "{got:?}");
 }
 
 #[test]
@@ -369,7 +369,7 @@ fn damaged(entry: u64) -> tempfile::TempDir {
     folder
 }
 
-const REPAIR: &str = "qcow2-snapshot: The image is damaged: 'qemu-img check' says where, 'qemu-img check -r all' repairs what it can\n";
+const REPAIR: &str = "qcow2-snapshot: The image is damaged: 'qcow2-snapshot check' says where, 'qcow2-snapshot check -r all' repairs what it can\n";
 
 #[test]
 fn a_failure_says_what_the_library_knows_and_the_way_out_before_qemu_imgs_line() {

@@ -52,7 +52,9 @@ fn carry_out(dev: &mut Device, refs: &mut Refcounts, holes: &mut Holes, step: &S
             result?;
         }
         Step::Fill(at, bytes) => dev.fill_holes(*at, *bytes)?,
-        Step::Publish(writes) => writes.iter().try_for_each(|write| emit(dev, refs, write))?,
+        Step::Publish(writes) | Step::Entries(writes) => {
+            writes.iter().try_for_each(|write| emit(dev, refs, write))?
+        }
         Step::Barrier => dev.barrier()?,
         Step::Done => {}
         Step::Stream(pass) => pass.run(dev, refs, holes)?,
@@ -150,10 +152,11 @@ impl Holes {
     }
 }
 
-/// What changes the file: for this module and those below it only.
+/// What changes the file: for this module and those below it, and for `maintain/repair.rs`, which has
+/// no plan.
 impl Device {
     /// Write `data` at `offset`. `label` says which structure it is, to the storage too.
-    pub(super) fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
+    pub(crate) fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
         let mut at = offset;
         self.check_room(offset.saturating_add(data.len() as u64))
             .map_err(|_| Error::Io {
@@ -210,7 +213,7 @@ impl Device {
     }
 
     /// Punch a hole; failures cost space only and are ignored, as QEMU does.
-    fn discard(&mut self, offset: u64, bytes: u64) {
+    pub(crate) fn discard(&mut self, offset: u64, bytes: u64) {
         let end = offset.saturating_add(bytes).min(self.length);
         if offset < end {
             self.changed = true;
@@ -219,7 +222,7 @@ impl Device {
     }
 
     /// Wait until everything before is stable.
-    fn barrier(&mut self) -> Result<()> {
+    pub(crate) fn barrier(&mut self) -> Result<()> {
         self.changed = true;
         self.storage.barrier().map_err(|source| Error::Io {
             op: "Could not flush the image file",

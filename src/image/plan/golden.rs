@@ -16,6 +16,7 @@ const CASES: &[(&str, &str)] = &[
         "another disk size: by way of a temporary L1 table",
     ),
     ("l1-growth-goto", "the L1 table grows"),
+    ("resize-shrink-reftable", "refcount blocks are dropped"),
     ("refblock-growth-0", "a refcount block is made"),
     (
         "reftable-growth-reuse",
@@ -67,8 +68,21 @@ fn the_steps_of_every_verb_are_those_of_the_golden_text() {
             vm_state_size: 3 << 12,
             ..new.clone()
         };
-        let first = |i: &mut Image| i.snapshot_list().map(|l| l[0].id.clone());
+        let first = |i: &mut Image| {
+            let none = crate::Error::NotFound("no snapshot".into());
+            let first = i.snapshot_list()?.first();
+            first.map(|s| s.id.clone()).ok_or(none)
+        };
         writeln!(now, "=== {case}: {what}").unwrap();
+        for nth in 0..4 {
+            let (text, _) = steps(&start, |i| {
+                let id = i.snapshot_list()?.get(nth).map(|s| s.id.clone());
+                i.snapshot_goto(&id.unwrap_or_default())
+            });
+            if !text.contains("Can't find") {
+                writeln!(now, "--- goto snapshot {nth}\n{text}").unwrap();
+            }
+        }
         let (text, created) = steps(&start, |i| i.snapshot_create(&new).map(drop));
         writeln!(now, "--- create\n{text}").unwrap();
         if case.starts_with("vm-state") {

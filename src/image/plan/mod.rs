@@ -26,6 +26,7 @@
 //! One of them is *decisive*: it alone changes what the image means. Counts are raised once, before
 //! the first publish, to the highest value that any epoch needs, and lowered once, after the last.
 
+mod damage;
 mod edit;
 mod epoch;
 mod execute;
@@ -36,9 +37,9 @@ mod rules;
 mod steps;
 
 use super::device::Device;
-use super::overlap::Kind;
+use super::replay::overlap::Protected;
+use super::replay::walk::Marked;
 use super::replay::Replay;
-use super::walk::Marked;
 use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::header::Header;
@@ -47,6 +48,7 @@ use std::rc::Rc;
 pub(crate) use edit::{At, Edit};
 #[cfg(test)]
 pub(crate) use rules::text;
+pub(crate) use steps::{What, Write};
 
 /// How the active L1 table gets new contents.
 pub(crate) enum ActiveL1 {
@@ -80,6 +82,13 @@ pub(crate) struct Plan {
     pub(crate) left: Option<Rc<Edit>>,
     /// The active L1, where it changes in more than bit 63.
     pub(crate) l1: ActiveL1,
+    /// Entries of tables, each in one sector, with any of which the image reads as before: written
+    /// when the verb has taken effect and what they name is stable.
+    pub(crate) entries: Vec<Write>,
+    /// Entries again, with COPIED where the counts that went down demand it.
+    pub(crate) flags: Vec<Write>,
+    /// The header stops naming the backing file.
+    pub(crate) let_go: bool,
 }
 
 impl Plan {
@@ -91,6 +100,9 @@ impl Plan {
             copied: Vec::new(),
             left: None,
             l1: ActiveL1::Kept,
+            entries: Vec::new(),
+            flags: Vec::new(),
+            let_go: false,
         }
     }
 
@@ -120,9 +132,11 @@ impl Plan {
 /// QEMU checks each refcount block that it writes against the other structures.
 fn check_blocks(replay: &Replay) -> Result<()> {
     for (_, block) in replay.refs.loaded().filter(|(_, b)| b.is_written()) {
-        replay
-            .overlap
-            .check(block.offset, replay.g.cluster_size(), Some(Kind::Refblock))?;
+        replay.overlap.check(
+            block.offset,
+            replay.g.cluster_size(),
+            Some(Protected::Refblock),
+        )?;
     }
     Ok(())
 }

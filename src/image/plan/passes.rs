@@ -7,9 +7,9 @@ use crate::format::geometry::Geometry;
 use crate::format::refblock;
 use crate::image::device::{self, Device};
 use crate::image::refcount::Refcounts;
+use crate::image::replay::walk::{set_copied, Marked};
 use crate::image::room;
-use crate::image::tables::{changed_runs, Kind, Reader, PIECE};
-use crate::image::walk::{set_copied, Marked};
+use crate::image::tables::{changed_runs, Reader, Source, PIECE};
 use std::ops::Range;
 
 impl Pass {
@@ -62,7 +62,7 @@ fn rewrite_blocks(
     let g = refs.geometry();
     let offset = |index: &u64| refs.block(*index).map_or(0, |b| b.offset);
     let offsets = room::collected(blocks.iter().map(offset))?;
-    let mut reader = Reader::new(g, Kind::Refblocks, &offsets);
+    let mut reader = Reader::new(g, Source::Refblocks, &offsets);
     let mut new: Vec<u8> = Vec::new();
     let mut done = 0;
     while let Some(first) = offsets.get(done) {
@@ -171,7 +171,7 @@ fn set_flags_in_window(
 ) -> Result<()> {
     let g = refs.geometry();
     let offsets = room::collected(tables.iter().map(|t| t.offset))?;
-    let mut reader = Reader::new(g, Kind::L2Tables, &offsets);
+    let mut reader = Reader::new(g, Source::L2Tables, &offsets);
     let mut changed: Vec<bool> = Vec::new();
     let mut done = 0;
     while let Some(first) = offsets.get(done) {

@@ -185,6 +185,31 @@ impl Refcounts {
         Ok(Reserved::Done)
     }
 
+    /// Count a cluster that this verb has allocated `n` times.
+    pub(crate) fn count_as(
+        &mut self,
+        dev: &mut Device,
+        cluster: HostCluster,
+        n: u64,
+    ) -> Result<()> {
+        if n > self.g.refcount_max() {
+            return Err(overflow(self.g, cluster));
+        }
+        // The block may have been left meanwhile.
+        self.load(dev, self.g.reftable_index(cluster))?;
+        self.store(cluster, n)
+    }
+
+    /// Where the search for free clusters goes on.
+    pub(crate) fn searched(&self) -> u64 {
+        self.next
+    }
+
+    /// Let the search begin at this cluster: those before it have been looked at.
+    pub(crate) fn search_from(&mut self, cluster: u64) {
+        self.next = cluster;
+    }
+
     /// Store a count in a loaded block.
     fn store(&mut self, cluster: HostCluster, count: u64) -> Result<()> {
         let g = self.g;

@@ -149,7 +149,7 @@ impl Refcounts {
     #[inline(always)]
     fn touch<const WIDTH: u32>(&self, table: &[u8]) {
         let g = self.g;
-        let fields = run::with_width::<WIDTH>(g);
+        let fields = refblock::with_width::<WIDTH>(g);
         let mut sum = 0;
         for word in table.chunks_exact(g.l2_entry_size()).take(AHEAD) {
             let entry = BigEndian::read_u64(word);

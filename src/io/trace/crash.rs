@@ -1,4 +1,6 @@
 //! From a log to the images that a power cut could leave.
+//!
+//! More than a third of this long file is its tests.
 
 use std::collections::hash_map::DefaultHasher;
 use std::collections::HashSet;

@@ -1,13 +1,13 @@
 //! Resizing the disk in the middle of a goto (QEMU's `qcow2_co_truncate`), in memory.
 
-use super::device::{self, Device};
-use super::refcount::{Forgotten, Freed};
-use super::replay::Replay;
-use super::room;
 use super::walk::check_repeats;
+use super::{Contents, Replay};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::TABLE_ENTRY;
+use crate::image::device::Device;
+use crate::image::refcount::{Forgotten, Freed};
+use crate::image::room;
 use byteorder::{BigEndian, ByteOrder};
 
 /// What discarding a part of the disk has come to.
@@ -56,7 +56,7 @@ impl Replay {
                     Freed::Punched,
                     Forgotten::Never,
                 )?;
-                self.tables.remove(offset);
+                self.remade.remove(offset);
                 self.l1[index] = 0;
                 let emptied = index.checked_sub(discarded.first);
                 let emptied = emptied.and_then(|i| discarded.emptied.get(i));
@@ -104,13 +104,15 @@ impl Replay {
                 .l1
                 .get(l1_index as usize)
                 .is_some_and(|e| e & COPIED != 0);
-            let (offset, mut table) = self.own_table(dev, l1_index, Forgotten::Never)?;
+            let (offset, table) = self.own_table(dev, l1_index, Forgotten::Never)?;
             if !owned {
-                self.take_for_a_while(offset, false)?;
+                self.remade.take(g, offset)?;
                 unwritten = 0;
             }
             let (size, mut changed) = (g.l2_entry_size(), false);
-            for (i, word) in table.chunks_exact_mut(size).enumerate().skip(from).take(n) {
+            let mut table = table;
+            let words = table.bytes_mut().chunks_exact_mut(size);
+            for (i, word) in words.enumerate().skip(from).take(n) {
                 if word.iter().all(|b| *b == 0) {
                     continue;
                 }
@@ -133,7 +135,7 @@ impl Replay {
             room::push(&mut emptied, owned && changed)?;
             // Only the table at the new end still matters: the others go with the L1's tail.
             if from != 0 && (changed || !owned) {
-                self.tables.insert(offset, table)?;
+                self.remade.change(offset, table)?;
             }
             at = next;
         }
@@ -182,7 +184,7 @@ impl Replay {
             if g.in_cluster(at) != 0 {
                 // A part of a cluster can be zeroed only where it has subclusters.
                 let from = g.l2_index(at) as usize * g.l2_entry_size();
-                let word = word_at(&table, from);
+                let word = table.word(from);
                 if word & entry::COMPRESSED != 0 {
                     return Err(Error::Unsupported(
                         "Cannot zero a part of a compressed cluster".into(),
@@ -203,33 +205,35 @@ impl Replay {
     }
 
     /// Are these entries of a table zero clusters already?
-    fn all_zero(&self, table: &[u8], mut entries: std::ops::RangeInclusive<u64>) -> bool {
+    fn all_zero(&self, table: &Contents, mut entries: std::ops::RangeInclusive<u64>) -> bool {
         let size = self.g.l2_entry_size();
         entries.all(|i| match i as usize * size {
-            at if self.g.extended_l2 => word_at(table, at + 8) == entry::SUBCLUSTERS_ALL_ZERO,
-            at => word_at(table, at) & entry::ZERO != 0,
+            at if self.g.extended_l2 => table.word(at + 8) == entry::SUBCLUSTERS_ALL_ZERO,
+            at => table.word(at) & entry::ZERO != 0,
         })
     }
 
     /// Remember the contents of a table that the resize changes.
-    fn keep_table(&mut self, offset: u64, table: Vec<u8>) -> Result<()> {
-        let copies = self.tables.len() as u64 * self.g.cluster_size();
+    fn keep_table(&mut self, offset: u64, table: Contents) -> Result<()> {
+        let copies = self.remade.len() as u64 * self.g.cluster_size();
         if copies > MOST_COPIES {
             return Err(Error::NoMemory(copies));
         }
-        self.tables.insert(offset, table)
+        self.remade.change(offset, table)
     }
 
     /// Own the table at `l1_index`; if it had to be made, remember what is in it until it is freed.
-    fn own_temporary_table(&mut self, dev: &mut Device, l1_index: u64) -> Result<Vec<u8>> {
+    fn own_temporary_table(&mut self, dev: &mut Device, l1_index: u64) -> Result<Contents> {
         let entry = self.l1.get(l1_index as usize).copied().unwrap_or(0);
         let (offset, table) = self.own_table(dev, l1_index, Forgotten::Never)?;
         if entry & COPIED == 0 {
-            self.take_for_a_while(offset, table.is_empty())?;
-            if table.is_empty() {
-                self.tables.remove(offset);
-            } else {
-                self.keep_table(offset, room::copy_of(&table)?)?;
+            match &table {
+                Contents::Zeros => self.remade.take_zeros(self.g, offset)?,
+                Contents::Bytes(bytes) => {
+                    let copy = room::copy_of(bytes)?;
+                    self.remade.take(self.g, offset)?;
+                    self.keep_table(offset, Contents::Bytes(copy))?;
+                }
             }
         }
         Ok(table)
@@ -241,13 +245,10 @@ impl Replay {
         let in_cluster = g.in_cluster(start);
         let written_end = in_cluster + (end - start);
         let l1_index = g.l1_index(start);
-        let mut table = self.own_temporary_table(dev, l1_index)?;
-        if table.is_empty() {
-            table = device::zeroed(g.cluster_size())?;
-        }
+        let table = self.own_temporary_table(dev, l1_index)?;
         let offset = self.l1.get(l1_index as usize).copied().unwrap_or(0) & OFFSET_MASK;
         let at = g.l2_index(start) as usize * g.l2_entry_size();
-        let old = word_at(&table, at);
+        let old = table.word(at);
         // A new cluster is filled up to the end of the subcluster, or of the cluster.
         let reach = written_end
             .div_ceil(self.zero_unit())
@@ -275,19 +276,15 @@ impl Replay {
         }
         let new = self.refs.alloc(dev, g.cluster_size())?;
         self.reach = self.reach.max(new.saturating_add(reach));
-        self.take_for_a_while(new, false)?;
+        self.remade.take(g, new)?;
+        let mut table = table.whole(g)?;
         if let Some(word) = table.get_mut(at..at + 8) {
             let old_word = old.to_be_bytes();
             BigEndian::write_u64(word, new | COPIED);
             self.forget_cluster(dev, &old_word, Forgotten::Never)?;
         }
-        self.tables.insert(offset, table)
+        self.remade.change(offset, Contents::Bytes(table))
     }
-}
-
-/// The word at `at` of a table, of which there is nothing if it is all zeros.
-fn word_at(table: &[u8], at: usize) -> u64 {
-    table.get(at..at + 8).map_or(0, BigEndian::read_u64)
 }
 
 /// QEMU changes such a table in place, and the snapshot that shares it loses what was in it.

@@ -1,15 +1,21 @@
 //! A verb in memory: what QEMU would do to the image, before a byte of it is written.
 
-use super::device::{self, Device};
-use super::overlap::{Kind, Overlap};
-use super::refcount::{Forgotten, Freed, Refcounts};
-use super::room::{self, Clusters, Known};
+pub(crate) mod overlap;
+mod remade;
+pub(crate) mod resize;
+pub(crate) mod walk;
+
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::features;
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Header, Meaning, Places};
+use crate::image::device::{self, Device};
+use crate::image::refcount::{Forgotten, Freed, Refcounts};
+use crate::image::room;
 use byteorder::{BigEndian, ByteOrder};
+use overlap::{Overlap, Protected};
+pub(crate) use remade::{Contents, Remade};
 
 /// One place where the active L1 table has been during the verb.
 #[derive(Clone, Copy, Debug)]
@@ -41,13 +47,7 @@ pub(crate) struct Replay {
     pub(crate) l1_places: Vec<L1Place>,
     /// The active L1 in memory.
     pub(crate) l1: Vec<u64>,
-    /// L2 tables whose contents the replay has changed, by offset. An empty one is all zeros.
-    pub(crate) tables: Known<Vec<u8>>,
-    /// Clusters that a resize takes and the goto that follows frees again.
-    pub(crate) temporary: Clusters,
-    /// Those of them that are L2 tables of zeros. A resize may make millions, so they are not in
-    /// `tables`.
-    pub(crate) zero_tables: Clusters,
+    pub(crate) remade: Remade,
     /// The first L1 table's place and last contents, once it has moved. QEMU leaves them there.
     pub(crate) left_l1: Option<(u64, Vec<u64>)>,
     /// Contents for new clusters.
@@ -58,23 +58,6 @@ pub(crate) struct Replay {
     v3: bool,
     /// A backing file shows through unallocated clusters.
     has_backing: bool,
-    /// Where the refcount table was when `overlap` was last brought up to date.
-    protected_table: u64,
-}
-
-/// The contents of an L2 table where they differ from the disk's, none for zeros, in a replay's
-/// `tables` and `zero_tables`.
-pub(super) fn changed_table<'a>(
-    g: Geometry,
-    tables: &'a Known<Vec<u8>>,
-    zero_tables: &Clusters,
-    offset: u64,
-) -> Option<&'a [u8]> {
-    let zeros = || zero_tables.contains(g.cluster_of(offset).0);
-    match tables.get(offset) {
-        Some(table) => Some(table),
-        None => zeros().then_some(&[]),
-    }
 }
 
 impl Replay {
@@ -106,15 +89,12 @@ impl Replay {
                 born: None,
             }],
             l1,
-            tables: Known::default(),
-            temporary: Clusters::default(),
-            zero_tables: Clusters::default(),
+            remade: Remade::default(),
             left_l1: None,
             new_data: Vec::new(),
             reach: length,
             v3: header.version >= 3,
             has_backing,
-            protected_table: header.reftable_offset,
         }
     }
 
@@ -132,22 +112,12 @@ impl Replay {
         made.find(|w| place.born == Some(epoch) && w.offset == place.offset && w.epoch == epoch)
     }
 
-    /// QEMU protects the refcount table where it is now.
-    fn follow_table(&mut self) -> Result<()> {
-        let table = self.refs.table();
-        if table.offset != self.protected_table {
-            let (offset, bytes) = (table.offset, table.entries.len() as u64 * TABLE_ENTRY);
-            self.overlap.release(Kind::Reftable, self.protected_table);
-            self.overlap.protect(Kind::Reftable, offset, bytes)?;
-            self.overlap.seal();
-            self.protected_table = offset;
-        }
-        Ok(())
-    }
-
     /// May `bytes` at `offset` get new contents?
     pub(crate) fn check_new(&mut self, offset: u64, bytes: u64) -> Result<()> {
-        self.follow_table()?;
+        // QEMU protects the refcount table where it is now.
+        let table = self.refs.table();
+        let bytes_of_table = table.entries.len() as u64 * TABLE_ENTRY;
+        self.overlap.follow_reftable(table.offset, bytes_of_table)?;
         self.overlap.check(offset, bytes, None)
     }
 
@@ -233,42 +203,33 @@ impl Replay {
             Freed::Kept,
             Forgotten::With(epoch),
         )?;
-        self.overlap.release(Kind::ActiveL1, old_offset);
-        self.overlap.protect(Kind::ActiveL1, offset, bytes)?;
+        self.overlap.release(Protected::ActiveL1, old_offset);
+        self.overlap.protect(Protected::ActiveL1, offset, bytes)?;
         self.overlap.seal();
         self.l1 = l1;
         Ok(())
     }
 
-    /// The cluster at `offset` is taken for a while only; `zeros`: as an L2 table of zeros.
-    pub(crate) fn take_for_a_while(&mut self, offset: u64, zeros: bool) -> Result<()> {
-        let cluster = self.g.cluster_of(offset).0;
-        if zeros {
-            self.zero_tables.insert(cluster)?;
-        } else {
-            self.zero_tables.remove(cluster);
-        }
-        self.temporary.insert(cluster)
-    }
-
-    /// The contents of an L2 table at this point of the replay; none for zeros.
-    fn read_table(&self, dev: &mut Device, offset: u64) -> Result<Vec<u8>> {
-        match changed_table(self.g, &self.tables, &self.zero_tables, offset) {
-            Some(table) => room::copy_of(table),
-            None if dev.ends_before(offset)? => Ok(Vec::new()),
-            None => dev.read_vec("Could not read an L2 table", offset, self.g.cluster_size()),
-        }
+    /// The contents of an L2 table at this point of the replay.
+    fn read_table(&self, dev: &mut Device, offset: u64) -> Result<Contents> {
+        let bytes = match self.remade.get(self.g, offset) {
+            Some([]) => return Ok(Contents::Zeros),
+            Some(table) => room::copy_of(table)?,
+            None if dev.ends_before(offset)? => return Ok(Contents::Zeros),
+            None => dev.read_vec("Could not read an L2 table", offset, self.g.cluster_size())?,
+        };
+        Ok(Contents::Bytes(bytes))
     }
 
     /// QEMU's `get_cluster_table`: the active L2 table at `l1_index`, made or copied if the L1 does
-    /// not own it. Returns its offset and contents, none for zeros: millions of tables may be made.
+    /// not own it. Returns its offset and contents.
     /// `forgotten`: the epoch whose publish makes the disk forget the table that is left.
     pub(crate) fn own_table(
         &mut self,
         dev: &mut Device,
         l1_index: u64,
         forgotten: Forgotten,
-    ) -> Result<(u64, Vec<u8>)> {
+    ) -> Result<(u64, Contents)> {
         let g = self.g;
         let old = self.l1.get(l1_index as usize).copied().unwrap_or(0);
         let offset = old & OFFSET_MASK;
@@ -293,7 +254,7 @@ impl Replay {
         }
         self.reach = self.reach.max(new.saturating_add(g.cluster_size()));
         let table = if offset == 0 {
-            Vec::new()
+            Contents::Zeros
         } else {
             self.read_table(dev, offset)?
         };

@@ -1,13 +1,13 @@
 //! What a write must not hit (`qcow2_check_metadata_overlap`, template "cached").
 
-use super::room;
 use crate::error::{Error, Result};
 use crate::format::entry;
 use crate::format::geometry::Geometry;
+use crate::image::room;
 
 /// Structures that QEMU protects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum Protected {
     Header,
     ActiveL1,
     ActiveL2,
@@ -18,17 +18,17 @@ pub(crate) enum Kind {
     BitmapDirectory,
 }
 
-impl Kind {
+impl Protected {
     fn name(self) -> &'static str {
         match self {
-            Kind::Header => "qcow2_header",
-            Kind::ActiveL1 => "active L1 table",
-            Kind::ActiveL2 => "active L2 table",
-            Kind::Reftable => "refcount table",
-            Kind::Refblock => "refcount block",
-            Kind::SnapshotTable => "snapshot table",
-            Kind::InactiveL1 => "inactive L1 table",
-            Kind::BitmapDirectory => "bitmap directory",
+            Protected::Header => "qcow2_header",
+            Protected::ActiveL1 => "active L1 table",
+            Protected::ActiveL2 => "active L2 table",
+            Protected::Reftable => "refcount table",
+            Protected::Refblock => "refcount block",
+            Protected::SnapshotTable => "snapshot table",
+            Protected::InactiveL1 => "inactive L1 table",
+            Protected::BitmapDirectory => "bitmap directory",
         }
     }
 }
@@ -37,7 +37,7 @@ impl Kind {
 pub(crate) struct Overlap {
     g: Geometry,
     /// Few and long: (start, end, kind), end exclusive, whole clusters.
-    ranges: Vec<(u64, u64, Kind)>,
+    ranges: Vec<(u64, u64, Protected)>,
     /// For each range the furthest end of it and those before it, so that a search can stop.
     furthest: Vec<u64>,
     /// Sorted offsets of active L2 tables and of refcount blocks, one cluster each.
@@ -47,7 +47,7 @@ pub(crate) struct Overlap {
 
 impl Overlap {
     pub(crate) fn new(g: Geometry, l1: &[u64], reftable: &[u64]) -> Result<Overlap> {
-        let ranges = vec![(0, g.cluster_size(), Kind::Header)];
+        let ranges = vec![(0, g.cluster_size(), Protected::Header)];
         let mut overlap = Overlap {
             g,
             ranges,
@@ -85,7 +85,7 @@ impl Overlap {
     }
 
     /// Protect `bytes` at `offset`.
-    pub(crate) fn protect(&mut self, kind: Kind, offset: u64, bytes: u64) -> Result<()> {
+    pub(crate) fn protect(&mut self, kind: Protected, offset: u64, bytes: u64) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
@@ -97,14 +97,26 @@ impl Overlap {
     }
 
     /// No longer protect ranges of this kind that begin at `offset`.
-    pub(crate) fn release(&mut self, kind: Kind, offset: u64) {
+    pub(crate) fn release(&mut self, kind: Protected, offset: u64) {
         self.ranges
             .retain(|(start, _, k)| !(*k == kind && *start == offset));
         self.seal();
     }
 
+    /// Protect the refcount table where it is now, and not where it was.
+    pub(crate) fn follow_reftable(&mut self, offset: u64, bytes: u64) -> Result<()> {
+        let reftable = |r: &&(u64, u64, Protected)| r.2 == Protected::Reftable;
+        let old = self.ranges.iter().find(reftable).map(|r| r.0);
+        if let Some(old) = old.filter(|old| *old != offset) {
+            self.release(Protected::Reftable, old);
+            self.protect(Protected::Reftable, offset, bytes)?;
+            self.seal();
+        }
+        Ok(())
+    }
+
     /// [`Overlap::release`] for many offsets, which are sorted.
-    pub(crate) fn release_all(&mut self, kind: Kind, offsets: &[u64]) {
+    pub(crate) fn release_all(&mut self, kind: Protected, offsets: &[u64]) {
         self.ranges
             .retain(|(start, _, k)| !(*k == kind && offsets.binary_search(start).is_ok()));
         self.seal();
@@ -124,7 +136,7 @@ impl Overlap {
     }
 
     /// May `bytes` at `offset` be written? `ignore` is the structure being written.
-    pub(crate) fn check(&self, offset: u64, bytes: u64, ignore: Option<Kind>) -> Result<()> {
+    pub(crate) fn check(&self, offset: u64, bytes: u64, ignore: Option<Protected>) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
@@ -139,15 +151,15 @@ impl Overlap {
         Ok(())
     }
 
-    fn hit(&self, start: u64, end: u64, ignore: Option<Kind>) -> Option<Kind> {
+    fn hit(&self, start: u64, end: u64, ignore: Option<Protected>) -> Option<Protected> {
         let below = self.ranges.partition_point(|(s, _, _)| *s < end);
         let candidates = self.ranges.iter().zip(&self.furthest).take(below).rev();
         candidates
             .take_while(|(_, furthest)| **furthest > start)
             .find(|((_, e, k), _)| *e > start && Some(*k) != ignore)
             .map(|((_, _, k), _)| *k)
-            .or_else(|| self.hit_list(&self.active_l2, start, end, Kind::ActiveL2, ignore))
-            .or_else(|| self.hit_list(&self.refblocks, start, end, Kind::Refblock, ignore))
+            .or_else(|| self.hit_list(&self.active_l2, start, end, Protected::ActiveL2, ignore))
+            .or_else(|| self.hit_list(&self.refblocks, start, end, Protected::Refblock, ignore))
     }
 
     fn hit_list(
@@ -155,9 +167,9 @@ impl Overlap {
         list: &[u64],
         start: u64,
         end: u64,
-        kind: Kind,
-        ignore: Option<Kind>,
-    ) -> Option<Kind> {
+        kind: Protected,
+        ignore: Option<Protected>,
+    ) -> Option<Protected> {
         if ignore == Some(kind) {
             return None;
         }

@@ -1,13 +1,13 @@
 //! What the disk now seen is made of: the extents that `qemu-img map` shows.
 
-use super::chain::Layer;
 use super::mapping::Extent;
-use super::room;
-use super::Image;
 use crate::error::{Error, Result};
 use crate::format::entry::REFTABLE_OFFSET_MASK;
 use crate::format::geometry::HostCluster;
 use crate::format::refblock;
+use crate::image::reading::Layer;
+use crate::image::room;
+use crate::image::Image;
 use crate::io::Run;
 use std::ffi::{CStr, CString};
 use std::os::unix::ffi::OsStrExt;
@@ -79,7 +79,7 @@ impl Image {
             if found.length >= max {
                 break;
             }
-            let next = self.piece_in_chain(offset + found.length, max - found.length)?;
+            let next = self.piece_in_chain(0, offset + found.length, max - found.length)?;
             if found.length == 0 {
                 found = next;
             } else if found.goes_on(&next) {
@@ -97,26 +97,62 @@ impl Image {
         let Some(behind) = depth.checked_sub(1) else {
             return self.data_path();
         };
-        match self.chain.as_ref()?.get(behind as usize)? {
+        match self.behind.chain.as_ref()?.get(behind as usize)? {
             Layer::Qcow2(image) => image.data_path(),
             Layer::Raw(_, path) => path.as_deref().map(Into::into),
+        }
+    }
+
+    /// The open file itself that offsets at a depth are in, for reading by other means (sharing its blocks):
+    /// none where the data is encrypted or behind callbacks, or the file has not been needed yet.
+    pub fn host_file(&self, depth: u32) -> Option<std::fs::File> {
+        let layer = match depth.checked_sub(1) {
+            None => return self.own_file(),
+            Some(behind) => self.behind.chain.as_ref()?.get(behind as usize)?,
+        };
+        match layer {
+            Layer::Qcow2(image) => image.own_file(),
+            Layer::Raw(dev, _) => dev.host_file(),
+        }
+    }
+
+    fn own_file(&self) -> Option<std::fs::File> {
+        if self.header.crypt_method != 0 {
+            return None;
+        }
+        match self.header.has_data_file() {
+            true => self.behind.data_file.as_ref()?.host_file(),
+            false => self.dev.host_file(),
         }
     }
 
     /// [`Image::host_path`] as C text that lives as long as the image.
     pub(crate) fn host_name(&mut self, depth: u32) -> Option<&CStr> {
         let name = CString::new(self.host_path(depth)?.as_os_str().as_bytes()).ok()?;
-        let known = self.host_names.iter().position(|n| *n == name);
-        let at = known.unwrap_or(self.host_names.len());
+        let known = self.behind.host_names.iter().position(|n| *n == name);
+        let at = known.unwrap_or(self.behind.host_names.len());
         if known.is_none() {
-            room::push(&mut self.host_names, name).ok()?;
+            room::push(&mut self.behind.host_names, name).ok()?;
         }
-        self.host_names.get(at).map(CString::as_c_str)
+        self.behind.host_names.get(at).map(CString::as_c_str)
     }
 
-    /// The first layer that says something of what is at `at` (qemu-img's `get_block_status`).
-    fn piece_in_chain(&mut self, at: u64, max: u64) -> Result<BlockStatus> {
-        let (mut depth, mut max) = (0, max);
+    /// Does the backing file read as zeros from `at` on, as its tables and holes say, and for how many
+    /// of `max` bytes, which are not 0, does it stay so?
+    pub(crate) fn zeros_behind(&mut self, at: u64, max: u64) -> Result<(bool, u64)> {
+        self.open_chain()?;
+        let shown = self.behind.chain.as_ref().and_then(|c| c.first());
+        let left = shown.map_or(0, Layer::length).saturating_sub(at);
+        if left == 0 {
+            return Ok((true, max));
+        }
+        let piece = self.piece_in_chain(1, at, max.min(left))?;
+        Ok((piece.zero, piece.length.max(1)))
+    }
+
+    /// The first layer from `depth` on that says something of what is at `at` (qemu-img's
+    /// `get_block_status`).
+    fn piece_in_chain(&mut self, mut depth: u32, at: u64, mut max: u64) -> Result<BlockStatus> {
         loop {
             let piece = self.piece_of_layer(depth, at, max)?;
             if piece.data || piece.zero || piece.length == 0 {
@@ -132,7 +168,11 @@ impl Image {
     fn piece_of_layer(&mut self, depth: u32, at: u64, max: u64) -> Result<BlockStatus> {
         let layer = match depth.checked_sub(1) {
             None => None,
-            Some(behind) => self.chain.as_mut().and_then(|c| c.get_mut(behind as usize)),
+            Some(behind) => self
+                .behind
+                .chain
+                .as_mut()
+                .and_then(|c| c.get_mut(behind as usize)),
         };
         let (image, has_more) = match layer {
             None => {
@@ -154,7 +194,11 @@ impl Image {
         if !piece.present {
             piece.zero = !has_more || {
                 self.open_chain()?;
-                let behind = self.chain.as_ref().and_then(|c| c.get(depth as usize));
+                let behind = self
+                    .behind
+                    .chain
+                    .as_ref()
+                    .and_then(|c| c.get(depth as usize));
                 behind.is_none_or(|layer| at >= layer.length())
             };
         }
@@ -214,11 +258,11 @@ impl Image {
     /// Does the file take much less space than its clusters in use? Then it is worth asking for
     /// holes (`qcow2_detect_metadata_preallocation`). Found out once, as QEMU does.
     fn metadata_preallocated(&mut self) -> bool {
-        if let Some(known) = self.preallocated {
+        if let Some(known) = self.caches.preallocated {
             return known;
         }
         let found = self.count_preallocated().unwrap_or(false);
-        self.preallocated = Some(found);
+        self.caches.preallocated = Some(found);
         found
     }
 
@@ -235,7 +279,7 @@ impl Image {
             self.header.reftable_offset,
             u64::from(self.header.reftable_clusters) << g.cluster_bits,
         )?;
-        let table = super::device::words(&table)?;
+        let table = crate::image::device::words(&table)?;
         let mut used = 0u64;
         for (index, entry) in table.iter().enumerate() {
             let first: HostCluster = g.first_cluster_of_block(index as u64);

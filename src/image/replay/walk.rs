@@ -4,16 +4,16 @@
 //! [`Replay::walk`] looks: it counts in memory, checks what it meets and notes which L2 tables
 //! would change. Those are written later, when the counts are final (`plan::passes`).
 
-use super::device::Device;
-use super::overlap::Kind;
-use super::refcount::Refcounts;
-use super::replay::{changed_table, Replay};
-use super::room;
-use super::tables::{self, Reader};
+use super::overlap::Protected;
+use super::Replay;
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{Geometry, HostCluster};
 use crate::format::run::Tally;
+use crate::image::device::Device;
+use crate::image::refcount::Refcounts;
+use crate::image::room;
+use crate::image::tables::{self, Reader};
 use byteorder::{BigEndian, ByteOrder};
 
 /// Our limit for the entries of L2 tables that an L1 table names again: about a second.
@@ -171,7 +171,7 @@ impl Replay {
 
         check_repeats(g, named.words)?;
         self.refs.begin_walk();
-        let mut tables = Reader::new(g, tables::Kind::L2Tables, named.words);
+        let mut tables = Reader::new(g, tables::Source::L2Tables, named.words);
         for index in 0..named.words.len() {
             if self.refs.thrashes(g.l2_entries()) {
                 self.walk_in_windows(dev, named, index, tally, &mut out)?;
@@ -181,6 +181,65 @@ impl Replay {
             self.note(&mut out, index, counted, tally)?;
         }
         Ok(out)
+    }
+
+    /// Look at what `l1` reaches when all counts are final, as [`Replay::walk`] does. Tables that
+    /// `counted`, which has just been walked, names at the same place are not read again: which of
+    /// their flags change is found out when they are written.
+    pub(crate) fn look(&mut self, dev: &mut Device, l1: &[u64], counted: &[u64]) -> Result<Walked> {
+        let same = |(a, b): (&u64, &u64)| (a ^ b) & OFFSET_MASK == 0;
+        let shared = l1.iter().zip(counted).filter(|pair| same(*pair));
+        if self.refs.jumped() || shared.count() == 0 {
+            return self.walk(dev, l1, Tally::Look);
+        }
+        let g = self.g;
+        let mut out = Walked {
+            l1: room::copy_of(l1)?,
+            ..Walked::default()
+        };
+        check_repeats(g, l1)?;
+        self.refs.begin_walk();
+        let mut tables = Reader::new(g, tables::Source::L2Tables, l1);
+        for (index, entry) in l1.iter().enumerate() {
+            let known = counted.get(index).is_some_and(|c| same((entry, c)));
+            if known && self.is_sound(dev, entry & OFFSET_MASK)? {
+                dev.progress.step(g.cluster_size())?;
+                self.note_known(dev, &mut out, index)?;
+            } else {
+                let share = Tables::of(l1).share(index);
+                let counted = self.count_table(dev, &mut tables, index, share, Tally::Look)?;
+                self.note(&mut out, index, counted, Tally::Look)?;
+            }
+        }
+        Ok(out)
+    }
+
+    /// Can the L2 table at `offset` be written, whatever is in it, without an error or a longer file?
+    fn is_sound(&mut self, dev: &mut Device, offset: u64) -> Result<bool> {
+        let own = self.g.cluster_of(offset);
+        let protected =
+            self.overlap
+                .check(offset, self.g.cluster_size(), Some(Protected::ActiveL2));
+        Ok(offset != 0
+            && offset.saturating_add(self.g.cluster_size()) <= self.reach
+            && protected.is_ok()
+            && !self.refs.fates.is_taken(own.0)
+            && self.refs.get(dev, own)? != 0)
+    }
+
+    /// [`Replay::note`] for a table whose entries are looked at when it is written.
+    fn note_known(&mut self, dev: &mut Device, out: &mut Walked, index: usize) -> Result<()> {
+        let Some(slot) = out.l1.get_mut(index) else {
+            return Ok(());
+        };
+        let offset = *slot & OFFSET_MASK;
+        let flags = Flags::Final;
+        room::push(&mut out.tables, Marked { offset, flags })?;
+        let one = self.refs.get(dev, self.g.cluster_of(offset))? == 1;
+        let new = offset | if one { COPIED } else { 0 };
+        out.l1_changed |= new != *slot;
+        *slot = new;
+        Ok(())
     }
 
     /// The rest of a walk, from `first` on, where the refcount blocks do not fit in memory: once for
@@ -197,7 +256,7 @@ impl Replay {
         let mut all = room::filled(n, Counted::default())?;
         for window in self.refs.windows()? {
             self.refs.enter_window(window)?;
-            let mut tables = Reader::new(self.g, tables::Kind::L2Tables, named.words);
+            let mut tables = Reader::new(self.g, tables::Source::L2Tables, named.words);
             for (index, counted) in (first..).zip(&mut all) {
                 let share = named.share(index);
                 counted.add(self.count_table(dev, &mut tables, index, share, tally)?);
@@ -232,7 +291,7 @@ impl Replay {
         let offset = entry & OFFSET_MASK;
         check_l2_offset(g, offset, index)?;
         // What is rewritten is the table on disk.
-        let changed = changed_table(g, &self.tables, &self.zero_tables, offset);
+        let changed = self.remade.get(g, offset);
         let table = match changed {
             Some(changed) => changed,
             // All zeros, however many the L1 names.
@@ -286,7 +345,7 @@ impl Replay {
             }
             if !freed {
                 self.overlap
-                    .check(offset, g.cluster_size(), Some(Kind::ActiveL2))?;
+                    .check(offset, g.cluster_size(), Some(Protected::ActiveL2))?;
                 let flags = match (counted.ones, counted.others) {
                     _ if tally != Tally::Look || counted.in_memory => Flags::Final,
                     (true, true) => Flags::Final,
@@ -324,7 +383,7 @@ pub(crate) fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
 }
 
 /// An L2 table must be at a cluster boundary and not in the header's cluster.
-pub(super) fn check_l2_offset(g: Geometry, offset: u64, l1_index: usize) -> Result<()> {
+pub(crate) fn check_l2_offset(g: Geometry, offset: u64, l1_index: usize) -> Result<()> {
     if g.in_cluster(offset) != 0 {
         return Err(Error::Corrupt(format!(
             "L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})"

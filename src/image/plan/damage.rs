@@ -1,23 +1,24 @@
-//! What a verb must not do to an image whose counts lie.
+//! What a verb must not do to an image whose counts lie: after it, each cluster that holds the header, an
+//! L1 table, the refcount table, a refcount block or the snapshot table has a count and lies within the
+//! file, and the verb writes there as into that structure only.
 //!
 //! QEMU checks what it writes against the structures that it knows (`overlap`), but frees whatever
 //! reaches a count of zero, and punches it: an L2 entry that names the cluster of the snapshot
 //! table, with a count of one, costs it every snapshot. In an image without damage nothing here
 //! ever fails.
 
-use super::overlap::Kind;
-use super::plan::Plan;
-use super::replay::Replay;
-use super::room;
-use super::Image;
+use super::Plan;
 use crate::error::{Error, Result};
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
+use crate::image::replay::overlap::Protected;
+use crate::image::replay::Replay;
+use crate::image::{room, Image};
 use crate::snapshot::Snapshot;
 
 impl Image {
     /// Will the structures that the image needs after the verb still be there? Called when the
     /// replay is over and nothing is written.
-    pub(super) fn check_damage(
+    pub(in crate::image) fn check_damage(
         &mut self,
         replay: &mut Replay,
         plan: &Plan,
@@ -28,9 +29,9 @@ impl Image {
         let own = self.header.l1_offset;
         for edit in &plan.copied {
             let kind = if edit.offset == own {
-                Kind::ActiveL1
+                Protected::ActiveL1
             } else {
-                Kind::InactiveL1
+                Protected::InactiveL1
             };
             replay
                 .overlap
@@ -50,7 +51,7 @@ impl Image {
                 }
                 replay
                     .overlap
-                    .check(at, TABLE_ENTRY, Some(Kind::ActiveL1))?;
+                    .check(at, TABLE_ENTRY, Some(Protected::ActiveL1))?;
             }
         }
         for offset in plan.clear.iter().chain(&plan.set).map(|t| &t.offset) {
@@ -69,7 +70,7 @@ impl Image {
             let at = table.offset.saturating_add(index * TABLE_ENTRY);
             replay
                 .overlap
-                .check(at, TABLE_ENTRY, Some(Kind::Reftable))?;
+                .check(at, TABLE_ENTRY, Some(Protected::Reftable))?;
         }
         let mut needed = vec![
             (0, 1, false),
@@ -90,12 +91,12 @@ impl Image {
             ),
         ];
         let old = self.snapshots.entries.len();
-        room::reserve(&mut needed, list.len() + table.entries.len())?;
+        room::reserve(&mut needed, list.len())?;
         for (i, s) in list.iter().enumerate() {
             let bytes = u64::from(s.l1_size) * TABLE_ENTRY;
             room::push(&mut needed, (s.l1_table_offset, bytes, i >= old))?;
         }
-        for i in 0..table.entries.len() as u64 {
+        for i in (0..table.entries.len() as u64).filter(|i| table.entry(*i) != 0) {
             let born = replay.refs.block(i).is_some_and(|b| b.made_in().is_some());
             room::push(&mut needed, (replay.refs.entry(i), 1, born))?;
         }

@@ -1,13 +1,14 @@
 //! Where guest data is: extents, and reading the disk now seen.
 
-use super::chain::Layer;
-use super::device::Device;
-use super::{device, room, Image};
 use crate::error::{Error, Result};
 use crate::format::compress::{self, Unpacker};
 use crate::format::entry::{self, Cluster, OFFSET_MASK};
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::validate_table;
+use crate::image::device::Device;
+use crate::image::reading::Layer;
+use crate::image::reading::{L2Cache, Unpacked};
+use crate::image::{device, room, Image};
 use crate::io::lock;
 use byteorder::{BigEndian, ByteOrder};
 use std::sync::Mutex;
@@ -41,37 +42,9 @@ impl Extent {
     }
 }
 
-/// Parts of L2 tables in memory: at most [`SLOTS`] of at most [`SLICE`] bytes, each with one place
-/// where it can be.
-#[derive(Default)]
-pub(crate) struct L2Cache(Vec<(u64, Vec<u8>)>);
-
-const SLOTS: u64 = 16;
-const SLICE: u64 = 64 << 10;
-
 /// Bytes of an L2 table that are read at once.
 fn slice_bytes(g: Geometry) -> u64 {
-    g.cluster_size().min(SLICE)
-}
-
-impl L2Cache {
-    fn slot(offset: u64) -> usize {
-        // Neighbours go to different slots, whatever the size of a slice.
-        ((offset >> 9 ^ offset >> 12 ^ offset >> 16) % SLOTS) as usize
-    }
-
-    fn get(&self, offset: u64) -> Option<&[u8]> {
-        let (held, bytes) = self.0.get(L2Cache::slot(offset))?;
-        (*held == offset && !bytes.is_empty()).then_some(bytes)
-    }
-
-    fn put(&mut self, offset: u64, bytes: Vec<u8>) {
-        #[allow(clippy::disallowed_methods)] // 16 of them
-        self.0.resize_with(SLOTS as usize, Default::default);
-        if let Some(slot) = self.0.get_mut(L2Cache::slot(offset)) {
-            *slot = (offset, bytes);
-        }
-    }
+    g.cluster_size().min(L2Cache::SLICE)
 }
 
 /// Compressed clusters are read in portions of this many bytes of the file, if one does not take
@@ -80,12 +53,6 @@ const PACKED: u64 = 2 << 20;
 const MOST_CLUSTERS: u64 = 1024;
 /// To start a thread takes as long as unpacking some tens of KiB.
 const WORTH_A_THREAD: u64 = 256 << 10;
-
-/// An unpacked compressed cluster.
-pub(crate) struct Unpacked {
-    entry: u64,
-    bytes: Vec<u8>,
-}
 
 impl Image {
     /// Read `buf.len()` bytes of the disk now seen, from `offset` (QEMU's `qcow2_co_preadv`).
@@ -140,8 +107,24 @@ impl Image {
                 "Reading encrypted guest data is not supported".into(),
             ));
         }
+        self.read_from(0, l1, offset, buf)
+    }
+
+    /// Read what the backing file shows; zeros behind its end.
+    pub(crate) fn read_backing(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_from(1, None, offset, buf)
+    }
+
+    /// Read from this layer of the chain and those behind it.
+    fn read_from(
+        &mut self,
+        layer: usize,
+        l1: Option<&[u64]>,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<()> {
         // Pieces still to read: (layer, offset, from, to); layer 0 is the image itself.
-        let mut todo = vec![(0usize, offset, 0usize, buf.len())];
+        let mut todo = vec![(layer, offset, 0usize, buf.len())];
         while let Some((layer, at, from, to)) = todo.pop() {
             let Some(part) = buf.get_mut(from..to).filter(|p| !p.is_empty()) else {
                 continue;
@@ -175,7 +158,11 @@ impl Image {
             return self.read_own(l1, at, part);
         }
         self.open_chain()?;
-        let found = self.chain.as_mut().and_then(|c| c.get_mut(layer - 1));
+        let found = self
+            .behind
+            .chain
+            .as_mut()
+            .and_then(|c| c.get_mut(layer - 1));
         let Some(found) = found else {
             part.fill(0);
             return Ok(None);
@@ -242,7 +229,7 @@ impl Image {
     }
 
     /// Where the bytes of a compressed cluster are; their end is known to a sector only.
-    fn packed(&self, entry: u64) -> Result<(u64, u64)> {
+    pub(super) fn packed(&self, entry: u64) -> Result<(u64, u64)> {
         let Cluster::Compressed { offset, length } = entry::cluster(self.header.geometry, entry)
         else {
             return Err(Error::Corrupt("Not a compressed cluster".into()));
@@ -313,17 +300,19 @@ impl Image {
         let mut jobs = room::collected(places.map(|((place, bytes), out)| Job {
             packed: packed.get(*place..*place + *bytes).unwrap_or_default(),
             out,
-            done: Err(Error::Corrupt("A cluster was not unpacked".into())),
+            done: Err(Error::NoMemory(size)),
         }))?;
         let many = jobs.len() > 1 && jobs.len() as u64 * size >= WORTH_A_THREAD;
         let kind = self.header.compression;
         let left = Mutex::new(jobs.iter_mut());
         let work = || {
-            let mut unpacker = Unpacker::new(kind);
+            let Ok(mut unpacker) = Unpacker::new(kind) else {
+                return; // the others do it, or there is no memory for any
+            };
             loop {
                 let job = left.lock().ok().and_then(|mut jobs| jobs.next());
                 let Some(job) = job else { break };
-                job.done = unpacker.unpack(job.packed, job.out);
+                job.done = unpacker.unpack(job.packed, job.out).map(|_| ());
             }
         };
         if many {
@@ -337,18 +326,24 @@ impl Image {
     }
 
     fn read_compressed(&mut self, entry: u64, at: u64, piece: &mut [u8]) -> Result<()> {
-        if self.unpacked.as_ref().is_none_or(|u| u.entry != entry) {
+        if self
+            .caches
+            .unpacked
+            .as_ref()
+            .is_none_or(|u| u.entry != entry)
+        {
             let (offset, length) = self.packed(entry)?;
-            self.unpacked = None;
+            self.caches.unpacked = None;
             let packed =
                 self.dev
                     .read_vec("Could not read a compressed cluster", offset, length)?;
             let mut bytes = device::zeroed(self.header.geometry.cluster_size())?;
             compress::unpack(self.header.compression, &packed, &mut bytes)?;
-            self.unpacked = Some(Unpacked { entry, bytes });
+            self.caches.unpacked = Some(Unpacked { entry, bytes });
         }
         let from = at as usize;
         let bytes = self
+            .caches
             .unpacked
             .as_ref()
             .and_then(|u| u.bytes.get(from..from + piece.len()));
@@ -490,7 +485,7 @@ impl Image {
         let g = self.header.geometry;
         let size = g.l2_entry_size();
         let (offset, at) = self.slice_of(table, guest);
-        let Some(slice) = self.l2_cache.get(offset) else {
+        let Some(slice) = self.caches.l2.get(offset) else {
             return 0;
         };
         // Bits that say nothing here are left out; COPIED tells offset 0 of a data file from none.
@@ -528,10 +523,10 @@ impl Image {
         let (offset, _) = self.slice_of(table, guest);
         let from = (offset - table) as usize;
         let slice = bytes.get(from..from + slice_bytes(self.header.geometry) as usize);
-        if let (None, Some(slice)) = (self.l2_cache.get(offset), slice) {
+        if let (None, Some(slice)) = (self.caches.l2.get(offset), slice) {
             let mut copy = device::zeroed(slice.len() as u64)?;
             copy.copy_from_slice(slice);
-            self.l2_cache.put(offset, copy);
+            self.caches.l2.put(offset, copy);
         }
         Ok(())
     }
@@ -553,14 +548,15 @@ impl Image {
             )));
         }
         let (offset, at) = self.slice_of(table, guest);
-        if self.l2_cache.get(offset).is_none() {
+        if self.caches.l2.get(offset).is_none() {
             let bytes = self
                 .dev
                 .read_vec("Could not read an L2 table", offset, slice_bytes(g))?;
-            self.l2_cache.put(offset, bytes);
+            self.caches.l2.put(offset, bytes);
         }
         let word = self
-            .l2_cache
+            .caches
+            .l2
             .get(offset)
             .and_then(|slice| slice.get(at..at + g.l2_entry_size()))
             .unwrap_or_default();

@@ -4,11 +4,12 @@
 //! larger disk. Names come from the image and are resolved as QEMU does; files are opened
 //! read-only, with QEMU's locks.
 
-use super::device::Device;
-use super::{room, Image};
 use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::format::probe::{probe, PROBE_BYTES};
+use crate::image::device::Device;
+use crate::image::reading::{Chain, Layer, Place};
+use crate::image::{room, Image};
 use crate::io::file::FileStorage;
 use crate::words::printable;
 use std::ffi::OsStr;
@@ -22,72 +23,6 @@ pub(crate) const MAX_CHAIN: usize = 200;
 /// the chain, but 32 MiB for one table.
 const MAX_CHAIN_L1: usize = 256 << 20;
 
-/// Where an image is, and what names in it are relative to.
-pub(crate) struct Place {
-    /// As it was given; for messages, and for the names that `qemu-img map` shows.
-    name: PathBuf,
-    /// The current folder when the image was opened, if there was one. QEMU opens all files then; here a
-    /// program may have changed its folder when they are first needed.
-    current: Option<PathBuf>,
-}
-
-impl Place {
-    pub(crate) fn new(name: PathBuf) -> Place {
-        let current = std::env::current_dir().ok();
-        Place { name, current }
-    }
-
-    /// The path that `name` meant when the image was opened.
-    fn absolute(&self, name: &Path) -> Option<PathBuf> {
-        let path = match &self.current {
-            Some(current) => current.join(name),
-            #[allow(clippy::disallowed_methods)] // as long as a path may be
-            None => name.to_owned(),
-        };
-        path.is_absolute().then_some(path)
-    }
-}
-
-/// The layers behind an image, nearest first.
-pub(crate) struct Chain(Vec<Layer>);
-
-impl std::ops::Deref for Chain {
-    type Target = Vec<Layer>;
-    fn deref(&self) -> &Vec<Layer> {
-        &self.0
-    }
-}
-
-impl std::ops::DerefMut for Chain {
-    fn deref_mut(&mut self) -> &mut Vec<Layer> {
-        &mut self.0
-    }
-}
-
-impl Drop for Chain {
-    /// From the far end: a caller's functions that opened a file are there until it is closed.
-    fn drop(&mut self) {
-        while self.0.pop().is_some() {}
-    }
-}
-
-/// One file of the chain behind the image.
-pub(crate) enum Layer {
-    Qcow2(Box<Image>),
-    /// A raw file, and its path where it has one.
-    Raw(Device, Option<PathBuf>),
-}
-
-impl Layer {
-    /// Bytes of the disk that this layer shows; raw files count in whole sectors, as in QEMU.
-    pub(crate) fn length(&self) -> u64 {
-        match self {
-            Layer::Qcow2(image) => image.header.disk_size(),
-            Layer::Raw(dev, _) => dev.length().div_ceil(512).saturating_mul(512),
-        }
-    }
-}
-
 /// What an image names, in messages.
 const BACKING_FILE: &str = "backing file";
 const DATA_FILE: &str = "external data file";
@@ -95,7 +30,7 @@ const DATA_FILE: &str = "external data file";
 impl Image {
     /// The layers behind this image, nearest first, opened on first use.
     pub(crate) fn open_chain(&mut self) -> Result<()> {
-        if self.chain.is_some() {
+        if self.behind.chain.is_some() {
             return Ok(());
         }
         let mut chain = Chain(Vec::new());
@@ -139,7 +74,7 @@ impl Image {
             }
             room::push(&mut chain, layer)?;
         }
-        self.chain = Some(chain);
+        self.behind.chain = Some(chain);
         Ok(())
     }
 
@@ -153,10 +88,44 @@ impl Image {
         }
         self.open_chain()?;
         Ok(self
+            .behind
             .chain
             .as_ref()
             .and_then(|c| c.first())
             .map_or(0, Layer::length))
+    }
+
+    /// Open the files behind the image, and say how long each is, nearest first; and how much of a disk
+    /// the nearest one shows.
+    ///
+    /// # Errors
+    /// Those of opening them; `Invalid` if one of them is the image itself.
+    pub(crate) fn lengths_behind(&mut self) -> Result<(Vec<u64>, u64)> {
+        self.open_chain()?;
+        let own = self.dev.identity();
+        let mut lengths = Vec::new();
+        for layer in self.behind.chain.iter_mut().flat_map(|c| c.iter_mut()) {
+            let dev = match layer {
+                Layer::Qcow2(image) => &mut image.dev,
+                Layer::Raw(dev, _) => dev,
+            };
+            if own.is_some() && dev.identity() == own {
+                return Err(Error::Invalid(format!(
+                    "The image stands in its own backing chain: it is the backing file '{}', or one of that file's",
+                    printable(&self.backing_file)
+                )));
+            }
+            room::push(&mut lengths, dev.length_now()?)?;
+        }
+        let first = self.behind.chain.as_ref().and_then(|c| c.first());
+        Ok((lengths, first.map_or(0, Layer::length)))
+    }
+
+    /// The image names no backing file any more.
+    pub(crate) fn let_go_of_chain(&mut self) {
+        (self.behind.chain, self.header.backing_name) = (None, (0, 0));
+        self.backing_file.clear();
+        self.forget_reads();
     }
 
     /// A name from the image as a path, relative to the folder that QEMU takes it from: a backing
@@ -164,7 +133,7 @@ impl Image {
     /// file's always to the current one.
     fn resolve(&self, name: &[u8], what: &str) -> Result<PathBuf> {
         let shown = printable(name);
-        let Some(place) = &self.place else {
+        let Some(place) = &self.behind.place else {
             return Err(Error::Unsupported(format!(
                 "The {what} '{shown}' is needed, which an image opened through callbacks without open_file cannot reach"
             )));
@@ -192,7 +161,7 @@ impl Image {
             return self.resolve(&self.extensions.data_file, DATA_FILE).ok();
         }
         #[allow(clippy::disallowed_methods)] // as long as a path may be
-        self.place.as_ref().map(|place| place.name.clone())
+        self.behind.place.as_ref().map(|place| place.name.clone())
     }
 
     /// Open a file that this image names, for reading.
@@ -217,7 +186,11 @@ impl Image {
             return Ok((Device::new(storage)?, None));
         }
         let path = self.resolve(name, what)?;
-        let absolute = self.place.as_ref().and_then(|place| place.absolute(&path));
+        let absolute = self
+            .behind
+            .place
+            .as_ref()
+            .and_then(|place| place.absolute(&path));
         let absolute = absolute.ok_or_else(|| {
             Error::Unsupported(format!(
                 "{context} '{shown}': the name is relative, and there was no current folder when the image was opened"
@@ -253,8 +226,12 @@ impl Image {
             .map_err(|e| e.context("Could not open backing file"))?;
         // What it names was relative to the same current folder.
         #[allow(clippy::disallowed_methods)] // as long as a path may be
-        let current = self.place.as_ref().and_then(|place| place.current.clone());
-        image.place = path.map(|name| Place { name, current });
+        let current = self
+            .behind
+            .place
+            .as_ref()
+            .and_then(|place| place.current.clone());
+        image.behind.place = path.map(|name| Place { name, current });
         #[allow(clippy::disallowed_methods)] // one for each of 200 files at most
         let image = Box::new(image);
         Ok(Layer::Qcow2(image))
@@ -274,7 +251,7 @@ impl Image {
 
     /// The external data file, opened on first use.
     pub(crate) fn data_file(&mut self) -> Result<&mut Device> {
-        if self.data_file.is_none() {
+        if self.behind.data_file.is_none() {
             let name = room::copy_of(&self.extensions.data_file)?;
             if name.is_empty() {
                 return Err(Error::Invalid(
@@ -282,9 +259,10 @@ impl Image {
                 ));
             }
             let (dev, _) = self.open_named(&name, b"raw", DATA_FILE)?;
-            self.data_file = Some(dev);
+            self.behind.data_file = Some(dev);
         }
-        self.data_file
+        self.behind
+            .data_file
             .as_mut()
             .ok_or_else(|| Error::Invalid("'data-file' is required for this image".into()))
     }

@@ -1,0 +1,372 @@
+//! A repair leaves nothing worse at any moment, and in the end an image that `qemu-img check` finds good,
+//! or a stated reason.
+//!
+//! Reference images damaged as the fuzzers damage them, from fixed seeds. `CHECK_SECONDS=n` goes on with
+//! fresh seeds for so long; `CHECK_SEED=n` runs one; `CHECK_KEEP=folder` keeps the images of a failure.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing)]
+
+use qcow2_snapshot::io::memory::MemoryStorage;
+use qcow2_snapshot::io::trace::{crash_images, CrashPlan};
+use qcow2_snapshot::io::trace::{FaultPlan, TraceStorage};
+use qcow2_snapshot::{CheckResult, Error, Fix, Image, OpenFlags};
+use states::{no_worse, Raw};
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use targets::mutate::{self, Rng};
+
+#[allow(dead_code, unreachable_pub, unused_imports)]
+#[path = "../fuzz/src/lib.rs"]
+mod targets;
+
+#[path = "repair/states.rs"]
+mod states;
+
+/// Seeds of the run in `make check`.
+const FIXED: u64 = 300;
+const CUT: u64 = 60;
+
+fn flags() -> OpenFlags {
+    OpenFlags::RDWR | OpenFlags::CHECK | OpenFlags::NO_LOCK
+}
+
+fn all() -> Fix {
+    Fix::LEAKS | Fix::ERRORS
+}
+
+/// The small reference images.
+fn reference() -> Vec<(String, Vec<u8>)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("c-tests/images");
+    let mut out = Vec::new();
+    for entry in std::fs::read_dir(&root).unwrap().flatten() {
+        for file in std::fs::read_dir(entry.path())
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let name = file.file_name().to_string_lossy().into_owned();
+            if !name.ends_with("qcow2.gz") {
+                continue;
+            }
+            let packed = std::fs::read(file.path()).unwrap();
+            let mut image = Vec::new();
+            let mut unpacked = flate2::read::GzDecoder::new(&packed[..]).take((160 << 10) + 1);
+            unpacked.read_to_end(&mut image).unwrap();
+            if image.len() <= 160 << 10 && image.starts_with(b"QFI\xfb") {
+                let folder = entry.file_name().to_string_lossy().into_owned();
+                out.push((format!("{folder}/{name}"), image));
+            }
+        }
+    }
+    out.sort();
+    assert!(out.len() > 100, "the reference images are not there");
+    out
+}
+
+fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {
+    if let Ok(seed) = std::env::var("CHECK_SEED") {
+        return Box::new(std::iter::once(seed.parse().unwrap()));
+    }
+    let Ok(time) = std::env::var("CHECK_SECONDS") else {
+        return Box::new(1..=fixed);
+    };
+    let time = Duration::from_secs(time.parse().unwrap());
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let first = u64::from(now.unwrap().subsec_nanos()) << 32;
+    let start = Instant::now();
+    Box::new((first..).take_while(move |_| start.elapsed() < time))
+}
+
+fn damaged(images: &[(String, Vec<u8>)], seed: u64) -> (String, Vec<u8>) {
+    let mut rng = Rng::new(seed);
+    let (name, image) = &images[rng.below(images.len() as u64) as usize];
+    let mut image = image.clone();
+    for _ in 0..1 + rng.below(3) * rng.below(3) {
+        mutate::image(&mut image, &mut rng);
+    }
+    (format!("seed {seed}, {name}"), image)
+}
+
+/// A file in memory that outlives the handle.
+type Kept = std::rc::Rc<std::cell::RefCell<Vec<u8>>>;
+
+fn open(bytes: Vec<u8>) -> Result<(Image, Kept), Error> {
+    let storage = MemoryStorage::new(bytes);
+    let handle = storage.handle();
+    Ok((Image::open_storage(Box::new(storage), flags())?, handle))
+}
+
+fn check(bytes: Vec<u8>) -> Result<(CheckResult, Vec<String>), Error> {
+    let (mut image, _) = open(bytes)?;
+    let mut said = Vec::new();
+    let result = image.check(Fix::NONE, &mut |line| said.push(line.to_owned()))?;
+    Ok((result, said))
+}
+
+/// Repair, and the image afterwards.
+fn repaired(bytes: Vec<u8>, fix: Fix) -> Result<(CheckResult, Vec<String>, Vec<u8>), Error> {
+    let (mut image, handle) = open(bytes)?;
+    let mut said = Vec::new();
+    let result = image.check(fix, &mut |line| said.push(line.to_owned()))?;
+    image.close()?;
+    let after = handle.borrow().clone();
+    Ok((result, said, after))
+}
+
+/// Everything that a repair does not mend, and why.
+const STAYS: &[&str] = &[
+    "Nothing is freed",
+    // Nobody knows where the data is.
+    "not properly aligned; L2 entry corrupted.",
+    "Table is not cluster aligned; L1 entry corrupted",
+    "counting reference for region exceeding the end of the file",
+    "L1 table is not cluster aligned; snapshot table entry corrupted",
+    "L1 table is too large; snapshot table entry corrupted",
+    "I/O error in check_refcounts",
+    // Nobody knows what is meant.
+    "with reserved bits set",
+    "subcluster allocation",
+    "snapshots in image with data file",
+    "with data file, entry",
+    "itmap",
+    "failed to update snapshot table",
+    // A table cannot be written without harm to what it shares its cluster with.
+    "share a cluster",
+    "shares a cluster",
+    // The width is too small.
+    "ERROR: overflow cluster offset",
+];
+
+/// Each kind of line once.
+fn few(lines: &[String]) -> String {
+    let mut lines = lines.to_vec();
+    lines.dedup_by_key(|l| {
+        l.chars()
+            .filter(|c| !c.is_ascii_hexdigit())
+            .collect::<String>()
+    });
+    lines.truncate(12);
+    lines.join("\n")
+}
+
+fn keep(name: &str, before: &[u8], after: &[u8]) {
+    if let Some(folder) = std::env::var_os("CHECK_KEEP") {
+        std::fs::create_dir_all(&folder).unwrap();
+        let name = name.replace(['/', ' ', ','], "-");
+        std::fs::write(Path::new(&folder).join(format!("{name}.before")), before).unwrap();
+        std::fs::write(Path::new(&folder).join(format!("{name}.after")), after).unwrap();
+    }
+}
+
+fn qemu_img_check(path: &Path) -> (Option<i32>, String) {
+    let image = format!(
+        "json:{{\"driver\":\"qcow2\",\"backing\":null,\"file\":{{\"driver\":\"file\",\"filename\":\"{}\"}}}}",
+        path.display()
+    );
+    let out = Command::new("timeout")
+        .args(["-s", "KILL", "20", "qemu-img", "check", &image])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = [out.stdout, out.stderr].concat();
+    (
+        out.status.code(),
+        String::from_utf8_lossy(&text).into_owned(),
+    )
+}
+
+/// One damaged image, repaired with `fix`.
+fn one(before: &[u8], fix: Fix, tally: &mut BTreeMap<&'static str, u64>) -> Result<(), String> {
+    let (result, said, after) = match repaired(before.to_vec(), fix) {
+        Ok(done) => done,
+        Err(e) => {
+            *tally.entry("refused").or_default() += 1;
+            let _ = e;
+            return Ok(());
+        }
+    };
+    let discarded = said.iter().any(|l| l.starts_with("Discarding"));
+    if !discarded {
+        no_worse(before, &after).map_err(|e| format!("{e}\n{}", few(&said)))?;
+    }
+    let (again, rest) = check(after.clone()).map_err(|e| e.to_string())?;
+    let numbers = CheckResult {
+        corruptions_fixed: 0,
+        leaks_fixed: 0,
+        ..result
+    };
+    let failed = said.iter().any(|l| l.starts_with("ERROR failed to update"));
+    if again != numbers && !failed {
+        return Err(format!("said {numbers:?}\nis   {again:?}"));
+    }
+    let (third, _, finished) = repaired(after.clone(), fix).map_err(|e| e.to_string())?;
+    if third.corruptions_fixed + third.leaks_fixed != 0 || finished.len() != after.len() {
+        return Err(format!(
+            "a second repair found more to do: {third:?}\n{}",
+            few(&rest)
+        ));
+    }
+    let what = if result.corruptions + result.leaks + result.check_errors == 0 {
+        if Raw(&after).bits() & 3 != 0 {
+            return Err("good, but still marked as dirty or corrupt".into());
+        }
+        "good afterwards"
+    } else if fix == all() {
+        let stays = |l: &&String| STAYS.iter().any(|s| l.contains(s));
+        if !rest.iter().chain(&said).any(|l| stays(&l)) {
+            return Err(format!(
+                "no reason for what is left: {result:?}\n{}",
+                few(&rest)
+            ));
+        }
+        "not all could be mended"
+    } else {
+        "not all was to be mended"
+    };
+    *tally.entry(what).or_default() += 1;
+    if what == "good afterwards" {
+        let path = tempfile::Builder::new()
+            .suffix(".qcow2")
+            .tempfile()
+            .unwrap();
+        std::fs::write(path.path(), &after).unwrap();
+        let (code, text) = qemu_img_check(path.path());
+        // Its own conditions for opening are not met by everything.
+        if code != Some(0) && !text.contains("Could not open") {
+            return Err(format!("qemu-img check: {text}"));
+        }
+    }
+    Ok(())
+}
+
+fn run(fix: Fix) {
+    let images = reference();
+    let (mut tally, mut bad) = (BTreeMap::new(), Vec::new());
+    for seed in seeds(FIXED) {
+        let (name, image) = damaged(&images, seed);
+        if let Err(e) = one(&image, fix, &mut tally) {
+            let after = repaired(image.clone(), fix)
+                .map(|r| r.2)
+                .unwrap_or_default();
+            keep(&name, &image, &after);
+            bad.push(format!("{name}: {e}"));
+        }
+    }
+    println!("{fix:?}: {tally:?}");
+    assert!(bad.is_empty(), "{}", bad.join("\n\n"));
+}
+
+#[test]
+fn a_repaired_image_is_good_or_says_why_not_and_reads_as_before() {
+    run(all());
+}
+
+#[test]
+fn leaks_alone_are_given_back_where_nothing_else_stands_in_the_way() {
+    run(Fix::LEAKS);
+}
+
+#[test]
+fn errors_alone_are_mended_without_freeing_anything() {
+    run(Fix::ERRORS);
+}
+
+#[test]
+fn a_repair_that_is_cut_anywhere_leaves_nothing_worse_and_a_second_one_finishes() {
+    let images = reference();
+    let (mut cuts, mut bad) = (0, Vec::new());
+    for seed in seeds(CUT) {
+        let (name, before) = damaged(&images, seed);
+        let storage = TraceStorage::new(before.clone());
+        let trace = storage.trace();
+        let Ok(mut image) = Image::open_storage(Box::new(storage), flags()) else {
+            continue;
+        };
+        let mut dropped = false;
+        let mut say = |line: &str| dropped |= line.starts_with("Discarding");
+        let Ok(whole) = image.check(all(), &mut say) else {
+            continue;
+        };
+        let plan = CrashPlan {
+            singles: 12,
+            random: 6,
+            torn: 4,
+            ..CrashPlan::default()
+        };
+        let events = trace.events();
+        for cut in crash_images(&before, &events, &plan) {
+            cuts += 1;
+            let judged = || -> Result<(), String> {
+                if !dropped {
+                    no_worse(&before, &cut.bytes)?;
+                }
+                let (second, _, end) =
+                    repaired(cut.bytes.clone(), all()).map_err(|e| e.to_string())?;
+                // What cannot be mended may be counted in other places afterwards (an L1 table that
+                // names the header as an L2 table has its fields for entries).
+                let left = |r: &CheckResult| r.corruptions + r.leaks + r.check_errors;
+                if left(&whole) == 0 && left(&second) != 0 {
+                    return Err(format!("left {second:?}, by a whole one {whole:?}"));
+                }
+                if !dropped {
+                    no_worse(&before, &end)?;
+                }
+                Ok(())
+            };
+            if let Err(e) = judged() {
+                keep(&name, &before, &cut.bytes);
+                bad.push(format!("{name}: {}: {e}", cut.what));
+                break;
+            }
+        }
+    }
+    println!("{cuts} cuts");
+    assert!(cuts > 0 && bad.is_empty(), "{}", bad.join("\n\n"));
+}
+
+#[test]
+fn a_repair_in_which_a_request_fails_leaves_nothing_worse() {
+    let images = reference();
+    let (mut failures, mut bad) = (0, Vec::new());
+    for seed in seeds(CUT / 2) {
+        let (name, before) = damaged(&images, seed);
+        for nth in 1..400 {
+            let storage = TraceStorage::new(before.clone());
+            let trace = storage.trace();
+            let Ok(mut image) = Image::open_storage(Box::new(storage), flags()) else {
+                break;
+            };
+            trace.set_fault(Some(FaultPlan::nth(nth, libc::EIO)));
+            let mut dropped = false;
+            let mut say = |line: &str| dropped |= line.starts_with("Discarding");
+            let result = image.check(all(), &mut say);
+            if trace.fired() == 0 {
+                break;
+            }
+            failures += 1;
+            trace.set_fault(None);
+            let after = trace.contents();
+            if !dropped {
+                if let Err(e) = no_worse(&before, &after) {
+                    keep(&name, &before, &after);
+                    bad.push(format!("{name}, request {nth}: {e} ({result:?})"));
+                    break;
+                }
+            }
+            if result.is_err() && after != before {
+                // The handle is not used for another change.
+                let again = image.check(all(), &mut |_| {});
+                let errno = again.err().map(|e| e.errno());
+                if errno != Some(libc::EIO) {
+                    bad.push(format!("{name}, request {nth}: then {errno:?}"));
+                    break;
+                }
+            }
+        }
+    }
+    println!("{failures} failing requests");
+    assert!(failures > 0 && bad.is_empty(), "{}", bad.join("\n\n"));
+}

@@ -1,0 +1,104 @@
+//! `check` prints what `qemu-img check` prints, with its exit codes, and mends with `-r`.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn unpacked(name: &str, to: &Path) {
+    use std::io::Read;
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../c-tests/images/");
+    let packed = std::fs::read(format!("{root}{name}.qcow2.gz")).unwrap();
+    let mut image = Vec::new();
+    flate2::read::GzDecoder::new(&packed[..])
+        .read_to_end(&mut image)
+        .unwrap();
+    std::fs::write(to, image).unwrap();
+}
+
+fn ours(args: &[&str], image: &Path) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_qcow2-snapshot"))
+        .arg("check")
+        .args(args)
+        .arg(image)
+        .output()
+        .unwrap()
+}
+
+fn theirs(args: &[&str], image: &Path) -> Option<Output> {
+    let run = Command::new("qemu-img")
+        .arg("check")
+        .args(args)
+        .arg(image)
+        .output();
+    match run {
+        Ok(out) => Some(out),
+        Err(_) => {
+            eprintln!("SKIPPED: qemu-img is not here, its output is not compared");
+            None
+        }
+    }
+}
+
+const IMAGES: [&str; 6] = [
+    "v3-4k/before",
+    "compressed-512/after-2",
+    "damaged-refcount-zero/before",
+    "extra-data-too-much/before",
+    "extra-data-short/before",
+    "dirty-bit/before",
+];
+
+#[test]
+fn looking_prints_what_qemu_img_prints_and_ends_as_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.qcow2");
+    for name in IMAGES {
+        unpacked(name, &image);
+        for args in [&[][..], &["--output=json"], &["-q"]] {
+            let (a, Some(b)) = (ours(args, &image), theirs(args, &image)) else {
+                return;
+            };
+            assert_eq!(a.status.code(), b.status.code(), "{name} {args:?} {a:?}");
+            let text = |o: &Output| String::from_utf8_lossy(&o.stdout).into_owned();
+            if args != ["-q"] {
+                assert_eq!(text(&a), text(&b), "{name} {args:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_repair_ends_with_a_good_image_and_says_what_it_did() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.qcow2");
+    for name in IMAGES {
+        unpacked(name, &image);
+        let out = ours(&["-r", "all"], &image);
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert_eq!(out.status.code(), Some(0), "{name}: {out:?}");
+        assert!(
+            text.contains("No errors were found on the image."),
+            "{text}"
+        );
+        assert_eq!(ours(&[], &image).status.code(), Some(0), "{name}");
+        if let Some(b) = theirs(&[], &image) {
+            assert_eq!(b.status.code(), Some(0), "{name}: {b:?}");
+        }
+    }
+}
+
+#[test]
+fn what_is_no_image_or_makes_no_sense_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let other = dir.path().join("raw.img");
+    std::fs::write(&other, vec![7; 65536]).unwrap();
+    assert_eq!(ours(&[], &other).status.code(), Some(63));
+    assert_eq!(
+        ours(&[], &dir.path().join("nothing")).status.code(),
+        Some(1)
+    );
+    let image = dir.path().join("a.qcow2");
+    unpacked("v3-4k/before", &image);
+    assert_eq!(ours(&["-U", "-r", "leaks"], &image).status.code(), Some(1));
+    assert_eq!(ours(&["-r", "everything"], &image).status.code(), Some(1));
+}
