@@ -418,7 +418,6 @@ class Changes:
         return out
 
 
-<<<<<<< HEAD
 class AtOnce:
     """20 snapshots of 1 TiB that share most of their tables, 19 of them deleted: at once, and one by one by qemu-img."""
 
@@ -455,7 +454,9 @@ class AtOnce:
         out = ["| 20 snapshots of 1 TiB | wall s | CPU s | requests | MiB read | peak MiB |", "|---|---|---|---|---|---|"]
         for what, m in self.rows:
             out.append(f"| {what} | {m['wall']:.3f} | {m['cpu']:.3f} | {m['requests']:.0f} | {mib(m['read'])} | {m['rss'] / 1024:.0f} |")
-=======
+        return out
+
+
 class Flatten:
     """Letting go of the backing file: qemu-img fills the disk only, so the snapshots of the second image are ours alone."""
     def __init__(self, bench):
@@ -493,7 +494,6 @@ class Flatten:
                 mid = lambda key: statistics.median(m[key] for m in ms[who])
                 out.append(f"| {snapshots} snapshots | {says} | {mid('wall'):.2f} | {mid('cpu'):.2f} | {mib(mid('written'))} | "
                            f"{mid('rss') / 1024:.0f} | {faster if who == 'ours' else 1:.2f} |")
->>>>>>> main
         return out
 
 
@@ -605,13 +605,10 @@ def main():
         f.write("Requests and bytes, as the kernel counts system calls of the process (warm cache):\n\n" + "\n".join(req) + "\n")
         if diffs.rows:
             f.write("\nWhat changed between two snapshots (warm cache, tables only):\n\n" + "\n".join(diffs.table()) + "\n")
-<<<<<<< HEAD
         if once.rows:
             f.write("\nDeleting many at once (warm cache):\n\n" + "\n".join(once.table()) + "\n")
-=======
         if flattened.rows:
             f.write("\nLetting go of a backing file (what is written is on the disk at the end):\n\n" + "\n".join(flattened.table()) + "\n")
->>>>>>> main
         if copies.rows:
             load = " ".join(f"{x:.0f}" for x in os.getloadavg())
             f.write(f"\nCopying the disk of a snapshot out, in {a.dir}, warm cache, {a.rounds} rounds (ratios: medians "
