@@ -418,6 +418,45 @@ class Changes:
         return out
 
 
+class AtOnce:
+    """20 snapshots of 1 TiB that share most of their tables, 19 of them deleted: at once, and one by one by qemu-img."""
+
+    def __init__(self, bench):
+        self.b, self.rows = bench, []
+
+    def make(self, whole):
+        def make(path):
+            copy(whole, path)
+            for n in range(20):
+                writes = [f"write -z {(n * 37 + k * 101) % 1024}G 64k" for k in range(8)]
+                subprocess.run(["qemu-io", path], input="\n".join(writes), text=True, check=True, stdout=subprocess.DEVNULL)
+                sh(f"{self.b.build}/ours", path, "create", f"s{n}")
+        return make
+
+    def run(self, whole):
+        path = self.b.image("1T-20-snapshots", self.make(whole))
+        work, ours, names = f"{self.b.folder}/at-once.qcow2", f"{self.b.build}/ours", [f"s{n}" for n in range(19)]
+        ms = {"one by ours": [], "19 at once by ours": [], "usage of 19": [], "19 by qemu-img": []}
+        for _ in range(self.b.rounds):
+            for what, args in (("one by ours", ["delete", "s0"]), ("19 at once by ours", ["delete-many", *names]), ("usage of 19", ["usage", *names])):
+                copy(path, work)
+                ms[what].append(measure([ours, work, *args]))
+            copy(path, work)
+            each = [measure(["qemu-img", "snapshot", "-d", name, work]) for name in names]
+            ms["19 by qemu-img"].append({key: max(m[key] for m in each) if key == "rss" else sum(m[key] for m in each) for key in each[0]})
+        os.unlink(work)
+        for what, of in ms.items():
+            mid = {key: statistics.median(m[key] for m in of) for key in of[0]}
+            self.rows.append((what, mid))
+            print(f"at once, {what}: {mid['wall']:.3f} s", flush=True)
+
+    def table(self):
+        out = ["| 20 snapshots of 1 TiB | wall s | CPU s | requests | MiB read | peak MiB |", "|---|---|---|---|---|---|"]
+        for what, m in self.rows:
+            out.append(f"| {what} | {m['wall']:.3f} | {m['cpu']:.3f} | {m['requests']:.0f} | {mib(m['read'])} | {m['rss'] / 1024:.0f} |")
+        return out
+
+
 class Flatten:
     """Letting go of the backing file: qemu-img fills the disk only, so the snapshots of the second image are ours alone."""
     def __init__(self, bench):
@@ -528,6 +567,10 @@ def main():
     if want("changes"):
         diffs.run(b.image("1T", preallocated("1T")))
 
+    once = AtOnce(b)
+    if want("at-once"):
+        once.run(b.image("1T", preallocated("1T")))
+
     copies = Copies(b)
     if want("copies"):
         copies.run()
@@ -562,6 +605,8 @@ def main():
         f.write("Requests and bytes, as the kernel counts system calls of the process (warm cache):\n\n" + "\n".join(req) + "\n")
         if diffs.rows:
             f.write("\nWhat changed between two snapshots (warm cache, tables only):\n\n" + "\n".join(diffs.table()) + "\n")
+        if once.rows:
+            f.write("\nDeleting many at once (warm cache):\n\n" + "\n".join(once.table()) + "\n")
         if flattened.rows:
             f.write("\nLetting go of a backing file (what is written is on the disk at the end):\n\n" + "\n".join(flattened.table()) + "\n")
         if copies.rows:

@@ -2,6 +2,7 @@
 /*
  * One verb through the C API, for the benchmark: ours FILE open|create|goto|delete|list|read [NAME],
  * or ours FILE changes|compare|maps FROM TO (what changed, or both maps as far as one would need them)
+ * or ours FILE usage|delete-many NAME...
  *
  * With OURS_STATS=FILE in the environment, the seconds from before the open to after the close and
  * the peak memory in KiB go there: the process around them costs more than a small verb, and what
@@ -101,7 +102,8 @@ int main(int argc, char **argv)
     BlockDriverState *bs;
     Error *err = NULL;
     QEMUSnapshotInfo sn, *tab;
-    int reads = argc > 2 && (!strcmp(argv[2], "open") || !strcmp(argv[2], "list") || !strcmp(argv[2], "read") || argc > 4);
+    int reads = argc > 2 && (!strcmp(argv[2], "open") || !strcmp(argv[2], "list") || !strcmp(argv[2], "read") || !strcmp(argv[2], "usage") ||
+                            (argc > 4 && strcmp(argv[2], "delete-many")));
     int ret = -1;
 
     if (argc < 3 || qcow2_open(argv[1], reads ? 0 : QCOW2_O_RDWR, &bs, &err) < 0) {
@@ -120,6 +122,12 @@ int main(int argc, char **argv)
         ret = qcow2_snapshot_goto(bs, name);
     } else if (!strcmp(argv[2], "delete")) {
         ret = qcow2_snapshot_delete(bs, NULL, name, NULL);
+    } else if (!strcmp(argv[2], "delete-many")) {
+        ret = qcow2_snapshot_delete_many(bs, (const char *const *)argv + 3, (size_t)argc - 3, NULL);
+    } else if (!strcmp(argv[2], "usage")) {
+        Qcow2Usage u;
+        ret = qcow2_snapshot_usage(bs, (const char *const *)argv + 3, (size_t)argc - 3, &u, NULL);
+        printf("%llu bytes, %llu of them exclusive\n", (unsigned long long)u.referenced, (unsigned long long)u.exclusive);
     } else if (!strcmp(argv[2], "flatten")) {
         ret = qcow2_flatten(bs, NULL);
     } else if (!strcmp(argv[2], "list")) {

@@ -83,8 +83,17 @@ fn measured() -> String {
             i.snapshot_delete(Some(&id), None)
         });
         writeln!(out, "{case} delete first: {text}").unwrap();
-        let (text, _) = cost(created, |i| i.snapshot_delete(None, Some(b"requests")));
+        let (text, _) = cost(created.clone(), |i| {
+            i.snapshot_delete(None, Some(b"requests"))
+        });
         writeln!(out, "{case} delete last: {text}").unwrap();
+        let (text, _) = cost(created.clone(), |i| {
+            let id = first(i)?;
+            i.snapshot_delete_many(&[&id, b"requests"])
+        });
+        writeln!(out, "{case} delete both: {text}").unwrap();
+        let (text, _) = cost(created, |i| i.snapshot_rename(b"requests", b"renamed"));
+        writeln!(out, "{case} rename: {text}").unwrap();
     }
     out
 }
@@ -103,6 +112,46 @@ fn each_verb_costs_what_the_table_says() {
         assert_eq!(now, then, "line {} of tests/requests.txt", n + 1);
     }
     assert_eq!(now.lines().count(), table.lines().count());
+}
+
+/// What snapshots share is read and written as if one had it; each has an L1 table to be read, and a
+/// count of its own.
+#[test]
+#[cfg_attr(qcow2_little_memory, ignore = "more passes, more requests")]
+fn nineteen_snapshots_go_for_the_price_of_one() {
+    let mut image = image("v3-64k");
+    for i in 0..20 {
+        let new = NewSnapshot {
+            name: format!("n{i}").into_bytes(),
+            ..NewSnapshot::default()
+        };
+        image = cost(image, |i| i.snapshot_create(&new).map(|_| ())).1;
+    }
+    let names: Vec<String> = (0..19).map(|i| format!("n{i}")).collect();
+    let names: Vec<&[u8]> = names.iter().map(String::as_bytes).collect();
+    let counts = |n: usize| {
+        let storage = TraceStorage::new(image.clone());
+        let trace = storage.trace();
+        let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+        image.snapshot_delete_many(&names[..n]).unwrap();
+        trace.counts()
+    };
+    let (one, many) = (counts(1), counts(19));
+    assert_eq!((one.barriers, many.barriers), (3, 3));
+    // The L1 tables; tables of all of them are read once.
+    assert_eq!(many.reads, one.reads + 18);
+    assert!(many.bytes_read <= one.bytes_read + 18 * (64 << 10));
+    // The flags of tables that were shared by two, and are not any more.
+    assert!(many.writes <= one.writes + 2, "{one:?} {many:?}");
+    let usage = |n: usize| {
+        let storage = TraceStorage::new(image.clone());
+        let trace = storage.trace();
+        let mut image = Image::open_storage(Box::new(storage), OpenFlags::read_only()).unwrap();
+        let states: Vec<Option<&[u8]>> = names[..n].iter().copied().map(Some).collect();
+        image.snapshot_usage(&states).unwrap();
+        (trace.counts().reads, trace.events().len())
+    };
+    assert_eq!(usage(19), (usage(1).0 + 18, 0));
 }
 
 #[test]

@@ -130,7 +130,62 @@ fn one(
             }
             ("delete", Some(wanted), image.snapshot_delete(id, name))
         }
+        6 if op & 8 != 0 => {
+            let name = vec![b'r'; usize::from(arg) + usize::from(op >> 4)];
+            let Some(i) = list
+                .iter()
+                .position(|s| chosen.is_some_and(|c| c.id == s.id))
+            else {
+                return (
+                    "rename",
+                    Some(wanted),
+                    image.snapshot_rename(b"none", &name),
+                );
+            };
+            wanted[i].1.clone_from(&name);
+            let result = image.snapshot_rename(&list[i].id, &name);
+            ("rename", Some(wanted), result)
+        }
         6 => ("write_snapshots", Some(wanted), image.write_snapshots()),
+        7 if op & 8 != 0 => {
+            // By IDs, of which the first counts.
+            let set = || {
+                list.iter()
+                    .enumerate()
+                    .filter(|(i, _)| arg >> (i % 8) & 1 != 0)
+            };
+            let ids: Vec<&[u8]> = set().map(|(_, s)| s.id.as_slice()).collect();
+            let first = |id: &[u8]| list.iter().position(|s| s.id == id);
+            let gone: Vec<_> = ids.iter().filter_map(|id| first(id)).collect();
+            let mut n = 0..;
+            wanted.retain(|_| !gone.contains(&n.next().unwrap_or(usize::MAX)));
+            (
+                "delete_many",
+                Some(wanted),
+                image.snapshot_delete_many(&ids),
+            )
+        }
+        7 if op & 16 != 0 => {
+            let set = list
+                .iter()
+                .enumerate()
+                .filter(|(i, _)| arg >> (i % 8) & 1 != 0);
+            let mut states: Vec<Option<&[u8]>> = set.map(|(_, s)| Some(s.id.as_slice())).collect();
+            if op & 32 != 0 {
+                states.push(None);
+            }
+            if let Ok(u) = image.snapshot_usage(&states) {
+                assert!(
+                    u.tables <= u.exclusive && u.exclusive <= u.referenced,
+                    "{u:?}"
+                );
+                assert!(
+                    u.vm_state <= u.referenced && u.allocated <= u.referenced,
+                    "{u:?}"
+                );
+            }
+            ("usage", Some(wanted), Ok(()))
+        }
         _ => {
             image.free_snapshots();
             let result = image.read_snapshots();

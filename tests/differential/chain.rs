@@ -51,6 +51,9 @@ fn chain(run: &mut Run, seed: u64) -> R<()> {
             run.verb(&v)?;
         }
         run.keep_handle = false;
+        if rng.chance(60) {
+            run.many(&mut Rng::new(seed ^ round))?;
+        }
     }
     Ok(())
 }

@@ -155,6 +155,10 @@ fn print_stats(s: &Stats) {
         s.guest
     );
     println!(
+        "  {} sets of {} snapshots deleted at once, by qemu-img one by one",
+        s.sets.0, s.sets.1
+    );
+    println!(
         "  failed alike on both sides: {}",
         if errors.is_empty() {
             "none".into()

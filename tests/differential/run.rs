@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 
 use super::files::{self, at, R};
 use super::generate::QEMU;
-use super::ours::{Lib, Listed, Side, Verb};
+use super::ours::{Lib, Listed, Side, Usage, Verb};
 use super::qemu::{Failure, Tools};
 use super::qimg::{self, Qcow, COMPRESSED, COPIED, OFFSET};
+use super::rng::Rng;
 
 /// What every run shares.
 pub struct Ctx {
@@ -29,6 +30,8 @@ pub struct Stats {
     /// Rounds of guest activity and of crafted changes.
     pub guest: u64,
     pub crafts: BTreeMap<&'static str, u64>,
+    /// Sets of snapshots deleted at once by ours and one by one by qemu-img, and how many snapshots.
+    pub sets: (u64, u64),
 }
 
 impl Stats {
@@ -42,6 +45,7 @@ impl Stats {
         self.deletes += o.deletes;
         self.on_kept_handle += o.on_kept_handle;
         self.guest += o.guest;
+        self.sets = (self.sets.0 + o.sets.0, self.sets.1 + o.sets.1);
         for (k, v) in &o.same_errors {
             *self.same_errors.entry(*k).or_default() += v;
         }
@@ -393,6 +397,134 @@ impl<'a> Run<'a> {
         })
     }
 
+    /// Delete some snapshots of the image as it is, on two more copies: one by one by qemu-img, at once
+    /// by ours. List, disks, counts and the active disk's flags must be equal, and what became free is what
+    /// the usage of the set said.
+    pub fn many(&mut self, rng: &mut Rng) -> R<()> {
+        let (before, Some(lib)) = (Qcow::open(&self.qemu)?, self.ctx.lib) else {
+            return Ok(());
+        };
+        let ids: std::collections::BTreeSet<_> = before.snaps.iter().map(|e| &e.id).collect();
+        let plain = |e: &qimg::Entry| {
+            e.id.len() < 128 && e.name.len() < 256 && !e.id.contains(&0) && !e.name.contains(&0)
+        };
+        let usable = ids.len() == before.snaps.len() && before.snaps.iter().all(plain);
+        if !usable || before.h.bitmaps.is_some() || before.h.incompat & 1 != 0 {
+            return Ok(());
+        }
+        // qemu-img deletes the first of a name.
+        let (mut chosen, mut left) = (vec![], std::collections::BTreeSet::new());
+        for e in &before.snaps {
+            if left.contains(&e.name) || rng.chance(40) {
+                left.insert(e.name.clone());
+            } else {
+                chosen.push((e.name.clone(), e.id.clone()));
+            }
+        }
+        if chosen.is_empty() {
+            return Ok(());
+        }
+        let (theirs, ours) = (
+            self.dir().join("many-qemu.qcow2"),
+            self.dir().join("many-ours.qcow2"),
+        );
+        files::copy(&self.qemu, &theirs)?;
+        files::copy(&self.qemu, &ours)?;
+        let mut by_qemu = Ok(());
+        for (name, _) in &chosen {
+            by_qemu = by_qemu.and(self.tools.snapshot("-d", name, "many-qemu.qcow2")?);
+        }
+        let ids: Vec<Vec<u8>> = chosen.iter().map(|(_, id)| id.clone()).collect();
+        let by_us = lib.many(&ours, &ids)?;
+        self.stats.sets = (self.stats.sets.0 + 1, self.stats.sets.1 + ids.len() as u64);
+        let r = match (by_qemu, by_us) {
+            (Ok(()), Ok(usage)) => self.same_meaning(&before, &theirs, &ours, usage),
+            // Damaged on purpose.
+            (Err(_), Err(_)) => Ok(()),
+            (Err(q), Ok(_)) => Err(format!("qemu-img failed: {}, ours did not", q.text)),
+            (Ok(()), Err(o)) => Err(format!("ours failed: {}, qemu-img did not", o.text)),
+        };
+        r.map_err(|why| {
+            let text = format!("deleting {} snapshots at once: {why}", ids.len());
+            let v = Verb::Delete {
+                name: chosen[0].0.clone(),
+                id: None,
+                by_name: None,
+            };
+            self.report(&v, &text)
+        })
+    }
+
+    fn same_meaning(&mut self, before: &Qcow, theirs: &Path, ours: &Path, usage: Usage) -> R<()> {
+        let (q, o) = (Qcow::open(theirs)?, Qcow::open(ours)?);
+        let list = |q: &Qcow| -> Vec<qimg::Entry> {
+            q.snaps
+                .iter()
+                .map(|e| qimg::Entry {
+                    pos: 0,
+                    ..e.clone()
+                })
+                .collect()
+        };
+        if list(&q) != list(&o) {
+            return Err("the snapshot tables differ".into());
+        }
+        if digest(&q, q.h.l1_off, q.h.l1_size, !0)? != digest(&o, o.h.l1_off, o.h.l1_size, !0)? {
+            return Err("the active disk differs, or its flags".into());
+        }
+        for s in &q.snaps {
+            if digest(&q, s.l1_off, s.l1_size, !COPIED)?
+                != digest(&o, s.l1_off, s.l1_size, !COPIED)?
+            {
+                return Err(format!(
+                    "snapshot {:?} differs",
+                    String::from_utf8_lossy(&s.id)
+                ));
+            }
+        }
+        let clusters = before.len.max(q.len).max(o.len) / before.cs() + 2;
+        if clusters < 1 << 14 {
+            let of_table = |q: &Qcow, c: u64| {
+                let within = |off: u64, n: u64| {
+                    n != 0 && (off / q.cs()..(off + n).div_ceil(q.cs())).contains(&c)
+                };
+                within(q.h.snap_off, q.snaps_size)
+                    || within(q.h.rt_off, u64::from(q.h.rt_clusters) * q.cs())
+                    || q.reftable
+                        .iter()
+                        .any(|b| b & OFFSET != 0 && b / q.cs() == c)
+            };
+            let mut freed = 0;
+            let count = |q: &Qcow, c| q.refcount(c).map(|n| n.unwrap_or(0));
+            for c in 0..clusters {
+                if of_table(before, c) || of_table(&o, c) {
+                    continue;
+                }
+                let y = count(&o, c)?;
+                freed += u64::from(count(before, c)? != 0 && y == 0) * before.cs();
+                // What the first of qemu-img's deletes has freed may hold the table of the next.
+                if of_table(&q, c) {
+                    continue;
+                }
+                let x = count(&q, c)?;
+                if x != y {
+                    return Err(format!(
+                        "the count of cluster {c:#x} is {x} by qemu-img, {y} by ours"
+                    ));
+                }
+            }
+            if freed != usage.exclusive || usage.exclusive > usage.referenced {
+                return Err(format!("{freed:#x} bytes became free; {usage:?}"));
+            }
+        }
+        let mut check = |f: &str| self.tools.on("qemu-img", &[b"check", b"-q"], f, &[]);
+        let (x, y) = (check("many-qemu.qcow2")?, check("many-ours.qcow2")?);
+        if x.ok && !y.ok {
+            return Err(format!("qemu-img check of ours: {}{}", y.stdout, y.stderr));
+        }
+        Ok(())
+    }
+
     /// Our list must say what stands in our file.
     fn check_list(&mut self) -> R<()> {
         let Some((list, length)) = self.side.list()? else {
@@ -483,9 +615,9 @@ impl<'a> Run<'a> {
             return Err("snapshot tables differ beside the L1 offsets".into());
         }
         let disks = |q: &Qcow| -> R<Vec<u64>> {
-            let mut v = vec![digest(q, q.h.l1_off, q.h.l1_size)?];
+            let mut v = vec![digest(q, q.h.l1_off, q.h.l1_size, !0)?];
             for s in &q.snaps {
-                v.push(digest(q, s.l1_off, s.l1_size)?);
+                v.push(digest(q, s.l1_off, s.l1_size, !0)?);
             }
             Ok(v)
         };
@@ -577,8 +709,9 @@ impl Drop for Run<'_> {
     }
 }
 
-/// FNV over everything an L1 reaches: the entries and the contents of the clusters.
-fn digest(q: &Qcow, off: u64, n: u32) -> R<u64> {
+/// FNV over everything an L1 reaches: the entries, as far as `mask` has them, and the contents of the
+/// clusters.
+fn digest(q: &Qcow, off: u64, n: u32, mask: u64) -> R<u64> {
     let mut h = 0xcbf2_9ce4_8422_2325u64;
     let mut mix = |w: u64| h = (h ^ w).wrapping_mul(0x0000_0100_0000_01b3);
     let step = if q.ext_l2() { 2 } else { 1 };
@@ -587,7 +720,7 @@ fn digest(q: &Qcow, off: u64, n: u32) -> R<u64> {
             continue;
         }
         mix(i as u64);
-        mix(l1);
+        mix(l1 & mask);
         for (j, w) in q
             .words(l1 & OFFSET, (q.cs() / 8) as usize)?
             .into_iter()
@@ -595,7 +728,7 @@ fn digest(q: &Qcow, off: u64, n: u32) -> R<u64> {
         {
             if w != 0 {
                 mix(j as u64);
-                mix(w);
+                mix(w & mask);
                 if j % step == 0 && w & COMPRESSED == 0 && w & OFFSET != 0 {
                     q.words(w & OFFSET, (q.cs() / 8) as usize)?
                         .into_iter()

@@ -1,0 +1,182 @@
+//! `snapshot_usage`, `snapshot_delete_many` and `snapshot_rename` on tables that lie, and on very long lists.
+
+#![allow(clippy::unwrap_used)]
+
+use flate2::read::GzDecoder;
+use qcow2_snapshot::io::trace::TraceStorage;
+use qcow2_snapshot::{Error, Image, NewSnapshot, OpenFlags, Outcome};
+use std::io::Read as _;
+use std::path::Path;
+
+/// An image with clusters of 4 KiB and snapshots "first" and "second" of the same disk at the end of its list.
+fn image() -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("c-tests/images/v3-4k/before.qcow2.gz");
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).unwrap();
+    GzDecoder::new(file).read_to_end(&mut bytes).unwrap();
+    let storage = TraceStorage::new(bytes);
+    let trace = storage.trace();
+    let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+    for name in ["first", "second"] {
+        let new = NewSnapshot {
+            name: name.into(),
+            ..NewSnapshot::default()
+        };
+        image.snapshot_create(&new).unwrap();
+    }
+    image.close().unwrap();
+    trace.contents()
+}
+
+fn word(b: &[u8], at: u64) -> u64 {
+    u64::from_be_bytes(b[at as usize..at as usize + 8].try_into().unwrap())
+}
+
+fn put(b: &mut [u8], at: u64, value: u64) {
+    b[at as usize..at as usize + 8].copy_from_slice(&value.to_be_bytes());
+}
+
+/// Where the entries of the last two snapshots stand.
+fn entries(b: &[u8]) -> [u64; 2] {
+    let (mut at, mut all) = (word(b, 64), Vec::new());
+    for _ in 0..word(b, 60) >> 32 {
+        at = at.next_multiple_of(8);
+        all.push(at);
+        let lengths = word(b, at + 12);
+        at += 40 + (word(b, at + 36) >> 32) + (lengths >> 48) + (lengths >> 32 & 0xffff);
+    }
+    [all[all.len() - 2], all[all.len() - 1]]
+}
+
+fn open(bytes: &[u8]) -> (Image, qcow2_snapshot::io::trace::Trace) {
+    let storage = TraceStorage::new(bytes.to_vec());
+    let trace = storage.trace();
+    let image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+    (image, trace)
+}
+
+/// Usage and delete of the set end with the same errno, and nothing is written.
+fn refused(bytes: &[u8], set: &[&[u8]], errno: i32) {
+    let (mut image, trace) = open(bytes);
+    let states: Vec<Option<&[u8]>> = set.iter().copied().map(Some).collect();
+    let by_usage = image.snapshot_usage(&states).unwrap_err();
+    let by_delete = image.snapshot_delete_many(set).unwrap_err();
+    assert_eq!(
+        (by_usage.errno(), by_delete.errno()),
+        (errno, errno),
+        "{by_usage} {by_delete}"
+    );
+    assert_eq!(image.last_outcome(), Outcome::Unchanged);
+    assert!(trace.events().is_empty());
+}
+
+#[test]
+fn tables_that_lie_are_errors_and_nothing_underflows() {
+    let good = image();
+    let [one, two] = entries(&good);
+    let mut active = good.clone();
+    put(&mut active, one, word(&good, 40));
+    refused(&active, &[b"first"], libc::EIO);
+    refused(&active, &[b"second", b"first"], libc::EIO);
+    let mut same = good.clone();
+    put(&mut same, two, word(&good, one));
+    refused(&same, &[b"first", b"second"], libc::EIO);
+    // All counts of data and L2 tables are 1, where three name them.
+    let mut low = good.clone();
+    let block = word(&good, word(&good, 48));
+    for i in 0..2048 {
+        let at = (block + 2 * i) as usize;
+        if low[at..at + 2] != [0, 0] {
+            low[at..at + 2].copy_from_slice(&[0, 1]);
+        }
+    }
+    refused(&low, &[b"first", b"second"], libc::EINVAL);
+    // Of one alone they say that nobody else has it; the figures keep their order.
+    let u = open(&low).0.snapshot_usage(&[Some(b"first")]).unwrap();
+    assert!(u.exclusive == u.referenced && u.tables <= u.exclusive && u.allocated == u.referenced);
+    // An L1 table that names one L2 table again and again.
+    let mut again = good.clone();
+    let (l1, n) = (word(&good, one), word(&good, one + 8) >> 32);
+    for i in 0..n {
+        put(&mut again, l1 + 8 * i, word(&good, l1));
+    }
+    let (mut image, trace) = open(&again);
+    let usage = image.snapshot_usage(&[Some(b"first"), Some(b"second"), None]);
+    assert!(n < 2 || usage.is_err_and(|e| e.errno() == libc::EINVAL));
+    assert!(trace.events().is_empty());
+}
+
+#[test]
+fn names_that_are_not_there_are_named() {
+    let (mut image, trace) = open(&image());
+    for e in [
+        image
+            .snapshot_delete_many(&[b"first", b"th\xffee\n"])
+            .unwrap_err(),
+        image
+            .snapshot_usage(&[None, Some(b"th\xffee\n")])
+            .unwrap_err(),
+        image.snapshot_rename(b"th\xffee\n", b"x").unwrap_err(),
+    ] {
+        assert!(matches!(e, Error::NotFound(_)));
+        assert_eq!(e.to_string(), r"Can't find the snapshot 'th\xffee\n'");
+    }
+    assert!(trace.events().is_empty());
+}
+
+#[test]
+fn any_state_can_be_asked_for_whatever_is_shown() {
+    let storage = TraceStorage::new(image());
+    let mut image = Image::open_storage(Box::new(storage), OpenFlags::read_only()).unwrap();
+    let before = image.snapshot_usage(&[]).unwrap();
+    image.snapshot_load_tmp(None, Some(b"first")).unwrap();
+    assert_eq!(image.snapshot_usage(&[None]).unwrap(), before);
+    image.free_snapshots();
+    assert_eq!(
+        image
+            .snapshot_usage(&[Some(b"first"), Some(b"first")])
+            .unwrap()
+            .vm_state,
+        0
+    );
+}
+
+#[test]
+fn a_list_of_65536_goes_at_once_and_one_of_it_gets_a_name() {
+    let mut bytes = image();
+    let table = bytes.len().next_multiple_of(4096);
+    bytes.resize(table, 0);
+    for i in 0..65536u32 {
+        let id = format!("{i:08}");
+        // An L1 table without entries.
+        bytes.extend(
+            [
+                &[0u8; 12][..],
+                &8u16.to_be_bytes(),
+                &0u16.to_be_bytes(),
+                &[0; 20],
+            ]
+            .concat(),
+        );
+        bytes.extend([&24u32.to_be_bytes()[..], &[0; 24], id.as_bytes()].concat());
+    }
+    let block = word(&bytes, word(&bytes, 48)) as usize;
+    let clusters = table / 4096..bytes.len().div_ceil(4096);
+    assert!(clusters.end <= 2048, "the block counts them all");
+    for c in clusters {
+        bytes[block + 2 * c + 1] = 1;
+    }
+    put(&mut bytes, 64, table as u64);
+    bytes[60..64].copy_from_slice(&65536u32.to_be_bytes());
+    let (mut image, _) = open(&bytes);
+    let list = image.snapshot_list().unwrap().to_vec();
+    let mut ids: Vec<&[u8]> = list.iter().map(|s| s.id.as_slice()).collect();
+    ids.reverse();
+    image.snapshot_rename(ids[7], b"seven").unwrap();
+    assert_eq!(image.snapshot_list().unwrap()[65528].name, b"seven");
+    let states: Vec<Option<&[u8]>> = ids.iter().copied().map(Some).collect();
+    assert_eq!(image.snapshot_usage(&states).unwrap().referenced, 0);
+    image.snapshot_delete_many(&ids[..65535]).unwrap();
+    assert_eq!(image.snapshot_list().unwrap().len(), 1);
+    assert_eq!(image.snapshot_list().unwrap()[0].id, b"00000000");
+}
