@@ -49,6 +49,10 @@
  *   QEMU's own temporary files are; or in memory, if there is no room for such a file. A
  *   set-uid program does not follow $TMPDIR.
  *
+ * Damaged images. qcow2_check() finds what "qemu-img check" finds, and mends it. An image with the
+ *   dirty bit, the corrupt bit or a snapshot table that cannot be read is opened with
+ *   QCOW2_O_CHECK for it; changing such a handle in any other way is -EPERM.
+ *
  * Ownership. Handles, error objects and lists belong to the caller and go back through
  *   qcow2_close(), qcow2_error_free() and qcow2_snapshot_list_free() or free(). Out-pointers
  *   are set to NULL first and to a value on success only. Strings that functions return
@@ -113,6 +117,14 @@
  * cost anything, including every snapshot.
  */
 #define QCOW2_O_NO_FLUSH 0x00000200
+
+/**
+ * Open an image to check it, however damaged (QEMU's BDRV_O_CHECK): the dirty bit, the
+ * corrupt bit and a snapshot table that cannot be read are accepted. On such a handle every
+ * function that changes the image is -EPERM, but for qcow2_check(), until a repair has left
+ * nothing wrong. Listing and reading work where the tables can be read.
+ */
+#define QCOW2_O_CHECK 0x00001000
 
 /**
  * Read beside a running guest, as "qemu-img -U": read-only opens only, claims nothing
@@ -234,6 +246,21 @@
  * cannot be cancelled.
  */
 #define QCOW2_PROGRESS_RECLAIM 3
+
+/**
+ * qcow2_check(): give back clusters whose count is too high (QEMU's BDRV_FIX_LEAKS).
+ */
+#define QCOW2_FIX_LEAKS 1
+
+/**
+ * qcow2_check(): mend everything else (QEMU's BDRV_FIX_ERRORS).
+ */
+#define QCOW2_FIX_ERRORS 2
+
+/**
+ * qcow2_check(): look at the snapshot table alone, and mend it with QCOW2_FIX_ERRORS.
+ */
+#define QCOW2_CHECK_TABLE_ONLY 4
 
 /* ---- What a verb changed ------------------------------------------------------------- */
 
@@ -473,6 +500,64 @@ typedef struct Qcow2Change {
 typedef int (*Qcow2ProgressFunc)(void *opaque, int stage, uint64_t done, uint64_t total);
 
 /**
+ * What qcow2_check() found (QEMU's BdrvCheckResult), by the names of
+ * "qemu-img check --output=json".
+ */
+typedef struct Qcow2CheckResult {
+    /**
+     * Errors that harm data, or would when the disk is written to.
+     */
+    uint64_t corruptions;
+    /**
+     * Clusters whose count is too high: space that is lost, nothing else.
+     */
+    uint64_t leaks;
+    /**
+     * Things that could not be checked.
+     */
+    uint64_t check_errors;
+    /**
+     * Corruptions that this call has mended.
+     */
+    uint64_t corruptions_fixed;
+    /**
+     * Leaked clusters that this call has given back.
+     */
+    uint64_t leaks_fixed;
+    /**
+     * Where the last cluster in use ends, in bytes.
+     */
+    uint64_t image_end_offset;
+    /**
+     * Clusters of the disk.
+     */
+    uint64_t total_clusters;
+    /**
+     * Of these, clusters that the image has.
+     */
+    uint64_t allocated_clusters;
+    /**
+     * Of these, clusters that do not follow the one before them in the file.
+     */
+    uint64_t fragmented_clusters;
+    /**
+     * Of these, compressed clusters.
+     */
+    uint64_t compressed_clusters;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[6];
+} Qcow2CheckResult;
+
+/**
+ * Told a finding of qcow2_check(), in the words of "qemu-img check": one line, without a
+ * newline. The text is gone when the function returns. It must not throw, longjmp or call
+ * back into the handle (-EBUSY).
+ */
+typedef void (*Qcow2CheckFunc)(void *opaque, const char *finding);
+
+/**
  * One entry of the snapshot table in full, from qcow2_snapshot_layout().
  */
 typedef struct Qcow2SnapshotLayout {
@@ -591,9 +676,13 @@ typedef struct Qcow2ImageLayout {
      */
     const uint64_t *l1_table;
     /**
+     * Bytes of the snapshot table in the image; 0 without snapshots, or where it cannot be read.
+     */
+    uint64_t snapshots_size;
+    /**
      * Zeros. Later versions of the library may tell more here.
      */
-    uint64_t reserved[4];
+    uint64_t reserved[3];
 } Qcow2ImageLayout;
 
 /**
@@ -720,6 +809,15 @@ typedef struct Qcow2Api {
      * qcow2_set_progress().
      */
     int (*set_progress)(struct Qcow2Image *bs, Qcow2ProgressFunc func, void *opaque);
+    /**
+     * qcow2_check().
+     */
+    int (*check)(struct Qcow2Image *bs,
+                 int fix,
+                 struct Qcow2CheckResult *result,
+                 Qcow2CheckFunc report,
+                 void *opaque,
+                 struct Qcow2Error **errp);
     /**
      * qcow2_snapshot_layout().
      */
@@ -1286,7 +1384,8 @@ int qcow2_snapshot_next_change(struct Qcow2Image *bs,
  * A verb that is cancelled returns -ECANCELED, and qcow2_last_outcome() is
  * QCOW2_OUTCOME_UNCHANGED. In QCOW2_PROGRESS_CHECK not a byte has changed, and the handle
  * is good. In QCOW2_PROGRESS_PREPARE it is as after an I/O error: disk and snapshots are
- * what they were, but clusters may have leaked ("qemu-img check -r leaks" frees them), and
+ * what they were, but clusters may have leaked ("qcow2-snapshot check -r leaks" or
+ * qcow2_check() frees them), and
  * the handle refuses further changes (-EIO) until the image is opened again. In
  * QCOW2_PROGRESS_RECLAIM the answer is ignored: the verb has been done.
  *
@@ -1304,6 +1403,57 @@ int qcow2_snapshot_next_change(struct Qcow2Image *bs,
 int qcow2_set_progress(struct Qcow2Image *bs,
                        Qcow2ProgressFunc func,
                        void *opaque);
+
+/**
+ * Check the image, and mend it if asked to. Without a fix nothing is written, and the
+ * numbers are those of "qemu-img check" for the same file; with one, corruptions and leaks
+ * are what a second look finds.
+ *
+ * A damaged image is opened with QCOW2_O_CHECK. When a repair has left nothing wrong (but
+ * for leaks that were not to be mended), the dirty and the corrupt bit are cleared and the
+ * handle is as any other.
+ *
+ * What a repair writes, it writes in this order: counts that are too low are raised and
+ * flags that allow too much are cleared; when that is stable, counts that are too high are
+ * lowered and clusters given back. So a power cut leaves an image that a second repair
+ * finishes, and no disk or snapshot reads worse for it. While a table cannot be read, a
+ * repair lowers and frees nothing and says so: what the table refers to is not known. Data
+ * of a cluster that was counted as free is kept. What cannot be mended stays: entries that
+ * lead nowhere, reserved bits, counts that the refcount width cannot hold.
+ *
+ * qcow2_set_progress() works as for a verb: until counts are lowered a repair can be
+ * cancelled.
+ *
+ * @param bs      the handle; to mend, opened with QCOW2_O_RDWR
+ * @param fix     0, or QCOW2_FIX values joined by "|", or QCOW2_CHECK_TABLE_ONLY with or
+ *                without QCOW2_FIX_ERRORS. QCOW2_FIX_LEAKS alone lowers nothing where the
+ *                refcount structures would have to be made anew.
+ * @param result  where to put the numbers: set to zeros first, written on success only
+ * @param report  NULL, or a function that is told each finding
+ * @param opaque  handed to the function, otherwise not looked at
+ * @param errp    NULL, or where to put the error: must hold NULL on entry, set only on
+ *                failure, then owned by the caller (qcow2_error_free())
+ * @return        0 when the check has run to its end, whatever it found; or -errno; after a
+ *                fix see qcow2_last_outcome():
+ *                -EINVAL   bs or result is NULL, an unknown bit in fix, or the snapshot
+ *                          table's place is not valid (QCOW2_FIX_ERRORS does not help)
+ *                -EFBIG    the snapshot table exceeds QEMU's limits (QCOW2_FIX_ERRORS cuts
+ *                          it), or the file has more clusters than can be checked
+ *                -EACCES   a fix, and the handle is read-only
+ *                -ENOSPC   the disk is full
+ *                -EIO      the image cannot be read or written, or an earlier failure spent
+ *                          the handle
+ *                -ECANCELED  the progress function has cancelled it
+ *                -ENOMEM, -EBUSY, and what the I/O functions return
+ *
+ * QEMU: bdrv_check()
+ */
+int qcow2_check(struct Qcow2Image *bs,
+                int fix,
+                struct Qcow2CheckResult *result,
+                Qcow2CheckFunc report,
+                void *opaque,
+                struct Qcow2Error **errp);
 
 /* ---- Embedding: where the tables are ------------------------------------------------- */
 
@@ -1405,7 +1555,7 @@ const char *qcow2_last_error(const struct Qcow2Image *bs);
  *
  * QCOW2_OUTCOME_UNCHANGED together with an error can mean an I/O error before the
  * new state was published: the disk and the snapshots are what they were, but clusters may
- * have leaked ("qemu-img check -r leaks" finds them) and the handle refuses further
+ * have leaked (qcow2_check() finds them) and the handle refuses further
  * changes (-EIO) until the image is opened again. QCOW2_OUTCOME_DONE together with an
  * error means that the verb took effect and that only clusters it should have freed may be
  * left over.

@@ -13,7 +13,6 @@
 #include <qcow2_snapshot.h>
 
 QEMU_BUILD_BUG_ON(sizeof(QEMUSnapshotInfo) != sizeof(Qcow2SnapshotInfo));
-
 static const Qcow2Api *api;
 
 typedef struct Call {                   /* a handle of the library, for one call from QEMU */
@@ -25,7 +24,6 @@ typedef struct Call {                   /* a handle of the library, for one call
 /* The library's I/O is the node below. */
 #define BELOW(call) (((Call *)(call))->bs->file)
 #define IO static int GRAPH_RDLOCK
-
 IO io_pread(void *o, uint64_t at, void *buf, size_t n) { return bdrv_pread(BELOW(o), at, n, buf, 0); }
 IO io_pwrite(void *o, uint64_t at, const void *buf, size_t n) { return bdrv_pwrite(BELOW(o), at, n, buf, 0); }
 IO io_flush(void *o) { return bdrv_flush(BELOW(o)->bs); }
@@ -34,24 +32,18 @@ IO io_discard(void *o, uint64_t at, uint64_t n) { return bdrv_pdiscard(BELOW(o),
 static int64_t GRAPH_RDLOCK io_getlength(void *o) { return bdrv_getlength(BELOW(o)->bs); }
 
 /* QEMU may have been told to do without a backing node: then nothing shows through. */
-static int64_t GRAPH_RDLOCK io_backing_length(void *o)
-{
-    BdrvChild *backing = ((Call *)o)->bs->backing;
-
-    return backing ? bdrv_getlength(backing->bs) : 0;
-}
+#define BACKING(call) (((Call *)(call))->bs->backing)
+static int64_t GRAPH_RDLOCK io_backing_length(void *o) { return BACKING(o) ? bdrv_getlength(BACKING(o)->bs) : 0; }
 
 /* blkdebug's events: those of QEMU's that are most like the library's. */
 static void GRAPH_RDLOCK io_event(void *o, const char *label)
 {
     Call *call = o;
-
     if (call->published && strcmp(label, "barrier"))
         BLKDBG_EVENT(BELOW(o), BLKDBG_CLUSTER_FREE);
     call->published |= !strcmp(label, "header") || !strcmp(label, "L1 table");
-    BLKDBG_EVENT(BELOW(o), !strcmp(label, "L1 table") ? BLKDBG_L1_UPDATE :
-                 !strcmp(label, "L2 table") ? BLKDBG_L2_UPDATE :
-                 !strcmp(label, "refcount block") ? BLKDBG_REFBLOCK_UPDATE_PART : BLKDBG_CLUSTER_ALLOC);
+    BLKDBG_EVENT(BELOW(o), !strcmp(label, "L1 table") ? BLKDBG_L1_UPDATE : !strcmp(label, "L2 table") ?
+                 BLKDBG_L2_UPDATE : BLKDBG_REFBLOCK_UPDATE_PART);
 }
 
 static const Qcow2IoOps io = {
@@ -66,13 +58,10 @@ static int GRAPH_RDLOCK begin(Call *call, BlockDriverState *bs, int flags, Error
     const Qcow2Api *(*get)(void) = so ? dlsym(so, "qcow2_api") : NULL;
     Qcow2Error *err = NULL;
     int ret = 0;
-
     if (get && get()->size >= endof(Qcow2Api, check))
         api = get();
-    if (!api) {
-        error_setg(errp, "No libqcow2_snapshot 0.2: %s", so ? "this one is older" : dlerror());
-        return -ENOTSUP;
-    }
+    if (!api)
+        return error_setg(errp, "No libqcow2_snapshot 0.2: %s", so ? "it is older" : dlerror()), -ENOTSUP;
     /* Before a change: what QEMU's caches hold goes to the file, and they forget it. */
     if (flags & QCOW2_O_RDWR)
         ret = qcow2_cache_empty(bs, s->l2_table_cache) ?: qcow2_cache_empty(bs, s->refcount_block_cache);
@@ -81,10 +70,8 @@ static int GRAPH_RDLOCK begin(Call *call, BlockDriverState *bs, int flags, Error
         s->incompatible_features &= ~QCOW2_INCOMPAT_DIRTY;
         ret = qcow2_update_header(bs);
     }
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Could not write back the tables in memory");
-        return ret;
-    }
+    if (ret < 0)
+        return error_setg_errno(errp, -ret, "Could not write back the tables in memory"), ret;
     *call = (Call) { .bs = bs };
     flags |= s->discard_passthrough[QCOW2_DISCARD_SNAPSHOT] ? 0 : QCOW2_O_NO_DISCARD;
     if ((ret = api->open_io(&io, call, flags, &call->image, &err)) < 0)
@@ -101,11 +88,10 @@ static int take_snapshots(Call *call)
     Qcow2SnapshotInfo *tab = NULL;
     int ret = api->image_layout(call->image, &image);
     int n = ret < 0 ? ret : api->snapshot_list(call->image, &tab);
-
     qcow2_free_snapshots(call->bs);
     s->snapshots = g_new0(QCowSnapshot, MAX(n, 0));
     s->snapshots_offset = n < 0 ? 0 : image.snapshots_offset;
-    s->snapshots_size = 0;
+    s->snapshots_size = n < 0 ? 0 : image.snapshots_size;
     for (int i = 0; i < n && !(ret = api->snapshot_layout(call->image, i, &at, NULL)); i++) {
         s->snapshots[s->nb_snapshots++] = (QCowSnapshot) {
             .l1_table_offset = at.l1_table_offset, .l1_size = at.l1_size, .id_str = g_strdup(at.id),
@@ -114,8 +100,6 @@ static int take_snapshots(Call *call)
             .vm_clock_nsec = tab[i].vm_clock_nsec, .extra_data_size = at.extra_data_size,
             .unknown_extra_data = g_memdup2(at.unknown_extra_data, MAX(at.extra_data_size, 24) - 24),
         };
-        s->snapshots_size = ROUND_UP(s->snapshots_size, 8) + sizeof(QCowSnapshotHeader) + at.extra_data_size +
-            strlen(at.id) + strlen(at.name);
     }
     api->snapshot_list_free(tab);
     return n < 0 ? n : ret;
@@ -125,7 +109,6 @@ static int take_snapshots(Call *call)
 static uint64_t * GRAPH_RDLOCK read_table(BlockDriverState *bs, uint64_t offset, uint32_t entries, int *ret)
 {
     uint64_t *table = g_new0(uint64_t, entries);
-
     *ret = bdrv_pread(bs->file, offset, entries * 8LL, table, 0);
     for (uint32_t i = 0; i < entries; i++)
         be64_to_cpus(&table[i]);
@@ -135,7 +118,6 @@ static uint64_t * GRAPH_RDLOCK read_table(BlockDriverState *bs, uint64_t offset,
 static void take_l1(BlockDriverState *bs, uint64_t offset, uint32_t entries, const uint64_t *words)
 {
     BDRVQcow2State *s = bs->opaque;
-
     qemu_vfree(s->l1_table);
     s->l1_table = memcpy(qemu_blockalign(bs->file->bs, entries * L1E_SIZE), words, entries * L1E_SIZE);
     s->l1_table_offset = offset;
@@ -148,7 +130,6 @@ static int GRAPH_RDLOCK end(Call *call, int ret)
     BDRVQcow2State *s = call->bs->opaque;
     Qcow2ImageLayout at;
     int left = api->image_layout(call->image, &at);
-
     if (at.changed & QCOW2_CHANGED_SNAPSHOTS)
         left = take_snapshots(call);
     if (at.changed & QCOW2_CHANGED_L1)
@@ -167,10 +148,8 @@ static int GRAPH_RDLOCK end(Call *call, int ret)
             s->max_refcount_table_index = s->refcount_table[i] ? i : s->max_refcount_table_index;
     }
     s->free_cluster_index = s->free_byte_offset = 0;    /* where QEMU looks first: others are free now */
-    if (left < 0) {
-        error_report("The image has to be opened again: its state is not known");
-        call->bs->drv = NULL;
-    }
+    if (left < 0)
+        error_report("The image has to be opened again: its state is not known"), call->bs->drv = NULL;
     api->close(call->image);
     return ret < 0 ? ret : left;
 }
@@ -182,12 +161,8 @@ static int GRAPH_RDLOCK end(Call *call, int ret)
 void qcow2_free_snapshots(BlockDriverState *bs)
 {
     BDRVQcow2State *s = bs->opaque;
-
-    for (int i = 0; i < s->nb_snapshots; i++) {
-        g_free(s->snapshots[i].id_str);
-        g_free(s->snapshots[i].name);
-        g_free(s->snapshots[i].unknown_extra_data);
-    }
+    for (int i = 0; i < s->nb_snapshots; i++)
+        g_free(s->snapshots[i].id_str), g_free(s->snapshots[i].name), g_free(s->snapshots[i].unknown_extra_data);
     g_clear_pointer(&s->snapshots, g_free);
     s->nb_snapshots = 0;
 }
@@ -198,7 +173,6 @@ int coroutine_fn qcow2_read_snapshots(BlockDriverState *bs, Error **errp)
     BDRVQcow2State *s = bs->opaque;
     int ret = s->nb_snapshots;
     Call call;
-
     s->nb_snapshots = 0;
     if (!ret || (ret = begin(&call, bs, QCOW2_O_CHECK, errp)) < 0)
         return ret;
@@ -208,10 +182,7 @@ int coroutine_fn qcow2_read_snapshots(BlockDriverState *bs, Error **errp)
     return ret;
 }
 
-int qcow2_write_snapshots(BlockDriverState *bs)
-{
-    return CHANGE(bs, api->write_snapshots(call.image));
-}
+int qcow2_write_snapshots(BlockDriverState *bs) { return CHANGE(bs, api->write_snapshots(call.image)); }
 
 static void tell(void *opaque, const char *finding) { fprintf(stderr, "%s\n", finding); }
 
@@ -222,7 +193,6 @@ int coroutine_fn qcow2_check_read_snapshot_table(BlockDriverState *bs, BdrvCheck
     Qcow2CheckResult found = { 0 };
     Call call;
     int ret = begin(&call, bs, QCOW2_O_CHECK, NULL);
-
     if (ret >= 0) {
         if ((ret = api->check(call.image, QCOW2_CHECK_TABLE_ONLY, &found, mend ? NULL : tell, NULL, NULL)) >= 0)
             ret = take_snapshots(&call);
@@ -238,10 +208,7 @@ int coroutine_fn qcow2_check_read_snapshot_table(BlockDriverState *bs, BdrvCheck
     return ret;
 }
 
-int coroutine_fn qcow2_check_fix_snapshot_table(BlockDriverState *bs, BdrvCheckResult *result, BdrvCheckMode fix)
-{
-    return 0;
-}
+int coroutine_fn qcow2_check_fix_snapshot_table(BlockDriverState *bs, BdrvCheckResult *r, BdrvCheckMode f) { return 0; }
 
 static QCowSnapshot *find(BDRVQcow2State *s, const char *id, const char *name)
 {
@@ -251,9 +218,9 @@ static QCowSnapshot *find(BDRVQcow2State *s, const char *id, const char *name)
     return NULL;
 }
 
-int qcow2_snapshot_create(BlockDriverState *bs, QEMUSnapshotInfo *sn_info)
+int qcow2_snapshot_create(BlockDriverState *bs, QEMUSnapshotInfo *sn)
 {
-    return CHANGE(bs, api->snapshot_create(call.image, (Qcow2SnapshotInfo *)sn_info));
+    return CHANGE(bs, api->snapshot_create(call.image, (Qcow2SnapshotInfo *)sn));
 }
 
 int qcow2_snapshot_goto(BlockDriverState *bs, const char *snapshot_id)
@@ -264,7 +231,6 @@ int qcow2_snapshot_goto(BlockDriverState *bs, const char *snapshot_id)
     Error *err = NULL;
     Call call;
     int ret;
-
     if (!sn)
         return -ENOENT;
     if (size != bs->total_sectors * BDRV_SECTOR_SIZE)   /* may it be resized? */
@@ -278,37 +244,31 @@ int qcow2_snapshot_goto(BlockDriverState *bs, const char *snapshot_id)
     if (ret >= 0 && blk)                /* to the size that it has: this tells the users of the node */
         ret = blk_truncate(blk, size, true, PREALLOC_MODE_OFF, 0, &err);
     blk_unref(blk);
-    if (err)
-        error_report_err(err);
-    return ret;
+    return err ? error_report_err(err), ret : ret;
 }
 
 int qcow2_snapshot_delete(BlockDriverState *bs, const char *snapshot_id, const char *name, Error **errp)
 {
     Call call;
     int ret = begin(&call, bs, QCOW2_O_RDWR, errp);
-
     if (ret < 0)
         return ret;
     ret = api->snapshot_delete(call.image, snapshot_id, name, NULL);
-    if (ret < 0 && api->last_outcome(call.image) == QCOW2_OUTCOME_DONE) {
-        fprintf(stderr, "qcow2_free_clusters failed: %s\n", strerror(-ret));
+    if (ret < 0 && api->last_outcome(call.image) == QCOW2_OUTCOME_DONE)     /* in the words of QEMU's tests */
+        fprintf(stderr, "qcow2_free_clusters failed: %s\n", strerror(-ret)),
         error_setg_errno(errp, -ret, "Failed to free the cluster and L1 table");
-    } else if (ret < 0) {
+    else if (ret < 0)
         error_setg(errp, "%s", api->last_error(call.image));
-    }
     return end(&call, ret);
 }
 
 int qcow2_snapshot_list(BlockDriverState *bs, QEMUSnapshotInfo **psn_tab)
 {
     BDRVQcow2State *s = bs->opaque;
-
     *psn_tab = g_new0(QEMUSnapshotInfo, s->nb_snapshots);
     for (int i = 0; i < s->nb_snapshots; i++) {
         QCowSnapshot *sn = &s->snapshots[i];
         QEMUSnapshotInfo *info = &(*psn_tab)[i];
-
         *info = (QEMUSnapshotInfo) { .vm_state_size = sn->vm_state_size, .date_sec = sn->date_sec,
             .date_nsec = sn->date_nsec, .vm_clock_nsec = sn->vm_clock_nsec, .icount = sn->icount };
         pstrcpy(info->id_str, sizeof(info->id_str), sn->id_str);
@@ -320,21 +280,19 @@ int qcow2_snapshot_list(BlockDriverState *bs, QEMUSnapshotInfo **psn_tab)
 int qcow2_snapshot_load_tmp(BlockDriverState *bs, const char *snapshot_id, const char *name, Error **errp)
 {
     QCowSnapshot *sn = find(bs->opaque, snapshot_id, name);
+    g_autofree uint64_t *l1 = NULL;
     Call call;
     int ret = begin(&call, bs, 0, errp);
-
     if (ret < 0)
         return ret;
-    if ((ret = api->snapshot_load_tmp(call.image, snapshot_id, name, NULL)) < 0) {
+    if ((ret = api->snapshot_load_tmp(call.image, snapshot_id, name, NULL)) < 0)
         error_setg(errp, "%s", api->last_error(call.image));
-    } else if (sn) {
-        g_autofree uint64_t *l1 = read_table(bs, sn->l1_table_offset, sn->l1_size, &ret);
-
-        if (ret < 0)
-            error_setg_errno(errp, -ret, "Failed to read l1 table for snapshot");
-        else
-            take_l1(bs, sn->l1_table_offset, sn->l1_size, l1);
-    }
+    else
+        l1 = read_table(bs, sn->l1_table_offset, sn->l1_size, &ret);
+    if (l1 && ret < 0)
+        error_setg_errno(errp, -ret, "Failed to read l1 table for snapshot");
+    else if (l1)
+        take_l1(bs, sn->l1_table_offset, sn->l1_size, l1);
     api->close(call.image);
     return ret;
 }
