@@ -4,6 +4,8 @@
 #   make library  the library alone
 #   make demo     build it and walk through it on a scratch image
 #   make check    everything that is tested
+#   make quick    format, lints, unit tests, an image of each kind, a crash sweep: one minute
+#   make exhaustive  every small image, every cut (an hour; PART=i/n: one image in n)
 #   make header   make include/qcow2_snapshot.h, man/man3 and the golden texts of tests/abi again
 #   make bench    time the verbs against qemu-img and the floor (ROUNDS=5 BENCH_DIR=/var/tmp/...)
 #   make soak     SECONDS=1800: random images against qemu-img, fresh seeds
@@ -47,7 +49,7 @@ CARGO_HOME_ := $(or $(CARGO_HOME),$(HOME)/.cargo)
 REPRODUCIBLE = RUSTFLAGS='$(RUSTFLAGS) --remap-path-prefix=$(CURDIR)=. --remap-path-prefix=$(CARGO_HOME_)=/cargo' \
 	CFLAGS='$(BUILD_CFLAGS) -ffile-prefix-map=$(CURDIR)=. -ffile-prefix-map=$(CARGO_HOME_)=/cargo'
 
-.PHONY: fuzz soak-hostile asan tsan miri all library tool demo check c-check header bench soak soak-crash install uninstall \
+.PHONY: fuzz soak-hostile asan tsan miri all library tool demo check quick exhaustive c-check header bench soak soak-crash install uninstall \
 	install-smoke python-example python-wheel python-check nbdkit nbdkit-check \
 	install-debug prefixed prefixed-check reproducible package-check abi-check setup clean
 
@@ -108,9 +110,19 @@ demo: all build/demo build/list build/export-snapshot build/incremental
 	@echo
 	@echo '$$ build/qcow2-snapshot diff build/demo.qcow2 1'
 	@build/qcow2-snapshot diff build/demo.qcow2 1
+	@echo '$$ build/qcow2-snapshot du build/demo.qcow2'
+	@build/qcow2-snapshot du build/demo.qcow2
 
 check: setup all
 	@CARGO='$(CARGO)' TARGET='$(TARGET)' MAKE='$(MAKE)' tools/check
+
+quick:
+	@CARGO='$(CARGO)' CARGO_TARGET_DIR='$(TARGET)' tools/quick
+
+PART ?= 0/1
+exhaustive:
+	EXHAUSTIVE=hour EXHAUSTIVE_PART=$(PART) $(CARGO) test --release --test exhaustive --target-dir '$(TARGET)' \
+	    every_small_image -- --nocapture
 
 c-check: library
 	$(MAKE) -C c-tests check LIBDIR=../build INCDIR=../include
@@ -134,6 +146,7 @@ bench: setup library tool build/export-snapshot
 SECONDS ?= 1800
 soak: setup
 	DIFF_SECONDS=$(SECONDS) $(CARGO) test --release --test differential --target-dir '$(TARGET)'
+	EXPORT_SECONDS=$(SECONDS) $(CARGO) test --release -p qcow2-snapshot-tool --test chain --target-dir '$(TARGET)' -- --nocapture
 
 soak-crash: setup
 	CRASH_ALL=1 $(CARGO) test --release --test crash --target-dir '$(TARGET)' -- --nocapture

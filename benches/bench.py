@@ -418,6 +418,46 @@ class Changes:
         return out
 
 
+class Flatten:
+    """Letting go of the backing file: qemu-img fills the disk only, so the snapshots of the second image are ours alone."""
+    def __init__(self, bench):
+        self.b, self.rows = bench, []
+
+    def overlay(self, snapshots):
+        def make(path):
+            base = f"{self.b.folder}/flatten-base.raw"
+            sh("sh", "-c", f"head -c 2G /dev/urandom > {base}")
+            sh("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", path)
+            for n in range(snapshots):
+                sh("qemu-io", "-c", f"write -q -P {n + 1} {n * 200}M 64k", path)
+                sh(f"{self.b.build}/ours", path, "create", f"s{n}")
+        return make
+
+    def run(self):
+        for snapshots in (0, 10):
+            path = self.b.image(f"flatten-{snapshots}", self.overlay(snapshots))
+            work, ms = f"{self.b.folder}/flatten-work.qcow2", {"qemu-img": [], "ours": []}
+            for r in range(self.b.rounds):
+                for who in sorted(ms, reverse=r % 2 == 1):
+                    copy(path, work)
+                    sh("sync", work)
+                    argv = ["qemu-img", "rebase", "-t", "writeback", "-b", "", work] if who == "qemu-img" else [f"{self.b.build}/ours", work, "flatten"]
+                    ms[who].append(measure(argv))
+                    os.unlink(work)
+            self.rows.append((snapshots, ms))
+            print(f"flatten {snapshots}: " + ", ".join(f"{v} " + "/".join(f"{m['wall']:.3f}" for m in ms[v]) for v in ms), flush=True)
+
+    def table(self):
+        out = ["| 2 GiB over a raw file | program | wall s | CPU s | MiB written | peak MiB | times faster |", "|---|---|---|---|---|---|---|"]
+        for snapshots, ms in self.rows:
+            faster = statistics.median(q["wall"] / o["wall"] for q, o in zip(ms["qemu-img"], ms["ours"]))
+            for who, says in (("qemu-img", 'qemu-img rebase -b ""' + (" (loses the snapshots)" if snapshots else "")), ("ours", "qcow2_flatten")):
+                mid = lambda key: statistics.median(m[key] for m in ms[who])
+                out.append(f"| {snapshots} snapshots | {says} | {mid('wall'):.2f} | {mid('cpu'):.2f} | {mib(mid('written'))} | "
+                           f"{mid('rss') / 1024:.0f} | {faster if who == 'ours' else 1:.2f} |")
+        return out
+
+
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("build")
@@ -492,6 +532,10 @@ def main():
     if want("copies"):
         copies.run()
 
+    flattened = Flatten(b)
+    if want("flatten"):
+        flattened.run()
+
     targets(b, out)
     out.append("\nMedians, and medians of the ratios of each round:\n")
     table(b, out)
@@ -518,6 +562,8 @@ def main():
         f.write("Requests and bytes, as the kernel counts system calls of the process (warm cache):\n\n" + "\n".join(req) + "\n")
         if diffs.rows:
             f.write("\nWhat changed between two snapshots (warm cache, tables only):\n\n" + "\n".join(diffs.table()) + "\n")
+        if flattened.rows:
+            f.write("\nLetting go of a backing file (what is written is on the disk at the end):\n\n" + "\n".join(flattened.table()) + "\n")
         if copies.rows:
             load = " ".join(f"{x:.0f}" for x in os.getloadavg())
             f.write(f"\nCopying the disk of a snapshot out, in {a.dir}, warm cache, {a.rounds} rounds (ratios: medians "

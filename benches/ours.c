@@ -120,6 +120,8 @@ int main(int argc, char **argv)
         ret = qcow2_snapshot_goto(bs, name);
     } else if (!strcmp(argv[2], "delete")) {
         ret = qcow2_snapshot_delete(bs, NULL, name, NULL);
+    } else if (!strcmp(argv[2], "flatten")) {
+        ret = qcow2_flatten(bs, NULL);
     } else if (!strcmp(argv[2], "list")) {
         ret = qcow2_snapshot_list(bs, &tab);
         for (int i = 0; i < ret; i++) {

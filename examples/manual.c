@@ -295,6 +295,66 @@ int64_t bytes_changed(BlockDriverState *bs, const char *since)
 }
 /* END */
 
+/* EXAMPLE qcow2_snapshot_usage qcow2_snapshot_delete_many */
+/* Delete them if that frees so much; returns the bytes freed. */
+int64_t make_room(BlockDriverState *bs, const char *const *snapshots, size_t n, uint64_t wanted)
+{
+    Qcow2Usage usage;
+    Error *err = NULL;
+    int ret = qcow2_snapshot_usage(bs, snapshots, n, &usage, &err);
+
+    if (ret == 0 && usage.exclusive < wanted)
+        return 0;               /* something else holds what they hold */
+    if (ret == 0)
+        ret = qcow2_snapshot_delete_many(bs, snapshots, n, &err);
+    if (ret < 0) {
+        fprintf(stderr, "%s\n", qcow2_error_get_pretty(err));
+        qcow2_error_free(err);
+        return ret;
+    }
+    return (int64_t)usage.exclusive;
+}
+/* END */
+
+/* EXAMPLE qcow2_snapshot_rename */
+int mark_as_good(BlockDriverState *bs, const char *id_or_name)
+{
+    Error *err = NULL;
+    int ret = qcow2_snapshot_rename(bs, id_or_name, "known good", &err);
+
+    if (ret < 0)
+        fprintf(stderr, "%s\n", qcow2_error_get_pretty(err));
+    qcow2_error_free(err);      /* NULL is fine */
+    return ret;
+}
+/* END */
+
+/* EXAMPLE qcow2_flatten */
+/* Make an overlay a whole image, its snapshots too. */
+int stand_alone(const char *file)
+{
+    BlockDriverState *bs;
+    int ret = qcow2_open(file, QCOW2_O_RDWR, &bs, NULL);
+
+    if (ret < 0)
+        return ret;
+    ret = qcow2_flatten(bs, NULL);
+    qcow2_close(bs);
+    return ret;
+}
+/* END */
+
+/* EXAMPLE qcow2_flatten_estimate */
+/* Will what flatten copies fit into `room` bytes? */
+int would_fit(BlockDriverState *bs, uint64_t room)
+{
+    uint64_t bytes;
+    int ret = qcow2_flatten_estimate(bs, &bytes, NULL);
+
+    return ret < 0 ? ret : bytes <= room;
+}
+/* END */
+
 /* EXAMPLE qcow2_load_vmstate */
 int has_vm_state(BlockDriverState *bs, const QEMUSnapshotInfo *sn)
 {
@@ -464,5 +524,12 @@ int main(int argc, char **argv)
     must(bs && take_snapshot(bs, "through own functions") == 0, "open_own_io");
     must(print_snapshots(bs) == n && qcow2_close(bs) == 0, "open_own_io");
     close(fd);
+
+    bs = open_image(argv[1], QCOW2_O_RDWR);
+    must(bs && take_snapshot(bs, "one") == 0 && take_snapshot(bs, "two") == 0, "take_snapshot");
+    must(mark_as_good(bs, "two") == 0 && mark_as_good(bs, "two") == -ENOENT, "mark_as_good");
+    const char *const both[] = {"one", "known good"};
+    must(make_room(bs, both, 2, UINT64_MAX) == 0 && make_room(bs, both, 2, 1) > 0, "make_room");
+    must(print_snapshots(bs) == n && qcow2_close(bs) == 0, "make_room");
     return 0;
 }

@@ -488,6 +488,40 @@ typedef struct Qcow2Change {
 } Qcow2Change;
 
 /**
+ * What a set of states of the disk holds, from qcow2_snapshot_usage(): bytes of whole clusters of
+ * the image file, each counted once however many of the set refer to it.
+ */
+typedef struct Qcow2Usage {
+    /**
+     * What the set refers to: data, VM state, and its L1 and L2 tables.
+     */
+    uint64_t referenced;
+    /**
+     * Of `referenced`: what nothing outside of the set refers to, which is what deleting the
+     * set would free.
+     */
+    uint64_t exclusive;
+    /**
+     * Of `exclusive`: L1 and L2 tables.
+     */
+    uint64_t tables;
+    /**
+     * Of `referenced`: data and L2 tables that are reached only behind the end of the disk, as
+     * each state has it.
+     */
+    uint64_t vm_state;
+    /**
+     * Of `referenced`: what the host's file system has really stored; holes are left out.
+     * Where it does not tell (block devices, the caller's I/O functions): all.
+     */
+    uint64_t allocated;
+    /**
+     * Zeros. Later versions of the library may tell more here.
+     */
+    uint64_t reserved[3];
+} Qcow2Usage;
+
+/**
  * The caller's function for qcow2_set_progress(): how far is the verb, and shall it go on?
  *
  * @param opaque  as given to qcow2_set_progress()
@@ -805,6 +839,36 @@ typedef struct Qcow2Api {
                                 int flags,
                                 struct Qcow2Change *change,
                                 struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_usage().
+     */
+    int (*snapshot_usage)(struct Qcow2Image *bs,
+                          const char *const *snapshots,
+                          size_t n,
+                          struct Qcow2Usage *usage,
+                          struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_delete_many().
+     */
+    int (*snapshot_delete_many)(struct Qcow2Image *bs,
+                                const char *const *snapshots,
+                                size_t n,
+                                struct Qcow2Error **errp);
+    /**
+     * qcow2_snapshot_rename().
+     */
+    int (*snapshot_rename)(struct Qcow2Image *bs,
+                           const char *snapshot,
+                           const char *new_name,
+                           struct Qcow2Error **errp);
+    /**
+     * qcow2_flatten().
+     */
+    int (*flatten)(struct Qcow2Image *bs, struct Qcow2Error **errp);
+    /**
+     * qcow2_flatten_estimate().
+     */
+    int (*flatten_estimate)(struct Qcow2Image *bs, uint64_t *bytes, struct Qcow2Error **errp);
     /**
      * qcow2_set_progress().
      */
@@ -1366,6 +1430,165 @@ int qcow2_snapshot_next_change(struct Qcow2Image *bs,
                                int flags,
                                struct Qcow2Change *change,
                                struct Qcow2Error **errp);
+
+/* ---- What snapshots hold; many at once ----------------------------------------------- */
+
+/**
+ * What snapshots hold, taken together, and what deleting them would free. The figure of a set is
+ * not the sum of its members': what two snapshots share with each other, and with nothing
+ * else, is freed only when both go.
+ *
+ * The figures come from the delete itself, short of writing it: after
+ * qcow2_snapshot_delete_many() of the same snapshots exactly `exclusive` bytes of clusters are
+ * free, and what the snapshot table has become shorter. Nothing is written. It takes about as
+ * long as the looking half of a delete: each L2 table of the set is read once, however many
+ * of the set share it. What load_tmp shows makes no difference.
+ *
+ * @param bs         the handle, read-only or not
+ * @param snapshots  `n` texts: for each the ID of a snapshot or, if none has this ID, its name
+ *                   (of several the first); NULL stands for the active disk. The same twice
+ *                   is the same once.
+ * @param n          how many; 0: the active disk alone, and `snapshots` may be NULL
+ * @param usage      where to put the answer; cleared if the call fails
+ * @param errp       NULL, or where to put the error: must hold NULL on entry, set only on
+ *                   failure, then owned by the caller (qcow2_error_free())
+ * @return           0, or -errno:
+ *                   -EINVAL   bs or usage is NULL; snapshots is NULL and n is not 0; a
+ *                             snapshot's L1 table is not where one can be; or a refcount is
+ *                             lower than the references of the set
+ *                   -ENOENT   no such snapshot; the message names it
+ *                   -EFBIG    a snapshot's L1 table exceeds QEMU's limit
+ *                   -ENOTSUP  the image was not closed properly (dirty bit), so that its
+ *                             refcounts say nothing; or an external data file
+ *                   -EIO      the image is damaged there or cannot be read; or an earlier
+ *                             failure spent the handle
+ *                   -ENOMEM, -EBUSY, and what the I/O functions return
+ */
+int qcow2_snapshot_usage(struct Qcow2Image *bs,
+                         const char *const *snapshots,
+                         size_t n,
+                         struct Qcow2Usage *usage,
+                         struct Qcow2Error **errp);
+
+/**
+ * Delete snapshots, all of them or none, in one verb: what several of them share is gone through
+ * once. When it returns 0 the change is complete and on stable storage. Afterwards list,
+ * disks and refcounts are what deleting them one after the other leaves.
+ *
+ * @param bs         the handle, opened with QCOW2_O_RDWR
+ * @param snapshots  `n` texts: for each the ID of a snapshot or, if none has this ID, its name
+ *                   (of several the first). All are looked up in the list as it is before the
+ *                   call, so that the same name twice is one snapshot: use IDs where names
+ *                   repeat.
+ * @param n          how many; 0: nothing is done, and `snapshots` may be NULL
+ * @param errp       NULL, or where to put the error: must hold NULL on entry, set only on
+ *                   failure, then owned by the caller (qcow2_error_free())
+ * @return           0, or -errno; on failure see qcow2_last_outcome():
+ *                   -EINVAL   bs, or one of the texts, is NULL; snapshots is NULL and n is not
+ *                             0; a snapshot's L1 table is not where one can be; or a refcount
+ *                             contradicts its use
+ *                   -ENOENT   no such snapshot; the message names it, and none is deleted
+ *                   -EACCES   the handle is read-only
+ *                   -EFBIG, -ENOTSUP, -ENOSPC, -EIO, -ECANCELED  as qcow2_snapshot_delete()
+ *                   -ENOMEM, -EBUSY, and what the I/O functions return
+ */
+int qcow2_snapshot_delete_many(struct Qcow2Image *bs,
+                               const char *const *snapshots,
+                               size_t n,
+                               struct Qcow2Error **errp);
+
+/**
+ * Give a snapshot another name. It keeps its ID, its date, everything else and its place in the
+ * list. Only the snapshot table is written, to a new place. When it returns 0 the change is
+ * complete and on stable storage.
+ *
+ * @param bs        the handle, opened with QCOW2_O_RDWR
+ * @param snapshot  the ID or, if no snapshot has this ID, the name; of several with the same
+ *                  name the first. Text ending in NUL, of any length.
+ * @param new_name  the name that it gets, at most 255 bytes; may be empty, and in use
+ * @param errp      NULL, or where to put the error: must hold NULL on entry, set only on
+ *                  failure, then owned by the caller (qcow2_error_free())
+ * @return          0, or -errno; on failure see qcow2_last_outcome():
+ *                  -EINVAL   bs, snapshot or new_name is NULL; the new name is too long; or a
+ *                            refcount contradicts its use
+ *                  -ENOENT   no such snapshot; the message names it
+ *                  -EACCES   the handle is read-only
+ *                  -EFBIG    the table would exceed QEMU's limit of 64 MiB, the image file or
+ *                            its refcount table what QEMU allows, or the file the process's
+ *                            limit
+ *                  -ENOTSUP  the image has a feature that rules this out; the words name it
+ *                  -ENOSPC   the disk is full; the image is unchanged
+ *                  -EIO      the image is damaged where the verb must go, or cannot be read
+ *                            or written, or an earlier failure spent the handle
+ *                  -ECANCELED  the progress function has cancelled it
+ *                  -ENOMEM, -EBUSY, and what the I/O functions return
+ */
+int qcow2_snapshot_rename(struct Qcow2Image *bs,
+                          const char *snapshot,
+                          const char *new_name,
+                          struct Qcow2Error **errp);
+
+/* ---- Letting go of the backing file -------------------------------------------------- */
+
+/**
+ * Let go of the backing file without losing a snapshot: what the backing chain shows in the
+ * active disk and in each snapshot is copied into the image, then the image stops naming the
+ * backing file. Every state reads as before. ("qemu-img rebase -b ''" fills the active disk
+ * only, and every snapshot then reads zeros where the backing file was.)
+ *
+ * A cluster that several states lack is copied once, and zeros of the backing file take no
+ * clusters. Compressed clusters, bitmaps and VM state stay as they are.
+ *
+ * The progress function hears of bytes of the L2 tables in QCOW2_PROGRESS_CHECK and of bytes
+ * that are copied in QCOW2_PROGRESS_PREPARE. A call that is cancelled, that fails or that a
+ * power cut ends leaves every state reading as before, at the cost of 64 MiB of leaked
+ * clusters at most; the next one goes on behind what is copied (after a failed write on a
+ * new handle). Cancelled, no clusters have leaked and the handle stays good.
+ *
+ * @param bs    the handle, opened with QCOW2_O_RDWR
+ * @param errp  NULL, or where to put the error: must hold NULL on entry, set only on
+ *              failure, then owned by the caller (qcow2_error_free())
+ * @return      0, also without a backing file (nothing is written then), or -errno; on
+ *              failure see qcow2_last_outcome(): QCOW2_OUTCOME_UNCHANGED says that every state
+ *              reads as before:
+ *              -EINVAL   bs is NULL; so many states would share a cluster that its refcount
+ *                        would overflow its width (nothing is written); the image is in its
+ *                        own backing chain; or a backing file changes its length meanwhile
+ *              -EACCES   the handle is read-only
+ *              -ENOTSUP  data would have to be encrypted; a snapshot's L1 table is shorter than
+ *                        its disk; an external data file; QCOW2_O_NO_BACKING; no way to open
+ *                        files behind qcow2_open_io(); a backing file in a format other than
+ *                        qcow2 and raw, or encrypted
+ *              -EFBIG    the file would pass the process's limit or QEMU's
+ *              -ENOSPC   the disk is full
+ *              -EIO      the image is damaged, cannot be read or written, or an earlier failure
+ *                        spent the handle
+ *              -ECANCELED  the progress function has cancelled it
+ *              -ENOMEM, -EBUSY, and what the I/O functions and opening a backing file return
+ */
+int qcow2_flatten(struct Qcow2Image *bs,
+                  struct Qcow2Error **errp);
+
+/**
+ * The most that qcow2_flatten() would copy. Only tables are read, and the holes of the
+ * backing file where the system tells of them; data that turns out to be zeros will take
+ * nothing. The progress function is not called.
+ *
+ * @param bs     the handle, read-only or not
+ * @param bytes  where to put the number, in bytes of whole clusters; 0 without a backing
+ *               file; cleared if the call fails
+ * @param errp   NULL, or where to put the error: must hold NULL on entry, set only on
+ *               failure, then owned by the caller (qcow2_error_free())
+ * @return       0, or -errno:
+ *               -EINVAL   bs or bytes is NULL; or the image is in its own backing chain
+ *               -ENOTSUP  as of qcow2_flatten(), but for encryption
+ *               -EIO      the image is damaged or cannot be read; or an earlier failure
+ *                         spent the handle
+ *               -ENOMEM, -EBUSY, and what the I/O functions and opening a backing file return
+ */
+int qcow2_flatten_estimate(struct Qcow2Image *bs,
+                           uint64_t *bytes,
+                           struct Qcow2Error **errp);
 
 /* ---- Progress ------------------------------------------------------------------------ */
 

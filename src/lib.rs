@@ -76,5 +76,5 @@ pub use flags::OpenFlags;
 pub use image::{Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
 pub use maintain::{CheckResult, Fix};
 pub use read::{BlockStatus, Change, Changes, Mapping, PackedCluster};
-pub use snapshot::{NewSnapshot, Snapshot};
+pub use snapshot::{NewSnapshot, Snapshot, Usage};
 pub use words::{os_words, printable, strerror};

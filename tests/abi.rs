@@ -244,6 +244,13 @@ int main(void)
     MEMBER(Qcow2Change, from_flags);
     MEMBER(Qcow2Change, to_flags);
     MEMBER(Qcow2Change, reserved);
+    SIZE(Qcow2Usage);
+    MEMBER(Qcow2Usage, referenced);
+    MEMBER(Qcow2Usage, exclusive);
+    MEMBER(Qcow2Usage, tables);
+    MEMBER(Qcow2Usage, vm_state);
+    MEMBER(Qcow2Usage, allocated);
+    MEMBER(Qcow2Usage, reserved);
     CONSTANT(QCOW2_O_RDWR);
     CONSTANT(QCOW2_O_NO_FLUSH);
     CONSTANT(QCOW2_O_FORCE_SHARE);

@@ -405,6 +405,26 @@ fn sensible(sides: &Sides, verb: &Verb) -> Result<(), String> {
             new.snaps.len() + 1 == old.snaps.len()
                 && (old.disk, old.size, old.beyond) == (new.disk, new.size, new.beyond)
         }
+        Verb::DeleteMany(names) => {
+            let stays = |s: &&judge::Snap| !names.contains(&s.name);
+            let left: Vec<_> = old.snaps.iter().filter(stays).map(|s| &s.id).collect();
+            new.snaps.iter().map(|s| &s.id).eq(left)
+                && (old.disk, old.size, old.beyond) == (new.disk, new.size, new.beyond)
+        }
+        Verb::Rename(name, to) => {
+            let first = old.snaps.iter().position(|s| s.name == *name);
+            let renamed = |i| {
+                if first == Some(i) {
+                    to
+                } else {
+                    &old.snaps[i].name
+                }
+            };
+            let as_renamed = |(i, s): (usize, &judge::Snap)| s.name == *renamed(i);
+            ids(old) == ids(new)
+                && new.snaps.iter().enumerate().all(as_renamed)
+                && (old.disk, old.size, old.beyond) == (new.disk, new.size, new.beyond)
+        }
         Verb::Write => {
             ids(old) == ids(new)
                 && (old.disk, old.size, old.beyond) == (new.disk, new.size, new.beyond)
@@ -579,4 +599,5 @@ fn power_cuts_lose_nothing_in_random_images() {
 include!("crash/faults.rs");
 include!("crash/cancel.rs");
 include!("crash/full.rs");
+include!("crash/space.rs");
 include!("crash/teeth.rs");

@@ -50,7 +50,8 @@ fn format_does_no_io() {
 fn image_and_verbs_do_not_know_the_c_surface() {
     never_names("image", &["read", "capi"]);
     never_names("read", &["capi", "snapshot"]);
-    never_names("snapshot", &["capi", "io"]);
+    never_names("snapshot", &["capi", "io", "maintain"]);
+    never_names("maintain", &["capi", "io"]);
 }
 
 /// `plan` makes steps of what `replay` has found out, which counts in `refcount`.

@@ -90,7 +90,10 @@ fn damaged(images: &[(String, Vec<u8>)], seed: u64) -> (String, Vec<u8>) {
     (format!("seed {seed}, {name}"), image)
 }
 
-fn open(bytes: Vec<u8>) -> Result<(Image, std::rc::Rc<std::cell::RefCell<Vec<u8>>>), Error> {
+/// A file in memory that outlives the handle.
+type Kept = std::rc::Rc<std::cell::RefCell<Vec<u8>>>;
+
+fn open(bytes: Vec<u8>) -> Result<(Image, Kept), Error> {
     let storage = MemoryStorage::new(bytes);
     let handle = storage.handle();
     Ok((Image::open_storage(Box::new(storage), flags())?, handle))

@@ -128,6 +128,45 @@ pub struct Qcow2Api {
             errp: *mut *mut Qcow2Error,
         ) -> c_int,
     >,
+    /// qcow2_snapshot_usage().
+    pub snapshot_usage: Option<
+        unsafe extern "C" fn(
+            bs: *mut Qcow2Image,
+            snapshots: *const *const c_char,
+            n: usize,
+            usage: *mut Qcow2Usage,
+            errp: *mut *mut Qcow2Error,
+        ) -> c_int,
+    >,
+    /// qcow2_snapshot_delete_many().
+    pub snapshot_delete_many: Option<
+        unsafe extern "C" fn(
+            bs: *mut Qcow2Image,
+            snapshots: *const *const c_char,
+            n: usize,
+            errp: *mut *mut Qcow2Error,
+        ) -> c_int,
+    >,
+    /// qcow2_snapshot_rename().
+    pub snapshot_rename: Option<
+        unsafe extern "C" fn(
+            bs: *mut Qcow2Image,
+            snapshot: *const c_char,
+            new_name: *const c_char,
+            errp: *mut *mut Qcow2Error,
+        ) -> c_int,
+    >,
+    /// qcow2_flatten().
+    pub flatten:
+        Option<unsafe extern "C" fn(bs: *mut Qcow2Image, errp: *mut *mut Qcow2Error) -> c_int>,
+    /// qcow2_flatten_estimate().
+    pub flatten_estimate: Option<
+        unsafe extern "C" fn(
+            bs: *mut Qcow2Image,
+            bytes: *mut u64,
+            errp: *mut *mut Qcow2Error,
+        ) -> c_int,
+    >,
     /// qcow2_set_progress().
     pub set_progress: Option<
         unsafe extern "C" fn(
@@ -195,6 +234,11 @@ static API: Qcow2Api = Qcow2Api {
     block_status: Some(qcow2_block_status),
     load_vmstate: Some(qcow2_load_vmstate),
     snapshot_next_change: Some(qcow2_snapshot_next_change),
+    snapshot_usage: Some(qcow2_snapshot_usage),
+    snapshot_delete_many: Some(qcow2_snapshot_delete_many),
+    snapshot_rename: Some(qcow2_snapshot_rename),
+    flatten: Some(qcow2_flatten),
+    flatten_estimate: Some(qcow2_flatten_estimate),
     set_progress: Some(qcow2_set_progress),
     check: Some(qcow2_check),
     snapshot_layout: Some(qcow2_snapshot_layout),

@@ -140,6 +140,27 @@ pub struct Qcow2Change {
     pub reserved: [u64; 4],
 }
 
+/// What a set of states of the disk holds, from qcow2_snapshot_usage(): bytes of whole clusters of
+/// the image file, each counted once however many of the set refer to it.
+#[repr(C)]
+pub struct Qcow2Usage {
+    /// What the set refers to: data, VM state, and its L1 and L2 tables.
+    pub referenced: u64,
+    /// Of `referenced`: what nothing outside of the set refers to, which is what deleting the
+    /// set would free.
+    pub exclusive: u64,
+    /// Of `exclusive`: L1 and L2 tables.
+    pub tables: u64,
+    /// Of `referenced`: data and L2 tables that are reached only behind the end of the disk, as
+    /// each state has it.
+    pub vm_state: u64,
+    /// Of `referenced`: what the host's file system has really stored; holes are left out.
+    /// Where it does not tell (block devices, the caller's I/O functions): all.
+    pub allocated: u64,
+    /// Zeros. Later versions of the library may tell more here.
+    pub reserved: [u64; 3],
+}
+
 /// The caller's I/O functions, for qcow2_open_io(). The library copies the table; it calls
 /// one function at a time, on the thread of the caller, with the `opaque` pointer given at
 /// open. A function returns 0 (getlength: a length) or -errno; anything else counts as -EIO.

@@ -114,6 +114,10 @@ mod tests {
         let mut out = vec![0u8; 65536];
         unpack(Compression::Zlib, &packed, &mut out).unwrap();
         assert_eq!(out, data);
+        // What stands behind it in its last sector is not counted.
+        let longer = [&packed[..], b"the next cluster's"].concat();
+        let mut unpacker = Unpacker::new(Compression::Zlib).unwrap();
+        assert_eq!(unpacker.unpack(&longer, &mut out).unwrap(), packed.len());
         assert!(unpack(Compression::Zlib, &packed[..packed.len() / 2], &mut out).is_err());
         let mut longer = vec![0u8; 65537];
         assert!(unpack(Compression::Zlib, &packed, &mut longer).is_err());

@@ -23,6 +23,8 @@ pub const HEADER_BYTES: usize = 112;
 /// `"QFI\xfb"`.
 pub const MAGIC: u32 = 0x5146_49fb;
 
+/// Offset of the place of the backing file's name; its length follows at 16.
+pub const AT_BACKING: u64 = 8;
 /// Offset of the virtual disk size.
 pub const AT_SIZE: u64 = 24;
 /// Offset of the L1 entry count, which the L1 offset follows at 40.

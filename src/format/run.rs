@@ -15,8 +15,8 @@ use byteorder::{BigEndian, ByteOrder};
 pub enum Tally {
     /// One more.
     Up,
-    /// One less.
-    Down,
+    /// So many less.
+    Down(u64),
     /// It is only looked at.
     Look,
 }
@@ -88,8 +88,8 @@ pub fn count<const WIDTH: u32>(
             let new = match tally {
                 Tally::Up if old == max => break,
                 Tally::Up => old.wrapping_add(1),
-                Tally::Down if old == 0 => break,
-                Tally::Down => old.wrapping_sub(1),
+                Tally::Down(n) if old < n => break,
+                Tally::Down(n) => old.wrapping_sub(n),
                 Tally::Look => old,
             };
             if tally != Tally::Look {
@@ -97,7 +97,7 @@ pub fn count<const WIDTH: u32>(
             }
             run.ones |= new == 1;
             run.others |= tally == Tally::Look && new != 1;
-            if tally == Tally::Down && new == 0 && run.freed.is_none_or(|f| index < f) {
+            if down(tally) && new == 0 && run.freed.is_none_or(|f| index < f) {
                 run.freed = Some(index);
             }
             if (entry & COPIED != 0) != (new == 1) {
@@ -108,6 +108,11 @@ pub fn count<const WIDTH: u32>(
         rest = rest.get(size..).unwrap_or_default();
     }
     run
+}
+
+#[inline(always)]
+fn down(tally: Tally) -> bool {
+    matches!(tally, Tally::Down(_))
 }
 
 /// The refcount width of nearly all images, 16 bits: it has a loop for clusters in order.
@@ -153,22 +158,23 @@ struct All<'a> {
 /// Do `tally` to all of these 16-bit counts; none if one of them is at its bound.
 #[inline(always)]
 fn count_all(counts: &mut [u8], tally: Tally) -> Option<All<'_>> {
-    let bound = match tally {
-        Tally::Up => Some([0xff, 0xff]),
-        Tally::Down => Some([0, 0]),
-        Tally::Look => None,
+    let (add, most) = match tally {
+        Tally::Up => (1, u16::MAX.wrapping_sub(1)),
+        Tally::Down(n) => (u16::try_from(n).ok()?.wrapping_neg(), u16::MAX),
+        Tally::Look => (0, u16::MAX),
     };
-    if bound.is_some_and(|b| counts.chunks_exact(2).any(|c| c == b)) {
+    let least = if down(tally) { add.wrapping_neg() } else { 0 };
+    let beyond = |c: &[u8]| {
+        let count = BigEndian::read_u16(c);
+        count < least || count > most
+    };
+    if tally != Tally::Look && counts.chunks_exact(2).any(beyond) {
         return None;
     }
     let (mut ones, mut zeros) = (0usize, 0usize);
     for c in counts.chunks_exact_mut(2) {
         let old = BigEndian::read_u16(c);
-        let new = match tally {
-            Tally::Up => old.wrapping_add(1),
-            Tally::Down => old.wrapping_sub(1),
-            Tally::Look => old,
-        };
+        let new = old.wrapping_add(add);
         if tally != Tally::Look {
             BigEndian::write_u16(c, new);
         }
@@ -189,7 +195,7 @@ impl Tallied {
         self.ones |= all.ones != 0;
         self.others |= tally == Tally::Look && all.ones != n;
         let mut counts = all.counts.chunks_exact(2);
-        if tally == Tally::Down && all.zeros != 0 {
+        if down(tally) && all.zeros != 0 {
             let first = counts.clone().position(|c| c == [0, 0]).unwrap_or(0);
             let freed = index.wrapping_add(first);
             self.freed = Some(self.freed.map_or(freed, |f| f.min(freed)));
@@ -320,7 +326,7 @@ mod tests {
                     if order == 0 { 0 } else { 2 }
                 );
                 refblock::set(g, &mut counts, 3, 0);
-                let down = count(g, &t, &mut counts, 0, Tally::Down);
+                let down = count(g, &t, &mut counts, 0, Tally::Down(1));
                 assert_eq!(down.entries, 2);
             }
         }
@@ -355,7 +361,7 @@ mod tests {
                     [1, 1, 1, 2, 0, 0xffff][random(if round % 2 == 0 { 4 } else { 6 }) as usize];
                 BigEndian::write_u16(c, count);
             }
-            for tally in [Tally::Up, Tally::Look, Tally::Down] {
+            for tally in [Tally::Up, Tally::Look, Tally::Down(1), Tally::Down(2)] {
                 let mut one_by_one = counts.clone();
                 let mut want = Tallied::default();
                 for word in t.chunks_exact(g.l2_entry_size()) {

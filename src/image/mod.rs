@@ -10,7 +10,7 @@ use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::{Stamp, Storage};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{copies, Snapshot};
 use device::Device;
 use plan::Plan;
 use progress::Progress;
@@ -19,7 +19,9 @@ use replay::overlap::{Overlap, Protected};
 use replay::Replay;
 
 pub(crate) mod device;
+pub(crate) mod held;
 mod layout;
+pub(crate) mod named;
 pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod reading;
@@ -590,6 +592,26 @@ impl Image {
             self.steps = plan::text(steps);
         }
         result.map(drop)
+    }
+
+    /// [`Image::commit`] for a part of a verb. All parts but the last leave the image meaning what it
+    /// meant. The verb's progress is told by the verb.
+    pub(crate) fn commit_part(&mut self, replay: Replay, plan: Plan, last: bool) -> Result<()> {
+        let (before, size) = (self.last.changed, self.snapshots.size);
+        let list = copies(&self.snapshots.entries)?;
+        let progress = std::mem::replace(&mut self.dev.progress, Progress::new(None));
+        let result = self.commit(replay, plan, list, size);
+        self.dev.progress = progress;
+        if self.last.outcome == Outcome::Done {
+            if !last {
+                self.last.outcome = Outcome::Unchanged;
+            }
+            self.last.changed.size |= before.size;
+            self.last.changed.l1 |= before.l1;
+            self.last.changed.reftable |= before.reftable;
+            self.last.changed.snapshots |= before.snapshots;
+        }
+        result
     }
 
     /// Drop what was cached of the disk seen so far.

@@ -15,6 +15,8 @@ use std::fmt;
 mod bitmaps;
 mod blocks;
 mod check;
+#[cfg_attr(not(test), deny(clippy::disallowed_methods))]
+mod flatten;
 mod repair;
 mod table;
 mod tally;

@@ -95,6 +95,39 @@ impl Image {
             .map_or(0, Layer::length))
     }
 
+    /// Open the files behind the image, and say how long each is, nearest first; and how much of a disk
+    /// the nearest one shows.
+    ///
+    /// # Errors
+    /// Those of opening them; `Invalid` if one of them is the image itself.
+    pub(crate) fn lengths_behind(&mut self) -> Result<(Vec<u64>, u64)> {
+        self.open_chain()?;
+        let own = self.dev.identity();
+        let mut lengths = Vec::new();
+        for layer in self.behind.chain.iter_mut().flat_map(|c| c.iter_mut()) {
+            let dev = match layer {
+                Layer::Qcow2(image) => &mut image.dev,
+                Layer::Raw(dev, _) => dev,
+            };
+            if own.is_some() && dev.identity() == own {
+                return Err(Error::Invalid(format!(
+                    "The image stands in its own backing chain: it is the backing file '{}', or one of that file's",
+                    printable(&self.backing_file)
+                )));
+            }
+            room::push(&mut lengths, dev.length_now()?)?;
+        }
+        let first = self.behind.chain.as_ref().and_then(|c| c.first());
+        Ok((lengths, first.map_or(0, Layer::length)))
+    }
+
+    /// The image names no backing file any more.
+    pub(crate) fn let_go_of_chain(&mut self) {
+        (self.behind.chain, self.header.backing_name) = (None, (0, 0));
+        self.backing_file.clear();
+        self.forget_reads();
+    }
+
     /// A name from the image as a path, relative to the folder that QEMU takes it from: a backing
     /// file's to the image's (`path_combine`), but to the current one with a protocol before it; a data
     /// file's always to the current one.

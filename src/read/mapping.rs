@@ -107,8 +107,24 @@ impl Image {
                 "Reading encrypted guest data is not supported".into(),
             ));
         }
+        self.read_from(0, l1, offset, buf)
+    }
+
+    /// Read what the backing file shows; zeros behind its end.
+    pub(crate) fn read_backing(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.read_from(1, None, offset, buf)
+    }
+
+    /// Read from this layer of the chain and those behind it.
+    fn read_from(
+        &mut self,
+        layer: usize,
+        l1: Option<&[u64]>,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<()> {
         // Pieces still to read: (layer, offset, from, to); layer 0 is the image itself.
-        let mut todo = vec![(0usize, offset, 0usize, buf.len())];
+        let mut todo = vec![(layer, offset, 0usize, buf.len())];
         while let Some((layer, at, from, to)) = todo.pop() {
             let Some(part) = buf.get_mut(from..to).filter(|p| !p.is_empty()) else {
                 continue;

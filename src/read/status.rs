@@ -79,7 +79,7 @@ impl Image {
             if found.length >= max {
                 break;
             }
-            let next = self.piece_in_chain(offset + found.length, max - found.length)?;
+            let next = self.piece_in_chain(0, offset + found.length, max - found.length)?;
             if found.length == 0 {
                 found = next;
             } else if found.goes_on(&next) {
@@ -137,9 +137,22 @@ impl Image {
         self.behind.host_names.get(at).map(CString::as_c_str)
     }
 
-    /// The first layer that says something of what is at `at` (qemu-img's `get_block_status`).
-    fn piece_in_chain(&mut self, at: u64, max: u64) -> Result<BlockStatus> {
-        let (mut depth, mut max) = (0, max);
+    /// Does the backing file read as zeros from `at` on, as its tables and holes say, and for how many
+    /// of `max` bytes, which are not 0, does it stay so?
+    pub(crate) fn zeros_behind(&mut self, at: u64, max: u64) -> Result<(bool, u64)> {
+        self.open_chain()?;
+        let shown = self.behind.chain.as_ref().and_then(|c| c.first());
+        let left = shown.map_or(0, Layer::length).saturating_sub(at);
+        if left == 0 {
+            return Ok((true, max));
+        }
+        let piece = self.piece_in_chain(1, at, max.min(left))?;
+        Ok((piece.zero, piece.length.max(1)))
+    }
+
+    /// The first layer from `depth` on that says something of what is at `at` (qemu-img's
+    /// `get_block_status`).
+    fn piece_in_chain(&mut self, mut depth: u32, at: u64, mut max: u64) -> Result<BlockStatus> {
         loop {
             let piece = self.piece_of_layer(depth, at, max)?;
             if piece.data || piece.zero || piece.length == 0 {

@@ -4,10 +4,12 @@ use super::copies;
 use crate::error::{Error, Result};
 use crate::format::geometry::TABLE_ENTRY;
 use crate::format::run::Tally;
+use crate::image::named::{Named, Naming};
 use crate::image::plan::{Edit, Plan};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
-use crate::image::replay::walk::Marked;
+use crate::image::replay::overlap::Protected;
+use crate::image::replay::walk::{Marked, Part};
 use crate::image::room;
 use crate::image::Image;
 use std::rc::Rc;
@@ -29,34 +31,49 @@ impl Image {
         let index = self
             .find(id, name)
             .ok_or_else(|| Error::NotFound("Can't find the snapshot".into()))?;
-        let mut list = copies(&self.snapshots.entries)?;
-        let gone = list.remove(index);
-        let l1 = self.snapshot_l1(gone.l1_table_offset, gone.l1_size)?;
-        self.check_apart_from_active(&gone)?;
+        self.delete_those(&[index])
+    }
+
+    /// Delete the snapshots at these places of the list, which are in order.
+    pub(super) fn delete_those(&mut self, gone: &[usize]) -> Result<()> {
+        let entries = self.snapshots.entries.iter().enumerate();
+        let stay = entries.filter(|(i, _)| gone.binary_search(i).is_err());
+        let list = copies(stay.map(|(_, s)| s))?;
+        let l1_tables = self.l1_tables_of(gone)?;
+        let named = match *l1_tables.as_slice() {
+            [only] => Named::by(self.checked_l1(only)?),
+            _ => {
+                let mut naming = Naming::default();
+                for l1_table in &l1_tables {
+                    let l1 = self.checked_l1(*l1_table)?;
+                    for (index, word) in l1.iter().enumerate().filter(|(_, w)| **w != 0) {
+                        naming.add(self.header.geometry, *word, index, Part::All)?;
+                    }
+                }
+                naming.named()?
+            }
+        };
 
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
-        let tables = || table_bytes(replay.g, &[&l1, &self.l1]);
+        let tables = || table_bytes(replay.g, &[named.tables().words, &self.l1]);
         self.dev.progress.begin(Stage::Check, tables);
-        replay.overlap.release(
-            crate::image::replay::overlap::Protected::InactiveL1,
-            gone.l1_table_offset,
-        );
+        let offsets = room::collected(l1_tables.iter().map(|t| t.offset))?;
+        replay.overlap.release_all(Protected::InactiveL1, &offsets);
         let table_size = self
             .replay_table(&mut replay, &mut plan, &list)
             .map_err(|e| e.context("Failed to remove snapshot from snapshot list"))?;
         let dropped = replay
-            .walk(&mut self.dev, &l1, Tally::Down)
+            .walk_tables(&mut self.dev, named.tables(), Tally::Down(1))
             .map_err(|e| e.context("Failed to free the cluster and L1 table"))?;
-        let (l1_bytes, epoch) = (l1.len() as u64 * TABLE_ENTRY, replay.refs.forgotten_now());
-        replay.refs.free(
-            &mut self.dev,
-            gone.l1_table_offset,
-            l1_bytes,
-            Freed::Punched,
-            epoch,
-        )?;
+        let epoch = replay.refs.forgotten_now();
+        for l1_table in &l1_tables {
+            let (at, bytes) = (l1_table.offset, l1_table.bytes());
+            replay
+                .refs
+                .free(&mut self.dev, at, bytes, Freed::Punched, epoch)?;
+        }
         let active = replay
-            .look(&mut self.dev, &self.l1, &l1)
+            .look(&mut self.dev, &self.l1, named.tables().words)
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
         if active.l1_changed {
             let end = self

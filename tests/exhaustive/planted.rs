@@ -285,8 +285,10 @@ const ORDER: &[(&str, Plant)] = &[
     }),
 ];
 
+type Lie = fn(Outcome) -> Outcome;
+
 /// The faults in what the handle says after an error.
-const OUTCOMES: &[(&str, fn(Outcome) -> Outcome)] = &[
+const OUTCOMES: &[(&str, Lie)] = &[
     ("unknown is called unchanged", |o| {
         if o == Outcome::Unknown {
             Outcome::Unchanged
@@ -338,8 +340,8 @@ fn samples(bound: &Bound) -> Vec<Sample> {
 
 #[test]
 fn every_planted_fault_is_found() {
-    let samples = samples(&super::CHECK);
-    println!("{} verbs on {:?}", samples.len(), super::CHECK);
+    let samples = samples(&super::CHECK[0]);
+    println!("{} verbs on {:?}", samples.len(), super::CHECK[0]);
     let mut missed = vec![];
     for (name, plant) in ORDER {
         let (mut planted, mut found, mut first) = (0, 0, String::new());

@@ -6,12 +6,14 @@ use std::fs;
 use std::path::Path;
 
 /// The sources of the header, in the order in which it presents them.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 13] = [
     "src/capi/types.rs",
     "src/capi/guard.rs",
     "src/capi/open.rs",
     "src/capi/verbs.rs",
     "src/capi/changes.rs",
+    "src/capi/space.rs",
+    "src/capi/flatten.rs",
     "src/capi/progress.rs",
     "src/capi/check.rs",
     "src/capi/layout.rs",
@@ -71,6 +73,11 @@ const SECTIONS: &[(&str, &str)] = &[
         "int qcow2_snapshot_next_change(",
         "What changed between two states",
     ),
+    (
+        "int qcow2_snapshot_usage(",
+        "What snapshots hold; many at once",
+    ),
+    ("int qcow2_flatten(", "Letting go of the backing file"),
     ("int qcow2_set_progress(", "Progress"),
     (
         "int qcow2_snapshot_layout(",

@@ -322,7 +322,7 @@ fn list(file: &File, refs: &mut References) -> Result<Vec<(Snapshot, u64, u64)>,
         at = at.next_multiple_of(8);
         let (id, name) = (file.number(at + 12, 2), file.number(at + 14, 2));
         let (extra, length) = (file.number(at + 36, 4), file.number(at + 8, 4));
-        if extra < 24 || extra > 1024 || length > 1024 || at as usize > file.bytes.len() {
+        if !(24..=1024).contains(&extra) || length > 1024 || at as usize > file.bytes.len() {
             return Err(format!("entry {i} of the snapshot table is no entry"));
         }
         let mut rest = vec![

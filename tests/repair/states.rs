@@ -181,7 +181,7 @@ impl Raw<'_> {
                 if word | bitmap == 0 {
                     return;
                 }
-                let (first, last) = (offset / cs, (offset + cs - 1) / cs);
+                let (first, last) = (offset / cs, offset.div_ceil(cs));
                 let odd = odd.contains(&first) || odd.contains(&last);
                 let data = offset != 0 && !zero && !odd;
                 let data = data.then(|| self.hash(offset, cs));

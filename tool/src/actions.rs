@@ -60,7 +60,7 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
 }
 
 /// An error of the library, and the lines to print.
-type Failure = (Option<Error>, Vec<Vec<u8>>);
+pub(crate) type Failure = (Option<Error>, Vec<Vec<u8>>);
 
 fn list(image: &mut Image, json: bool, link: bool) -> Result<(), Stop> {
     let snapshots: Vec<Snapshot> = match image.snapshot_list() {
@@ -84,7 +84,7 @@ fn list(image: &mut Image, json: bool, link: bool) -> Result<(), Stop> {
     }
 }
 
-fn create(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
+pub(crate) fn create(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
     // QEMU has the time in microseconds.
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -101,7 +101,7 @@ fn create(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
     })
 }
 
-fn apply(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
+pub(crate) fn apply(image: &mut Image, name: &OsStr) -> Result<(), Failure> {
     image.snapshot_goto(name.as_bytes()).map_err(|e| {
         let text = match &e {
             Error::Busy(text) => text.clone(),
@@ -163,7 +163,7 @@ fn failure(e: Error, line: Vec<u8>) -> Failure {
     (Some(e), lines)
 }
 
-fn could_not(verb: &str, name: &OsStr, text: &str) -> Vec<u8> {
+pub(crate) fn could_not(verb: &str, name: &OsStr, text: &str) -> Vec<u8> {
     let before = format!("Could not {verb} snapshot '");
     [before.as_bytes(), name.as_bytes(), b"': ", text.as_bytes()].concat()
 }

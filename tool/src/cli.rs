@@ -8,7 +8,19 @@ use clap::{Arg, ArgAction, ArgMatches, Command, ValueHint};
 /// The program's own name.
 pub(crate) const NAME: &str = "qcow2-snapshot";
 /// First words that are no image.
-pub(crate) const SUBCOMMANDS: [&str; 4] = ["export", "check", "diff", "completions"];
+pub(crate) const SUBCOMMANDS: [&str; 11] = [
+    "list",
+    "create",
+    "revert",
+    "delete",
+    "rename",
+    "du",
+    "diff",
+    "export",
+    "check",
+    "flatten",
+    "completions",
+];
 /// Long options that QEMU does not have. An abbreviation that also fits options of QEMU means those.
 pub(crate) const EXTENSIONS: [&str; 3] = ["output", "no-lock", "version"];
 /// Shells with a completion script.
@@ -160,9 +172,16 @@ pub(crate) fn command() -> Command {
         )
         .arg(no_lock())
         .arg(flag("version", None, "Print the version and exit"))
-        .subcommand(export_command())
+        .subcommand(list_command())
+        .subcommand(create_command())
+        .subcommand(revert_command())
+        .subcommand(delete_command())
+        .subcommand(rename_command())
+        .subcommand(du_command())
         .subcommand(check_command())
         .subcommand(diff_command())
+        .subcommand(flatten_command())
+        .subcommand(export_command())
         .subcommand(
             Command::new("completions")
                 .infer_long_args(true)
@@ -178,6 +197,163 @@ fn operand(name: &'static str, help: &'static str, hint: ValueHint) -> Arg {
         .required(true)
         .value_hint(hint)
         .value_parser(OsStringValueParser::new())
+}
+
+/// A subcommand and what all of them have.
+fn subcommand(name: &'static str, about: &'static str) -> Command {
+    Command::new(name)
+        .infer_long_args(true)
+        .about(about)
+        .arg(help())
+}
+
+fn share() -> Arg {
+    flag(
+        "force-share",
+        Some('U'),
+        "Open the image even if a guest writes to it: the result may be torn",
+    )
+}
+
+fn quiet() -> Arg {
+    flag("quiet", Some('q'), "Show no progress, only errors")
+}
+
+fn output(help: &'static str) -> Arg {
+    Arg::new("output")
+        .long("output")
+        .value_name("FORMAT")
+        .help(help)
+        .value_parser(["human", "json"])
+        .overrides_with("output")
+}
+
+fn image_operand() -> Arg {
+    operand("IMAGE", "The qcow2 image", ValueHint::FilePath)
+}
+
+fn list_command() -> Command {
+    subcommand("list", "List the snapshots, as -l")
+        .arg(share())
+        .arg(no_lock())
+        .arg(output("How to list: human, or json as 'qemu-img info'"))
+        .arg(image_operand())
+}
+
+fn create_command() -> Command {
+    subcommand("create", "Create a snapshot, as -c")
+        .arg(no_lock())
+        .arg(quiet())
+        .arg(image_operand())
+        .arg(operand(
+            "NAME",
+            "The new snapshot's name",
+            ValueHint::Unknown,
+        ))
+}
+
+fn revert_command() -> Command {
+    subcommand("revert", "Make the disk what a snapshot holds, as -a")
+        .arg(
+            valued(
+                "save-as",
+                None,
+                "NAME",
+                "First create a snapshot with this name of the disk as it is, so that nothing is lost",
+            )
+            .value_hint(ValueHint::Unknown)
+            .action(ArgAction::Set),
+        )
+        .arg(no_lock())
+        .arg(quiet())
+        .arg(image_operand())
+        .arg(operand("SNAPSHOT", "Its ID, else its name", ValueHint::Other))
+}
+
+fn rename_command() -> Command {
+    subcommand("rename", "Give a snapshot another name")
+        .arg(no_lock())
+        .arg(quiet())
+        .arg(image_operand())
+        .arg(operand(
+            "SNAPSHOT",
+            "Its ID, else its name",
+            ValueHint::Other,
+        ))
+        .arg(operand(
+            "NAME",
+            "Its new name, at most 255 bytes",
+            ValueHint::Unknown,
+        ))
+}
+
+/// Operands that choose snapshots.
+fn snapshots(help: &'static str) -> Arg {
+    operand("SNAPSHOT", help, ValueHint::Other)
+        .required(false)
+        .action(ArgAction::Append)
+        .num_args(0..)
+}
+
+fn delete_command() -> Command {
+    subcommand(
+        "delete",
+        "Delete snapshots, all that are meant at once or none",
+    )
+    .arg(flag("id", None, "Each SNAPSHOT is an ID").conflicts_with("name"))
+    .arg(flag(
+        "name",
+        None,
+        "Each SNAPSHOT is a name: all that have it are meant",
+    ))
+    .arg(
+        Arg::new("keep-last")
+            .long("keep-last")
+            .value_name("N")
+            .help("Of those that are meant, or of all, leave the N newest")
+            .value_parser(clap::value_parser!(usize)),
+    )
+    .arg(
+        Arg::new("older-than")
+            .long("older-than")
+            .value_name("AGE")
+            .help("Of those that are meant, or of all, only the ones that are older: 12h, 30d, 8w")
+            .value_parser(crate::select::age),
+    )
+    .arg(flag("all", None, "All snapshots").conflicts_with("SNAPSHOT"))
+    .arg(flag(
+        "dry-run",
+        Some('n'),
+        "Show what would go and what that would free, and change nothing",
+    ))
+    .arg(flag(
+        "yes",
+        Some('y'),
+        "Do not ask, on a terminal, before more than one goes",
+    ))
+    .arg(output(
+        "How to show what went: human (on a terminal), or json",
+    ))
+    .arg(no_lock())
+    .arg(quiet())
+    .arg(image_operand())
+    .arg(snapshots(
+        "An ID, else a name, else a pattern for names ('auto-*')",
+    ))
+}
+
+fn du_command() -> Command {
+    subcommand(
+        "du",
+        "Show what snapshots hold, and what deleting them would free",
+    )
+    .arg(share())
+    .arg(no_lock())
+    .arg(output("How to show it: human, or json"))
+    .arg(image_operand())
+    .arg(snapshots(
+        "An ID, else a name, else a pattern for names; without any all snapshots and the disk",
+    ))
 }
 
 fn diff_command() -> Command {
@@ -218,6 +394,21 @@ fn diff_command() -> Command {
             )
             .required(false),
         )
+}
+
+fn flatten_command() -> Command {
+    Command::new("flatten")
+        .infer_long_args(true)
+        .about("Copy in what the backing file shows in the disk and in each snapshot, and let go of it")
+        .arg(help())
+        .arg(flag(
+            "dry-run",
+            None,
+            "Only say how much would be copied at most",
+        ))
+        .arg(no_lock())
+        .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
+        .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
 }
 
 fn export_command() -> Command {
@@ -367,6 +558,23 @@ pub(crate) struct Request<'a> {
 }
 
 impl<'a> Request<'a> {
+    /// A subcommand's.
+    pub(crate) fn of(m: &'a ArgMatches, action: Action<'a>) -> Request<'a> {
+        let flag = |id| m.try_get_one::<bool>(id).ok().flatten() == Some(&true);
+        let output = m.try_get_one::<String>("output").ok().flatten();
+        Request {
+            action,
+            file: m.get_one::<OsString>("IMAGE").map_or(OsStr::new(""), |f| f),
+            format: None,
+            image_opts: false,
+            object: false,
+            force_share: flag("force-share"),
+            no_lock: flag("no-lock"),
+            quiet: flag("quiet"),
+            json: output.is_some_and(|o| o == "json"),
+        }
+    }
+
     pub(crate) fn new(m: &'a ArgMatches) -> Request<'a> {
         // Of an option that is given again the last counts, as with getopt.
         let last = |id: &str| -> Option<&'a OsStr> {

@@ -153,7 +153,7 @@ impl Line {
             files = values(arg, &walk, &mut found);
         } else if self.current.starts_with(b"-") && !ended {
             options(&command, &mut found);
-        } else if let Some(arg) = command.get_positionals().nth(nth) {
+        } else if let Some(arg) = operand(&command, nth) {
             if top && self.before.len() == 1 {
                 found.extend(command.get_subcommands().map(|s| {
                     let about = s.get_about().map(ToString::to_string);
@@ -226,6 +226,14 @@ impl<'a> Walk<'a> {
             }
         }
     }
+}
+
+/// The operand at this place: the last one may stand for many.
+fn operand(command: &Command, nth: usize) -> Option<&Arg> {
+    let many = |arg: &&Arg| matches!(arg.get_action(), clap::ArgAction::Append);
+    let mut all = command.get_positionals();
+    all.nth(nth)
+        .or_else(|| command.get_positionals().last().filter(many))
 }
 
 /// The option with this long name, or with one that only it begins with.

@@ -7,6 +7,8 @@
 //!    ├── target         which file is meant, and what is in it
 //!    ├── actions        list, create, apply, delete: QEMU's messages
 //!    │    └── listing   the table and its JSON form
+//!    ├── delete, du     many snapshots: which (select), what they hold, what goes
+//!    ├── revert, rename
 //!    ├── export         a snapshot's disk as a file
 //!    │    ├── thin      what of it goes into a qcow2 file: all, what changed, every snapshot
 //!    │    ├── qcow2     a new qcow2 file, from its first cluster to its last
@@ -14,6 +16,7 @@
 //!    │    └── output    the file that is written, by a thread of its own
 //!    ├── check          check and repair
 //!    ├── diff           what changed between two snapshots
+//!    ├── flatten        let go of the backing file
 //!    ├── complete       what the completion scripts of the shells ask for
 //!    └── signals        Ctrl-C: what can be broken off, is
 //! ```
@@ -24,8 +27,11 @@ mod actions;
 mod check;
 mod cli;
 mod complete;
+mod delete;
 mod diff;
+mod du;
 mod export;
+mod flatten;
 mod getopt;
 mod link;
 mod listing;
@@ -35,16 +41,20 @@ mod output;
 mod progress;
 mod qcow2;
 mod reflink;
+mod rename;
+mod revert;
+mod select;
 mod signals;
 mod stop;
 mod target;
 mod thin;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
+use cli::{Action, Request};
 use stop::Stop;
 
 fn main() -> ExitCode {
@@ -82,10 +92,9 @@ fn run(args: &[OsString]) -> Result<(), Stop> {
 /// What somebody may have meant by a first word that is neither an image nor a subcommand.
 fn meant(word: &str) -> Option<String> {
     let instead = match word {
-        "list" | "ls" => "-l FILE",
-        "create" => "-c SNAPSHOT FILE",
-        "apply" | "revert" | "goto" => "-a SNAPSHOT FILE",
-        "delete" | "remove" | "rm" => "-d SNAPSHOT FILE",
+        "ls" => "list IMAGE",
+        "apply" | "goto" => "revert IMAGE SNAPSHOT",
+        "remove" | "rm" => "delete IMAGE SNAPSHOT",
         // As in "qemu-img snapshot -l FILE".
         "snapshot" => "-l|-c|-a|-d ... FILE",
         _ => return None,
@@ -97,15 +106,25 @@ fn meant(word: &str) -> Option<String> {
     (!Path::new(word).exists()).then_some(hint)
 }
 
-/// `export`, `diff` and `completions`: nothing that QEMU has, so clap's own words are good.
+/// Words that `qemu-img snapshot` does not have, so clap's own messages are good.
 fn subcommand(args: &[OsString]) -> Result<(), Stop> {
     let name = OsString::from(cli::NAME);
     let words = std::iter::once(&name).chain(args);
     let matches = cli::command().try_get_matches_from(words)?;
     match matches.subcommand() {
+        Some(("list", m)) => actions::run(&Request::of(m, Action::List), false),
+        Some(("create", m)) => {
+            let name = m.get_one::<OsString>("NAME").map_or(OsStr::new(""), |n| n);
+            actions::run(&Request::of(m, Action::Create(name)), false)
+        }
+        Some(("revert", m)) => revert::run(m),
+        Some(("delete", m)) => delete::run(m),
+        Some(("rename", m)) => rename::run(m),
+        Some(("du", m)) => du::run(m),
         Some(("export", m)) => export::run(m),
         Some(("check", m)) => check::run(m),
         Some(("diff", m)) => diff::run(m),
+        Some(("flatten", m)) => flatten::run(m),
         Some(("completions", m)) => stop::print(complete::script(m).as_bytes()),
         _ => Ok(()),
     }

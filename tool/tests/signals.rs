@@ -122,6 +122,64 @@ fn ctrl_c_at_any_request_leaves_the_old_state_or_the_whole_new_one() {
 }
 
 #[test]
+fn ctrl_c_in_a_flatten_leaves_every_snapshot_as_it_was_and_another_call_ends_it() {
+    if qemu_img("Ctrl-C during a flatten").is_none() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let sh = |script: &str| {
+        let mut sh = Command::new("sh");
+        assert!(
+            sh.args(["-ec", script])
+                .current_dir(folder)
+                .status()
+                .unwrap()
+                .success(),
+            "{script}"
+        );
+    };
+    sh("qemu-img create -q -f raw base 1M && qemu-io -f raw -c 'write -P 1 0 1M' base >/dev/null &&
+        qemu-img create -q -f qcow2 -b base -F raw before.qcow2 && qemu-img snapshot -c one before.qcow2 &&
+        qemu-io -c 'write -P 2 64k 64k' before.qcow2 >/dev/null && qemu-img convert -O raw before.qcow2 disk &&
+        qemu-img convert -l one -O raw before.qcow2 one");
+    let Some(disk) = disk(folder, "Ctrl-C during a flatten") else {
+        return;
+    };
+    let same = "qemu-img compare -q -F raw image.qcow2 disk && qemu-img convert -l one -O raw image.qcow2 now && cmp now one";
+    let mut broken_off = 0;
+    for kind in ["read", "write", "sync"] {
+        for nth in 1.. {
+            let mut ended = true;
+            for signal in [libc::SIGKILL, libc::SIGINT] {
+                sh("rm -f image.qcow2; cp before.qcow2 image.qcow2");
+                let at = format!("{kind} {nth}");
+                let what = format!("signal {signal} 1");
+                let (status, said) = run(folder, &disk, &at, &what, &["flatten"]);
+                ended &= status.success();
+                sh(same);
+                if signal == libc::SIGINT && !status.success() {
+                    assert_eq!(status.code(), Some(130), "{at}: {said}");
+                    assert!(said.contains("Cancelled"), "{at}: {said}");
+                    sh("qemu-img check -q image.qcow2");
+                    broken_off += 1;
+                }
+                assert_eq!(
+                    ours(folder, &["flatten", "image.qcow2"]).code,
+                    Some(0),
+                    "{at}"
+                );
+                sh(&format!("mv base away; {same}; mv away base"));
+            }
+            if ended {
+                break;
+            }
+        }
+    }
+    assert!(broken_off > 5, "{broken_off}");
+}
+
+#[test]
 fn the_second_signal_ends_the_program_and_an_ignored_one_does_nothing() {
     let folder = image("v3-4k", "before");
     let folder = folder.path();

@@ -1,4 +1,6 @@
-//! What a verb must not do to an image whose counts lie.
+//! What a verb must not do to an image whose counts lie: after it, each cluster that holds the header, an
+//! L1 table, the refcount table, a refcount block or the snapshot table has a count and lies within the
+//! file, and the verb writes there as into that structure only.
 //!
 //! QEMU checks what it writes against the structures that it knows (`overlap`), but frees whatever
 //! reaches a count of zero, and punches it: an L2 entry that names the cluster of the snapshot

@@ -52,7 +52,9 @@ fn carry_out(dev: &mut Device, refs: &mut Refcounts, holes: &mut Holes, step: &S
             result?;
         }
         Step::Fill(at, bytes) => dev.fill_holes(*at, *bytes)?,
-        Step::Publish(writes) => writes.iter().try_for_each(|write| emit(dev, refs, write))?,
+        Step::Publish(writes) | Step::Entries(writes) => {
+            writes.iter().try_for_each(|write| emit(dev, refs, write))?
+        }
         Step::Barrier => dev.barrier()?,
         Step::Done => {}
         Step::Stream(pass) => pass.run(dev, refs, holes)?,

@@ -48,6 +48,7 @@ use std::rc::Rc;
 pub(crate) use edit::{At, Edit};
 #[cfg(test)]
 pub(crate) use rules::text;
+pub(crate) use steps::{What, Write};
 
 /// How the active L1 table gets new contents.
 pub(crate) enum ActiveL1 {
@@ -81,6 +82,13 @@ pub(crate) struct Plan {
     pub(crate) left: Option<Rc<Edit>>,
     /// The active L1, where it changes in more than bit 63.
     pub(crate) l1: ActiveL1,
+    /// Entries of tables, each in one sector, with any of which the image reads as before: written
+    /// when the verb has taken effect and what they name is stable.
+    pub(crate) entries: Vec<Write>,
+    /// Entries again, with COPIED where the counts that went down demand it.
+    pub(crate) flags: Vec<Write>,
+    /// The header stops naming the backing file.
+    pub(crate) let_go: bool,
 }
 
 impl Plan {
@@ -92,6 +100,9 @@ impl Plan {
             copied: Vec::new(),
             left: None,
             l1: ActiveL1::Kept,
+            entries: Vec::new(),
+            flags: Vec::new(),
+            let_go: false,
         }
     }
 

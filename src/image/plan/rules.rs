@@ -37,6 +37,10 @@ pub(crate) fn broken_rule(steps: &[Step]) -> Option<&'static str> {
                 meant |= means;
                 broken("what the image means changes once", !again)
             }
+            Step::Entries(_) if unstable => Some("what entries name is stable before"),
+            Step::Entries(_) if !matches!(next, Some(Step::Barrier)) => {
+                Some("entries are stable before anything else is written")
+            }
             Step::Done => broken("a verb takes effect once", !done),
             Step::Write(_) | Step::Try(..) | Step::Fill(..) if meant && !done => {
                 Some("the decisive publish is all that is between two states")
@@ -85,6 +89,7 @@ pub(crate) fn text(steps: &[Step]) -> String {
             Step::Publish(writes) => writes
                 .iter()
                 .try_for_each(|w| writeln!(out, "  PUBLISH {w}")),
+            Step::Entries(writes) => writes.iter().try_for_each(|w| writeln!(out, "  enter {w}")),
             Step::Done => writeln!(out, "  DONE"),
             Step::Stream(pass) => writeln!(out, "  {pass}"),
             Step::Punch(ranges, _) => writeln!(out, "  punch what became free, and {ranges:x?}"),
@@ -204,6 +209,28 @@ mod tests {
             (
                 "a publish is stable before anything else is written",
                 vec![data(), Barrier, header(60, 12), Done, lower(), Barrier],
+            ),
+            (
+                "what entries name is stable before",
+                vec![
+                    header(60, 12),
+                    Barrier,
+                    Done,
+                    data(),
+                    Step::Entries(vec![]),
+                    Barrier,
+                ],
+            ),
+            (
+                "entries are stable before anything else is written",
+                vec![
+                    header(60, 12),
+                    Barrier,
+                    Done,
+                    Step::Entries(vec![]),
+                    lower(),
+                    Barrier,
+                ],
             ),
             (
                 "what the image means changes once",

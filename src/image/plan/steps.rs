@@ -5,7 +5,7 @@ use super::{ActiveL1, At, Edit, Plan, Temporary, TEMPORARY_L1};
 use crate::error::{Error, Result};
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
 use crate::format::header::{encode_switched, Header, Meaning, Places, SWITCHED};
-use crate::format::header::{AT_AUTOCLEAR, AT_SIZE};
+use crate::format::header::{AT_AUTOCLEAR, AT_BACKING, AT_SIZE};
 use crate::image::progress::Stage;
 use crate::image::refcount::{Block, Refcounts};
 use crate::image::replay::walk::Marked;
@@ -30,6 +30,8 @@ pub(crate) enum Step {
     Barrier,
     /// Until the barrier behind it, whether the image means what it meant is not known.
     Publish(Vec<Write>),
+    /// Entries of tables, each of which may reach the disk or not: the image reads the same.
+    Entries(Vec<Write>),
     /// The verb has taken effect.
     Done,
     Stream(Pass),
@@ -142,7 +144,7 @@ pub(crate) fn steps(
         }
         if n == epochs.decisive {
             out.push(Step::End)?;
-            out.publish_decisive(places, meaning, &plan.l1)?;
+            out.publish_decisive(places, meaning, &plan)?;
         } else {
             out.publish_header(places, meaning)?;
         }
@@ -150,6 +152,10 @@ pub(crate) fn steps(
             if let ActiveL1::EachEntry(edit) = &plan.l1 {
                 // The verb is done; these entries only let go of the VM state.
                 out.edit(edit, At::Before, At::After)?;
+                out.push(Step::Barrier)?;
+            }
+            if !plan.entries.is_empty() {
+                out.push(Step::Entries(std::mem::take(&mut plan.entries)))?;
                 out.push(Step::Barrier)?;
             }
         }
@@ -305,7 +311,8 @@ impl Steps {
     }
 
     /// What makes the old state the new one.
-    fn publish_decisive(&mut self, places: Places, meaning: Meaning, l1: &ActiveL1) -> Result<()> {
+    fn publish_decisive(&mut self, places: Places, meaning: Meaning, plan: &Plan) -> Result<()> {
+        let l1 = &plan.l1;
         match l1 {
             ActiveL1::Through(edit, temporary) => {
                 let via = Places {
@@ -332,6 +339,17 @@ impl Steps {
             }
             ActiveL1::Kept | ActiveL1::Moved(_) | ActiveL1::EachEntry(_) => {
                 self.publish_header(places, meaning)?;
+                if plan.let_go {
+                    let write = Write {
+                        label: "header: backing file",
+                        at: AT_BACKING,
+                        what: What::bytes(&[0; 12])?,
+                    };
+                    let mut writes = Vec::new();
+                    room::push(&mut writes, write)?;
+                    self.push(Step::Publish(writes))?;
+                    self.push(Step::Barrier)?;
+                }
                 self.push(Step::Done)?;
             }
         }
@@ -377,6 +395,7 @@ impl Steps {
             let writes = changes(edit, At::Published, last, At::After)?;
             self.writes(writes)?;
         }
+        self.writes(plan.flags)?;
         match &plan.l1 {
             ActiveL1::Kept | ActiveL1::EachEntry(_) => {}
             ActiveL1::OneSector(edit)
@@ -407,7 +426,7 @@ impl Steps {
 }
 
 impl What {
-    fn bytes(bytes: &[u8]) -> Result<What> {
+    pub(crate) fn bytes(bytes: &[u8]) -> Result<What> {
         Ok(What::Bytes(room::copy_of(bytes)?))
     }
 }

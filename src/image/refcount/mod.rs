@@ -33,6 +33,7 @@ use super::device::Device;
 use crate::error::{Error, Result};
 use crate::format::geometry::{Geometry, HostCluster, MAX_CLUSTER_OFFSET};
 use crate::format::refblock;
+use crate::format::run::Tally;
 use dates::Dates;
 use packed::BlockCounts;
 use residency::Residency;
@@ -108,29 +109,42 @@ impl Refcounts {
         self.block(index).map_or(Ok(0), |b| b.now.get(self.g, at))
     }
 
-    /// Add 1 to or take 1 from a count during a walk and return it. The block must exist.
+    /// Add 1 to or take 1 from a count and return it. The block must exist.
     #[inline]
     pub(crate) fn bump(&mut self, dev: &mut Device, cluster: HostCluster, up: bool) -> Result<u64> {
+        let tally = if up { Tally::Up } else { Tally::Down(1) };
+        self.tally(dev, cluster, tally)
+    }
+
+    /// Do `tally` to a count and return it. To be changed, its block must exist.
+    #[inline]
+    pub(crate) fn tally(
+        &mut self,
+        dev: &mut Device,
+        cluster: HostCluster,
+        tally: Tally,
+    ) -> Result<u64> {
         let g = self.g;
         let index = g.reftable_index(cluster);
         if !self.load(dev, index)? {
-            return Err(self.not_described(cluster));
+            return match tally {
+                Tally::Look => Ok(0),
+                _ => Err(self.not_described(cluster)),
+            };
         }
         let at = g.refblock_index(cluster);
         let Some(block) = self.block_mut(index) else {
             return Ok(0); // loaded above
         };
         let old = block.now.get(g, at)?;
-        let new = if up {
-            if old == g.refcount_max() {
-                return Err(overflow(g, cluster));
-            }
-            old + 1
-        } else {
-            old.checked_sub(1).ok_or_else(|| underflow(g, cluster))?
+        let new = match tally {
+            Tally::Look => return Ok(old),
+            Tally::Up if old == g.refcount_max() => return Err(overflow(g, cluster)),
+            Tally::Up => old + 1,
+            Tally::Down(n) => old.checked_sub(n).ok_or_else(|| underflow(g, cluster))?,
         };
         block.now.set(g, at, new)?;
-        block.move_to(up);
+        block.move_to(tally == Tally::Up);
         block.moved.to_zero |= new == 0;
         if new == 0 && cluster.0 < self.next {
             self.next = cluster.0;
@@ -169,6 +183,31 @@ impl Refcounts {
         }
         debug_assert!(g.refcount_max() >= 1);
         Ok(Reserved::Done)
+    }
+
+    /// Count a cluster that this verb has allocated `n` times.
+    pub(crate) fn count_as(
+        &mut self,
+        dev: &mut Device,
+        cluster: HostCluster,
+        n: u64,
+    ) -> Result<()> {
+        if n > self.g.refcount_max() {
+            return Err(overflow(self.g, cluster));
+        }
+        // The block may have been left meanwhile.
+        self.load(dev, self.g.reftable_index(cluster))?;
+        self.store(cluster, n)
+    }
+
+    /// Where the search for free clusters goes on.
+    pub(crate) fn searched(&self) -> u64 {
+        self.next
+    }
+
+    /// Let the search begin at this cluster: those before it have been looked at.
+    pub(crate) fn search_from(&mut self, cluster: u64) {
+        self.next = cluster;
     }
 
     /// Store a count in a loaded block.
@@ -315,7 +354,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::format::entry::OFFSET_MASK;
-    use crate::format::run::{Tallied, Tally};
+    use crate::format::run::Tallied;
     use crate::io::memory::MemoryStorage;
     use byteorder::{BigEndian, ByteOrder};
     use packed::MOST;
@@ -386,7 +425,7 @@ mod tests {
             all.entries += run.entries;
             if run.entries == 0 {
                 let c = r.g.cluster_of(BigEndian::read_u64(rest) & OFFSET_MASK);
-                let count = r.bump(dev, c, tally == Tally::Up).unwrap();
+                let count = r.tally(dev, c, tally).unwrap();
                 all.ones |= count == 1;
                 all.entries += 1;
             }
@@ -443,7 +482,7 @@ mod tests {
                     BigEndian::write_u64(word, c << 9);
                     want[*c as usize] -= 1;
                 }
-                count(&mut r, &mut dev, &table, Tally::Down);
+                count(&mut r, &mut dev, &table, Tally::Down(1));
                 let mut flags = table;
                 let mut done = 0;
                 while done < 64 {

@@ -65,7 +65,7 @@ impl Refcounts {
         }
         Ok(by_refcount_width!(self.fields_of(first), W => match tally {
             Tally::Up => self.count_at_hand::<W>(table, Tally::Up),
-            Tally::Down => self.count_at_hand::<W>(table, Tally::Down),
+            Tally::Down(n) => self.count_at_hand::<W>(table, Tally::Down(n)),
             Tally::Look => self.count_at_hand::<W>(table, Tally::Look),
         }))
     }

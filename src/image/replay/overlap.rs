@@ -115,6 +115,13 @@ impl Overlap {
         Ok(())
     }
 
+    /// [`Overlap::release`] for many offsets, which are sorted.
+    pub(crate) fn release_all(&mut self, kind: Protected, offsets: &[u64]) {
+        self.ranges
+            .retain(|(start, _, k)| !(*k == kind && offsets.binary_search(start).is_ok()));
+        self.seal();
+    }
+
     /// Sort the ranges for [`Overlap::check`]; call after the last `protect`.
     pub(crate) fn seal(&mut self) {
         self.ranges

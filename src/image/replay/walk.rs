@@ -30,6 +30,64 @@ pub(crate) struct Walked {
     pub(crate) tables: Vec<Marked>,
     /// Some count is one now.
     pub(crate) ones: bool,
+    /// L2 tables that nothing names any more.
+    pub(crate) freed: u64,
+}
+
+/// L2 tables to go through.
+#[derive(Clone, Copy)]
+pub(crate) struct Tables<'a> {
+    /// Where they are, as an L1 table says it.
+    pub(crate) words: &'a [u64],
+    /// What to count of each; without it all of it, once.
+    pub(crate) shares: &'a [Share],
+}
+
+/// What is counted of an L2 table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Share {
+    pub(crate) part: Part,
+    /// How often, where it is taken away.
+    pub(crate) times: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Part {
+    /// The table and what it names.
+    All,
+    /// The table and what its first entries name, so many.
+    Before(u32),
+    /// What those behind them name.
+    Behind(u32),
+}
+
+impl<'a> Tables<'a> {
+    /// Those that an L1 table names.
+    pub(crate) fn of(l1: &'a [u64]) -> Tables<'a> {
+        Tables {
+            words: l1,
+            shares: &[],
+        }
+    }
+
+    fn share(&self, index: usize) -> Share {
+        self.shares.get(index).copied().unwrap_or(Share {
+            part: Part::All,
+            times: 1,
+        })
+    }
+}
+
+impl Part {
+    /// These entries of the table.
+    fn of(self, table: &[u8], entry_size: usize) -> &[u8] {
+        let at = |entries: u32| (entries as usize * entry_size).min(table.len());
+        match self {
+            Part::All => table,
+            Part::Before(n) => table.get(..at(n)).unwrap_or_default(),
+            Part::Behind(n) => table.get(at(n)..).unwrap_or_default(),
+        }
+    }
 }
 
 /// An L2 table that is to be rewritten.
@@ -95,21 +153,31 @@ impl Counted {
 impl Replay {
     /// Walk `l1`, in QEMU's order: the clusters of an L2 table, then the table itself.
     pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], tally: Tally) -> Result<Walked> {
+        self.walk_tables(dev, Tables::of(l1), tally)
+    }
+
+    /// Walk these tables, in their order.
+    pub(crate) fn walk_tables(
+        &mut self,
+        dev: &mut Device,
+        named: Tables<'_>,
+        tally: Tally,
+    ) -> Result<Walked> {
         let g = self.g;
         let mut out = Walked {
-            l1: room::copy_of(l1)?,
+            l1: room::copy_of(named.words)?,
             ..Walked::default()
         };
 
-        check_repeats(g, l1)?;
+        check_repeats(g, named.words)?;
         self.refs.begin_walk();
-        let mut tables = Reader::new(g, tables::Source::L2Tables, l1);
-        for index in 0..l1.len() {
+        let mut tables = Reader::new(g, tables::Source::L2Tables, named.words);
+        for index in 0..named.words.len() {
             if self.refs.thrashes(g.l2_entries()) {
-                self.walk_in_windows(dev, l1, index, tally, &mut out)?;
+                self.walk_in_windows(dev, named, index, tally, &mut out)?;
                 break;
             }
-            let counted = self.count_table(dev, &mut tables, index, tally)?;
+            let counted = self.count_table(dev, &mut tables, index, named.share(index), tally)?;
             self.note(&mut out, index, counted, tally)?;
         }
         Ok(out)
@@ -138,7 +206,8 @@ impl Replay {
                 dev.progress.step(g.cluster_size())?;
                 self.note_known(dev, &mut out, index)?;
             } else {
-                let counted = self.count_table(dev, &mut tables, index, Tally::Look)?;
+                let share = Tables::of(l1).share(index);
+                let counted = self.count_table(dev, &mut tables, index, share, Tally::Look)?;
                 self.note(&mut out, index, counted, Tally::Look)?;
             }
         }
@@ -178,18 +247,19 @@ impl Replay {
     fn walk_in_windows(
         &mut self,
         dev: &mut Device,
-        l1: &[u64],
+        named: Tables<'_>,
         first: usize,
         tally: Tally,
         out: &mut Walked,
     ) -> Result<()> {
-        let n = l1.len() - first;
+        let n = named.words.len() - first;
         let mut all = room::filled(n, Counted::default())?;
         for window in self.refs.windows()? {
             self.refs.enter_window(window)?;
-            let mut tables = Reader::new(self.g, tables::Source::L2Tables, l1);
+            let mut tables = Reader::new(self.g, tables::Source::L2Tables, named.words);
             for (index, counted) in (first..).zip(&mut all) {
-                counted.add(self.count_table(dev, &mut tables, index, tally)?);
+                let share = named.share(index);
+                counted.add(self.count_table(dev, &mut tables, index, share, tally)?);
             }
         }
         self.refs.leave_windows();
@@ -205,9 +275,14 @@ impl Replay {
         dev: &mut Device,
         tables: &mut Reader,
         index: usize,
+        share: Share,
         tally: Tally,
     ) -> Result<Counted> {
         let g = self.g;
+        let tally = match tally {
+            Tally::Down(_) => Tally::Down(share.times),
+            other => other,
+        };
         let entry = tables.list().get(index).copied().unwrap_or(0);
         if entry == 0 {
             return Ok(Counted::default());
@@ -223,16 +298,17 @@ impl Replay {
             None if dev.ends_before(offset)? => &[],
             None => tables.get(dev, index)?,
         };
+        let table = share.part.of(table, g.l2_entry_size());
         let mut counted = count_entries(&mut self.refs, dev, g, table, offset, tally)?;
         counted.in_memory = changed.is_some();
+        if matches!(share.part, Part::Behind(_)) {
+            counted.own = Some(Own::More);
+            return Ok(counted);
+        }
 
         let own = g.cluster_of(offset);
         if !self.refs.outside(g.reftable_index(own)) {
-            let count = match tally {
-                Tally::Look => self.refs.get(dev, own)?,
-                _ => self.refs.bump(dev, own, tally == Tally::Up)?,
-            };
-            counted.own = Some(match count {
+            counted.own = Some(match self.refs.tally(dev, own, tally)? {
                 0 => Own::None,
                 1 => Own::One,
                 _ => Own::More,
@@ -257,10 +333,11 @@ impl Replay {
         // Each table has been counted, in one window or another.
         let own = counted.own.unwrap_or(Own::None);
         out.ones |= counted.ones || own == Own::One;
+        out.freed += u64::from(own == Own::None);
         if counted.changed != 0 {
             // QEMU drops the first slice of a table that is freed, and writes the others.
             let (end, slice) = (counted.changed.into(), g.l2_slice_bytes(self.meaning.size));
-            let freed = tally == Tally::Down && own == Own::None;
+            let freed = matches!(tally, Tally::Down(_)) && own == Own::None;
             if !freed || end > slice {
                 self.reach = self
                     .reach
@@ -306,7 +383,7 @@ pub(crate) fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
 }
 
 /// An L2 table must be at a cluster boundary and not in the header's cluster.
-fn check_l2_offset(g: Geometry, offset: u64, l1_index: usize) -> Result<()> {
+pub(crate) fn check_l2_offset(g: Geometry, offset: u64, l1_index: usize) -> Result<()> {
     if g.in_cluster(offset) != 0 {
         return Err(Error::Corrupt(format!(
             "L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})"
@@ -375,11 +452,7 @@ fn count_entry(
         if refs.outside(g.reftable_index(c)) {
             return Ok(None);
         }
-        let count = match tally {
-            Tally::Look => return refs.get(dev, c).map(Some),
-            Tally::Up => refs.bump(dev, c, true)?,
-            Tally::Down => refs.bump(dev, c, false)?,
-        };
+        let count = refs.tally(dev, c, tally)?;
         *ones |= count == 1;
         Ok(Some(count))
     };
