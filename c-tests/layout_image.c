@@ -2,6 +2,18 @@
 /* image_layout after each verb: what the header of the file says, and what the verb has changed. */
 #include "harness.h"
 
+/* From the first entry to the end of the last; entries begin at multiples of 8. */
+static uint64_t table_bytes(Bytes f)
+{
+    uint64_t start = be(f, 64, 8), at = start;
+
+    for (uint64_t n = be(f, 60, 4); n > 0; n--) {
+        at = (at + 7) / 8 * 8;
+        at += 40 + be(f, at + 36, 4) + be(f, at + 12, 2) + be(f, at + 14, 2);
+    }
+    return at - start;
+}
+
 static void matches_file(Qcow2Image *bs, uint32_t changed)
 {
     Qcow2ImageLayout l;
@@ -23,6 +35,7 @@ static void matches_file(Qcow2Image *bs, uint32_t changed)
     CHECK_U64(l.refcount_order, be(f, 96, 4));
     for (uint32_t i = 0; i < l.l1_size; i++)
         CHECK_U64(l.l1_table[i], be(f, l.l1_table_offset + 8 * i, 8));
+    CHECK_U64(l.snapshots_size, table_bytes(f));
     CHECK_U64(l.changed, changed);
     drop(&f);
 }

@@ -710,9 +710,13 @@ typedef struct Qcow2ImageLayout {
      */
     const uint64_t *l1_table;
     /**
+     * Bytes of the snapshot table in the image; 0 without snapshots, or where it cannot be read.
+     */
+    uint64_t snapshots_size;
+    /**
      * Zeros. Later versions of the library may tell more here.
      */
-    uint64_t reserved[4];
+    uint64_t reserved[3];
 } Qcow2ImageLayout;
 
 /**

@@ -83,8 +83,10 @@ pub struct Qcow2ImageLayout {
     /// lives until the next changing verb, qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until
     /// the next call.
     pub l1_table: *const u64,
+    /// Bytes of the snapshot table in the image; 0 without snapshots, or where it cannot be read.
+    pub snapshots_size: u64,
     /// Zeros. Later versions of the library may tell more here.
-    pub reserved: [u64; 4],
+    pub reserved: [u64; 3],
 }
 
 /// One snapshot in full: what QEMUSnapshotInfo has no room for.
@@ -206,7 +208,8 @@ pub unsafe extern "C" fn qcow2_image_layout(
                 nb_snapshots: h.nb_snapshots,
                 reserved32: 0,
                 l1_table: now.l1.as_ptr(),
-                reserved: [0; 4],
+                snapshots_size: now.snapshots_size,
+                reserved: [0; 3],
             });
             Ok(0)
         })

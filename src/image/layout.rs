@@ -23,6 +23,8 @@ pub struct ImageLayout<'a> {
     pub(crate) header: &'a Header,
     /// The active L1 table's entries.
     pub l1: &'a [u64],
+    /// Bytes of the snapshot table in the image.
+    pub snapshots_size: u64,
     /// What the last changing verb has changed.
     pub changed: Changed,
 }
@@ -37,6 +39,7 @@ impl Image {
         Ok(ImageLayout {
             header: &self.header,
             l1: &self.l1,
+            snapshots_size: self.snapshots.size,
             changed: self.last.changed,
         })
     }
