@@ -3,7 +3,8 @@
 use crate::error::{Error, Result};
 use crate::image::progress::Progress;
 use crate::image::room;
-use crate::io::{Run, Stamp, Storage, MAX_REQUEST};
+pub(crate) use crate::io::MAX_REQUEST;
+use crate::io::{Run, Stamp, Storage};
 
 /// A [`Storage`] whose length is known and whose errors carry context. What changes it stands in
 /// `plan::execute`.

@@ -1,5 +1,6 @@
 //! Looking: every reference is counted anew and compared with what the image says
-//! (`qcow2_check_refcounts`). The words of the findings are qemu-img's.
+//! (`qcow2_check_refcounts`). The words of the findings are qemu-img's. A long file: the findings of one
+//! pass over the tables, which share its windows.
 //!
 //! QEMU goes through the L2 tables of each L1 table, one entry after the other. Here a table is read
 //! once however many L1 tables name it, and all of them in the order of the file; each of its entries
@@ -9,7 +10,7 @@ use byteorder::{BigEndian, ByteOrder};
 use std::ops::Range;
 
 use super::blocks::{Block, Blocks, MAX_LENGTH};
-use super::tally::{self, Tally};
+use super::tally::{self, References};
 use super::{bitmaps, Findings};
 use crate::by_refcount_width;
 use crate::error::{Error, Result};
@@ -19,9 +20,9 @@ use crate::format::geometry::{Geometry, HostCluster, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::Header;
 use crate::format::refblock::with_width;
 use crate::format::{entry::REFTABLE_OFFSET_MASK, refblock};
+use crate::image::device::MAX_REQUEST;
 use crate::image::device::{self, Device};
 use crate::image::progress::Stage;
-use crate::io::MAX_REQUEST;
 use crate::snapshot::Snapshot;
 
 /// Reserved bits of an L1 entry, of a standard L2 entry, of a refcount table entry.
@@ -114,7 +115,7 @@ pub(super) struct Check<'a, 'f> {
 /// The part of the file whose clusters are counted now.
 pub(super) struct Window {
     pub(super) clusters: Range<u64>,
-    pub(super) tally: Tally,
+    pub(super) tally: References,
     /// A bit for each cluster: the image says that its count is one.
     ones: Vec<u64>,
     /// A block of these counts cannot be read: the bits are not all there is to know.
@@ -129,7 +130,7 @@ impl Window {
     fn none() -> Result<Window> {
         Ok(Window {
             clusters: 0..0,
-            tally: Tally::new(0..0, 0)?,
+            tally: References::new(0..0, 0)?,
             ones: Vec::new(),
             bad: false,
             last: false,
@@ -199,7 +200,7 @@ impl<'a, 'f> Check<'a, 'f> {
     pub(super) fn windows(&self, memory: u64) -> Vec<Range<u64>> {
         // One cluster behind the end: something may reach into it.
         let end = self.g().clusters_for(self.dev.length()) + 1;
-        let bits = Tally::bits_per_cluster(self.l1_tables());
+        let bits = References::bits_per_cluster(self.l1_tables());
         // Whole refcount blocks, so that none has to be put together.
         let block = self.g().refblock_entries();
         let len = (memory.saturating_mul(8) / bits).max(LEAST_WINDOW);
@@ -242,7 +243,7 @@ impl<'a, 'f> Check<'a, 'f> {
         self.window = Window::none()?;
         let n = clusters.end.saturating_sub(clusters.start);
         self.window = Window {
-            tally: Tally::new(clusters.clone(), self.l1_tables())?,
+            tally: References::new(clusters.clone(), self.l1_tables())?,
             ones: tally::zeros(n.div_ceil(64))?,
             bad: false,
             clusters,

@@ -1,4 +1,5 @@
-//! Mending, in the order of every change here: what must rise, a barrier, what may fall.
+//! Mending, in the order of every change here: what must rise, a barrier, what may fall. A long file: its
+//! phases and the rebuilding of refcount structures hold only together.
 //!
 //! Between two barriers any subset of the writes may reach the disk, torn at 512 bytes:
 //!

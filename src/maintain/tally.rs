@@ -18,7 +18,7 @@ enum Fields {
 }
 
 /// References to the clusters of a window.
-pub(super) struct Tally {
+pub(super) struct References {
     first: u64,
     fields: Fields,
     /// Totals of clusters whose field is full.
@@ -37,7 +37,7 @@ fn add_to<T: Copy + Into<u64> + TryFrom<u64>>(field: &mut T, full: u64, n: u64) 
     }
 }
 
-impl Tally {
+impl References {
     /// So many bytes a cluster takes, with a bit for whether its count is one.
     pub(super) fn bits_per_cluster(l1_tables: u64) -> u64 {
         if l1_tables > NARROW_TABLES {
@@ -47,14 +47,14 @@ impl Tally {
         }
     }
 
-    pub(super) fn new(window: Range<u64>, l1_tables: u64) -> Result<Tally> {
+    pub(super) fn new(window: Range<u64>, l1_tables: u64) -> Result<References> {
         let n = window.end.saturating_sub(window.start);
         let fields = if l1_tables > NARROW_TABLES {
             Fields::Wide(zeros(n)?)
         } else {
             Fields::Narrow(zeros(n)?)
         };
-        Ok(Tally {
+        Ok(References {
             first: window.start,
             fields,
             big: HashMap::new(),
@@ -162,7 +162,7 @@ mod tests {
     #[test]
     fn counts_go_on_where_a_field_is_full_and_stay_in_their_window() {
         for tables in [1, 1000] {
-            let mut t = Tally::new(10..20, tables).unwrap();
+            let mut t = References::new(10..20, tables).unwrap();
             for n in [1, 200, 54, 1, 70_000, 1 << 40] {
                 t.add(13, n).unwrap();
             }
