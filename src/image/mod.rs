@@ -1,4 +1,5 @@
-//! An open image: its state in memory, and what every verb shares.
+//! An open image: its state in memory, and what every verb shares. Long, since opening, what a handle may
+//! still do, and committing are one state.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
@@ -409,6 +410,14 @@ impl Image {
             self.free_snapshots();
         }
         loaded
+    }
+
+    /// A changing verb has nothing to change: it is done.
+    pub(crate) fn nothing_to_do(&mut self) -> Result<()> {
+        self.usable()?;
+        self.last.outcome = Outcome::Done;
+        self.last.changed = Changed::default();
+        Ok(())
     }
 
     /// Begin a changing verb: may this handle change the image at all?

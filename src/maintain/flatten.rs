@@ -178,7 +178,7 @@ impl Image {
     pub fn flatten_in(&mut self, generation: u64) -> Result<()> {
         self.begin_change()?;
         if self.backing_file.is_empty() {
-            return Ok(());
+            return self.nothing_to_do();
         }
         let behind = self.lengths_behind()?;
         let marker = self.end_marker()?;

@@ -12,7 +12,7 @@ impl Image {
     /// `NotFound` with the name; else those of [`Image::snapshot_delete`]. None of these changes a byte.
     pub fn snapshot_delete_many(&mut self, snapshots: &[&[u8]]) -> Result<()> {
         if snapshots.is_empty() {
-            return self.usable();
+            return self.nothing_to_do();
         }
         self.begin_change()?;
         let wanted = room::collected(snapshots.iter().copied().map(Some))?;

@@ -35,7 +35,7 @@ pub struct Usage {
 
 /// The L2 tables of a set of states.
 #[derive(Default)]
-struct Held {
+struct Sums {
     disks: Naming,
     behind: Naming,
 }
@@ -65,7 +65,7 @@ impl Image {
         }
         let (found, active) = self.find_all(states)?;
         let mut l1_tables = self.l1_tables_of(&found)?;
-        let mut held_by = Held::default();
+        let mut held_by = Sums::default();
         for table in &l1_tables {
             let l1 = self.checked_l1(*table)?;
             held_by.add(self.header.geometry, &l1, table.disk_size)?;
@@ -123,7 +123,7 @@ fn in_use(dev: &mut Device, replay: &mut Replay, clusters: Range<u64>) -> Result
     Ok(n)
 }
 
-impl Held {
+impl Sums {
     /// What an L1 table names for a disk of this size, and what it names behind it.
     fn add(&mut self, g: Geometry, l1: &[u64], disk_size: u64) -> Result<()> {
         let clusters = g.clusters_for(disk_size & !511);

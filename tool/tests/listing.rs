@@ -56,6 +56,9 @@ fn every_reference_image_is_listed_as_by_qemu_img() {
                 expected = by_info(&qemu, folder);
             }
             let got = ours(folder, &["-l", "image.qcow2"]);
+            // Agreed: the way out is our own.
+            let (theirs, way_out) = ("with qemu-img check", "with qcow2-snapshot check");
+            expected.err = expected.err.replace(theirs, way_out);
             // Agreed: what qemu-img keeps to itself.
             if name == "data-file" && expected.code == Some(0) {
                 expected.err = "qcow2-snapshot: Internal snapshots are not supported on images with an external data file\n".into();

@@ -161,7 +161,7 @@ fn verbs_on_reference_images_end_as_by_qemu_img() {
                     .lines()
                     .filter(|l| !l.contains("Marking image as corrupt"))
                     .filter(|l| !l.starts_with("qcow2_free_clusters failed"))
-                    .map(|l| format!("{l}\n"))
+                    .map(|l| l.replace("with qemu-img check", "with qcow2-snapshot check") + "\n")
                     .collect();
                 let got = ours(b.path(), &call);
                 // Agreed: what qemu-img does at the cost of a snapshot, or what cannot be made safe
