@@ -13,7 +13,7 @@ const AHEAD: u64 = 32;
 
 /// What stands at an index of the refcount table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Block {
+pub(super) enum Described {
     /// Nothing: all counts are 0.
     Absent,
     /// A block, in [`Blocks::bytes`] now.
@@ -26,7 +26,7 @@ pub(super) enum Block {
 pub(super) struct Blocks<'a> {
     pub(super) g: Geometry,
     pub(super) reftable: &'a [u64],
-    loaded: Option<(u64, Block)>,
+    loaded: Option<(u64, Described)>,
     bytes: Vec<u8>,
     /// Blocks before this one have been asked for.
     asked: u64,
@@ -84,7 +84,7 @@ impl<'a> Blocks<'a> {
     }
 
     /// Load the block at `index` of the table.
-    pub(super) fn load(&mut self, dev: &mut Device, index: u64) -> Result<Block> {
+    pub(super) fn load(&mut self, dev: &mut Device, index: u64) -> Result<Described> {
         if let Some((at, block)) = self.loaded {
             if at == index {
                 return Ok(block);
@@ -95,25 +95,25 @@ impl<'a> Blocks<'a> {
         Ok(block)
     }
 
-    fn fetch(&mut self, dev: &mut Device, index: u64) -> Result<Block> {
+    fn fetch(&mut self, dev: &mut Device, index: u64) -> Result<Described> {
         let cs = self.g.cluster_size();
         let offset = self.offset(index);
         if offset == 0 {
-            return Ok(Block::Absent);
+            return Ok(Described::Absent);
         }
         if self.g.in_cluster(offset) != 0 {
             self.unaligned.get_or_insert((offset, index));
-            return Ok(Block::Bad(libc::EIO));
+            return Ok(Described::Bad(libc::EIO));
         }
         if offset > MAX_LENGTH.saturating_sub(cs) {
-            return Ok(Block::Bad(libc::EIO));
+            return Ok(Described::Bad(libc::EIO));
         }
         if self.bytes.len() as u64 != cs {
             self.bytes = device::zeroed(cs)?;
         }
         match dev.read("Could not read a refcount block", offset, &mut self.bytes) {
-            Ok(()) => Ok(Block::Here),
-            Err(e @ Error::Io { .. }) => Ok(Block::Bad(e.errno())),
+            Ok(()) => Ok(Described::Here),
+            Err(e @ Error::Io { .. }) => Ok(Described::Bad(e.errno())),
             Err(e) => Err(e),
         }
     }
@@ -122,12 +122,12 @@ impl<'a> Blocks<'a> {
     pub(super) fn count(&mut self, dev: &mut Device, cluster: u64) -> Result<Option<u64>> {
         let cluster = HostCluster(cluster);
         Ok(match self.load(dev, self.g.reftable_index(cluster))? {
-            Block::Absent => Some(0),
-            Block::Here => {
+            Described::Absent => Some(0),
+            Described::Here => {
                 let index = self.g.refblock_index(cluster);
                 Some(refblock::get(self.g, &self.bytes, index))
             }
-            Block::Bad(_) => None,
+            Described::Bad(_) => None,
         })
     }
 }

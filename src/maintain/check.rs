@@ -9,7 +9,7 @@
 use byteorder::{BigEndian, ByteOrder};
 use std::ops::Range;
 
-use super::blocks::{Block, Blocks, MAX_LENGTH};
+use super::blocks::{Blocks, Described, MAX_LENGTH};
 use super::tally::{self, References};
 use super::{bitmaps, Findings};
 use crate::by_refcount_width;
@@ -78,7 +78,7 @@ pub(super) struct Noticed {
 
 /// An L2 table, and how often it is named.
 #[derive(Clone, Copy)]
-pub(super) struct Named {
+pub(super) struct NamedTables {
     pub(super) offset: u64,
     /// By all L1 tables, and by the active one.
     pub(super) total: u64,
@@ -99,7 +99,7 @@ pub(super) struct Mode {
 }
 
 /// Sees an L2 table: where it is, and its contents.
-pub(super) type Visit<'v, C> = dyn FnMut(&mut C, Named, &[u8]) -> Result<()> + 'v;
+pub(super) type Visit<'v, C> = dyn FnMut(&mut C, NamedTables, &[u8]) -> Result<()> + 'v;
 
 /// One check under way.
 pub(super) struct Check<'a, 'f> {
@@ -108,12 +108,12 @@ pub(super) struct Check<'a, 'f> {
     pub(super) blocks: Blocks<'a>,
     pub(super) found: Findings<'f>,
     pub(super) noticed: Noticed,
-    pub(super) window: Window,
+    pub(super) window: Stretch,
     pub(super) mode: Mode,
 }
 
 /// The part of the file whose clusters are counted now.
-pub(super) struct Window {
+pub(super) struct Stretch {
     pub(super) clusters: Range<u64>,
     pub(super) tally: References,
     /// A bit for each cluster: the image says that its count is one.
@@ -126,9 +126,9 @@ pub(super) struct Window {
     named: u64,
 }
 
-impl Window {
-    fn none() -> Result<Window> {
-        Ok(Window {
+impl Stretch {
+    fn none() -> Result<Stretch> {
+        Ok(Stretch {
             clusters: 0..0,
             tally: References::new(0..0, 0)?,
             ones: Vec::new(),
@@ -175,7 +175,7 @@ impl<'a, 'f> Check<'a, 'f> {
                 clusters,
                 ..Noticed::default()
             },
-            window: Window::none()?,
+            window: Stretch::none()?,
             mode,
         };
         if clusters > MAX_CLUSTERS {
@@ -240,9 +240,9 @@ impl<'a, 'f> Check<'a, 'f> {
         let last = index + 1 == windows.len();
         let clusters = windows.get(index).cloned().unwrap_or(0..0);
         // The memory of the window before is given back first.
-        self.window = Window::none()?;
+        self.window = Stretch::none()?;
         let n = clusters.end.saturating_sub(clusters.start);
-        self.window = Window {
+        self.window = Stretch {
             tally: References::new(clusters.clone(), self.l1_tables())?,
             ones: tally::zeros(n.div_ceil(64))?,
             bad: false,
@@ -390,7 +390,7 @@ impl<'a, 'f> Check<'a, 'f> {
     /// in several parts if there are more than can be held.
     pub(super) fn each_batch(
         &mut self,
-        f: &mut dyn FnMut(&mut Self, &[Named]) -> Result<()>,
+        f: &mut dyn FnMut(&mut Self, &[NamedTables]) -> Result<()>,
     ) -> Result<()> {
         // What there is to say of the L1 tables has been said.
         let mute = std::mem::replace(&mut self.found.mute, true);
@@ -414,11 +414,11 @@ impl<'a, 'f> Check<'a, 'f> {
 
     fn name(
         &mut self,
-        named: &mut Vec<Named>,
+        named: &mut Vec<NamedTables>,
         l1_entry: u64,
         total: u64,
         active: u64,
-        f: &mut dyn FnMut(&mut Self, &[Named]) -> Result<()>,
+        f: &mut dyn FnMut(&mut Self, &[NamedTables]) -> Result<()>,
     ) -> Result<()> {
         if l1_entry == 0 {
             return Ok(());
@@ -432,8 +432,8 @@ impl<'a, 'f> Check<'a, 'f> {
         }
         named
             .try_reserve(1)
-            .map_err(|_| Error::NoMemory(size_of::<Named>() as u64 * named.len() as u64))?;
-        named.push(Named {
+            .map_err(|_| Error::NoMemory(size_of::<NamedTables>() as u64 * named.len() as u64))?;
+        named.push(NamedTables {
             offset: l1_entry & OFFSET_MASK,
             total,
             active,
@@ -579,7 +579,7 @@ impl<'a, 'f> Check<'a, 'f> {
     }
 
     /// Read the named tables, in the order of the file, and count what is in them.
-    fn count_tables(&mut self, named: &[Named]) -> Result<()> {
+    fn count_tables(&mut self, named: &[NamedTables]) -> Result<()> {
         self.each_table(named, &mut |check, table, bytes| {
             check.dev.progress.step(bytes.len() as u64)?;
             check.count_table(table, bytes)
@@ -588,7 +588,11 @@ impl<'a, 'f> Check<'a, 'f> {
 
     /// Hand the contents of each of these tables to `f`; those that are zeros or cannot be read are
     /// passed over.
-    pub(super) fn each_table(&mut self, named: &[Named], f: &mut Visit<'_, Self>) -> Result<()> {
+    pub(super) fn each_table(
+        &mut self,
+        named: &[NamedTables],
+        f: &mut Visit<'_, Self>,
+    ) -> Result<()> {
         let g = self.g();
         let cs = g.cluster_size();
         let most = (MAX_REQUEST / g.cluster_len()).max(1);
@@ -645,7 +649,7 @@ impl<'a, 'f> Check<'a, 'f> {
         Ok(())
     }
 
-    fn ask_ahead(&mut self, named: &[Named], from: usize, asked: &mut usize) {
+    fn ask_ahead(&mut self, named: &[NamedTables], from: usize, asked: &mut usize) {
         let cs = self.g().cluster_size();
         let ahead = (AHEAD / cs).max(1) as usize;
         if from + ahead / 2 < *asked {
@@ -671,7 +675,7 @@ impl<'a, 'f> Check<'a, 'f> {
     }
 
     /// Count what the entries of an L2 table refer to.
-    fn count_table(&mut self, table: Named, bytes: &[u8]) -> Result<()> {
+    fn count_table(&mut self, table: NamedTables, bytes: &[u8]) -> Result<()> {
         let g = self.g();
         let size = g.l2_entry_size();
         let data_file = self.it.header.has_data_file();
@@ -728,7 +732,7 @@ impl<'a, 'f> Check<'a, 'f> {
 
     /// Count an entry of any kind (`check_refcounts_l2`).
     #[cold]
-    fn count_entry(&mut self, table: Named, index: usize, e: u64, bitmap: u64) -> Result<()> {
+    fn count_entry(&mut self, table: NamedTables, index: usize, e: u64, bitmap: u64) -> Result<()> {
         let g = self.g();
         let n = table.total;
         let data_file = self.it.header.has_data_file();
@@ -785,7 +789,13 @@ impl<'a, 'f> Check<'a, 'f> {
         }
     }
 
-    fn count_compressed(&mut self, table: Named, index: usize, e: u64, bitmap: u64) -> Result<()> {
+    fn count_compressed(
+        &mut self,
+        table: NamedTables,
+        index: usize,
+        e: u64,
+        bitmap: u64,
+    ) -> Result<()> {
         let (g, n) = (self.g(), table.total);
         let Cluster::Compressed { offset, length } = entry::cluster(g, e & !COPIED) else {
             return Ok(());
@@ -946,12 +956,12 @@ impl<'a, 'f> Check<'a, 'f> {
         for (index, clusters) in self.blocks_of(self.window.clusters.clone()) {
             self.blocks.ahead(self.dev, index);
             match self.blocks.load(self.dev, index)? {
-                Block::Absent => continue,
-                Block::Bad(_) => {
+                Described::Absent => continue,
+                Described::Bad(_) => {
                     self.window.bad = true;
                     continue;
                 }
-                Block::Here => {}
+                Described::Here => {}
             }
             self.dev.progress.step(g.cluster_size())?;
             let (block, start) = (self.blocks.bytes(), self.window.clusters.start);
@@ -979,7 +989,7 @@ impl<'a, 'f> Check<'a, 'f> {
         for (index, clusters) in self.blocks_of(self.window.clusters.start..end) {
             self.blocks.ahead(self.dev, index);
             match self.blocks.load(self.dev, index)? {
-                Block::Absent => {
+                Described::Absent => {
                     if self.window.tally.is_empty(clusters.clone()) {
                         continue;
                     }
@@ -988,7 +998,7 @@ impl<'a, 'f> Check<'a, 'f> {
                     }
                     self.noticed.rebuild = true;
                 }
-                Block::Bad(errno) => {
+                Described::Bad(errno) => {
                     self.noticed.rebuild = true;
                     let why = std::io::Error::from_raw_os_error(errno).to_string();
                     let why = why
@@ -1001,7 +1011,7 @@ impl<'a, 'f> Check<'a, 'f> {
                             .error(1, format_args!("Can't get refcount for cluster {c}: {why}"));
                     }
                 }
-                Block::Here => {
+                Described::Here => {
                     self.dev.progress.step(g.cluster_size())?;
                     self.compare_block(clusters);
                 }
@@ -1074,7 +1084,7 @@ fn kind(g: Geometry, data_file: bool, e: u64) -> Cluster {
 }
 
 /// Sort by place, one for each table.
-fn merge(named: &mut Vec<Named>) {
+fn merge(named: &mut Vec<NamedTables>) {
     named.sort_unstable_by_key(|t| t.offset);
     named.dedup_by(|b, a| {
         let same = a.offset == b.offset;

@@ -15,8 +15,8 @@ use byteorder::{BigEndian, ByteOrder};
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use super::blocks::Block;
-use super::check::{merge_ranges, Check, Mode, Named, Noticed, Subject, MOST_BEHIND};
+use super::blocks::Described;
+use super::check::{merge_ranges, Check, Mode, NamedTables, Noticed, Subject, MOST_BEHIND};
 use super::table::Table;
 use super::{CheckResult, Findings, Fix};
 use crate::by_refcount_width;
@@ -512,8 +512,8 @@ fn mend_counts(check: &mut Check<'_, '_>, policy: Policy, phase: Phase) -> Resul
     let most = g.refcount_max();
     for (index, clusters) in check.blocks_of(check.window.clusters.clone()) {
         match check.blocks.load(check.dev, index)? {
-            Block::Here => {}
-            Block::Absent | Block::Bad(_) => {
+            Described::Here => {}
+            Described::Absent | Described::Bad(_) => {
                 clusters.for_each(|c| check.window.set_one(c, false));
                 continue;
             }
@@ -658,7 +658,7 @@ fn rewrite(
     let g = check.g();
     let size = g.l2_entry_size();
     check.each_batch(&mut |check, batch| {
-        let tables: Vec<Named> = batch
+        let tables: Vec<NamedTables> = batch
             .iter()
             .filter(|t| t.active != 0 || !active_only)
             .filter(|t| overlapped.binary_search(&t.offset).is_err())
@@ -703,7 +703,7 @@ fn build(check: &mut Check<'_, '_>, windows: &[Range<u64>], blind: bool) -> Resu
     for index in 0..windows.len() {
         check.enter(windows, index)?;
         for (index, clusters) in check.blocks_of(check.window.clusters.clone()) {
-            let kept = blind && check.blocks.load(check.dev, index)? == Block::Here;
+            let kept = blind && check.blocks.load(check.dev, index)? == Described::Here;
             if kept || !check.window.tally.is_empty(clusters) {
                 needed.insert(index);
             }
@@ -796,7 +796,7 @@ fn new_block(
 ) -> Result<Vec<u8>> {
     let g = check.g();
     let mut bytes = device::zeroed(g.cluster_size())?;
-    let keep = blind && check.blocks.load(check.dev, index)? == Block::Here;
+    let keep = blind && check.blocks.load(check.dev, index)? == Described::Here;
     let (old, tally) = (check.blocks.bytes(), &check.window.tally);
     by_refcount_width!(g, W => {
         let w = with_width::<W>(g);

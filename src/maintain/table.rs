@@ -28,13 +28,13 @@ pub(super) struct Table {
 }
 
 /// Reads forward.
-struct Reader<'a> {
+struct Records<'a> {
     dev: &'a mut Device,
     at: u64,
     buf: Vec<u8>,
 }
 
-impl Reader<'_> {
+impl Records<'_> {
     fn get(&mut self, offset: u64, bytes: u64) -> Result<&[u8]> {
         let end = self.at.saturating_add(self.buf.len() as u64);
         if offset < self.at || offset.saturating_add(bytes) > end {
@@ -114,7 +114,7 @@ fn entries(
     found: &mut Findings<'_>,
 ) -> Result<()> {
     let start = header.snapshots_offset;
-    let mut reader = Reader {
+    let mut reader = Records {
         dev,
         at: 0,
         buf: Vec::new(),

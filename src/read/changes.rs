@@ -10,7 +10,7 @@
 //! ```
 
 use super::mapping::Extent;
-use super::tables::Tables;
+use super::tables::StateTables;
 use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::Geometry;
@@ -63,7 +63,7 @@ pub(crate) struct Pair {
     names: [Option<Vec<u8>>; 2],
     from: State,
     to: State,
-    tables: Tables,
+    tables: StateTables,
     sectors: Sectors,
 }
 
@@ -158,7 +158,7 @@ impl Image {
                 names: [from, to].map(|name| name.map(<[u8]>::to_vec)),
                 from: self.state(from)?,
                 to: self.state(to)?,
-                tables: Tables::default(),
+                tables: StateTables::default(),
                 sectors: Sectors::default(),
             }),
         };

@@ -21,19 +21,19 @@ impl State {
 
 /// The tables of two states for a range of L1 indices, as far as they must be looked at.
 #[derive(Default)]
-pub(super) struct Tables {
+pub(super) struct StateTables {
     covered: Range<u64>,
-    held: Vec<Held>,
+    held: Vec<KeptTable>,
     bytes: Vec<u8>,
 }
 
-struct Held {
+struct KeptTable {
     index: u64,
     /// Where in the buffer the tables of the two states begin.
     places: [Option<usize>; 2],
 }
 
-impl Tables {
+impl StateTables {
     /// The tables of the two states for `index`: `None` where all is unallocated, and where both are
     /// the same table of which nothing is asked. Reads them if need be, and others below `until` along
     /// with them.
@@ -85,7 +85,7 @@ impl Tables {
         self.covered = 0..0;
         self.held.clear();
         let most = (WINDOW / g.cluster_len()).max(2);
-        // Tables to read: (where it is, and for whom).
+        // StateTables to read: (where it is, and for whom).
         let mut wanted: Vec<(u64, usize, usize)> = Vec::new();
         let behind = states.map(|s| s.l1.len() as u64);
         let mut next = range.start;
@@ -94,7 +94,7 @@ impl Tables {
                 next = range.end;
                 break;
             }
-            let needed = Tables::needed(g, states, next);
+            let needed = StateTables::needed(g, states, next);
             if needed != [0; 2] {
                 for (side, offset) in needed.into_iter().enumerate() {
                     // One that is not at a cluster boundary is refused when it is come to.
@@ -102,7 +102,7 @@ impl Tables {
                         room::push(&mut wanted, (offset, self.held.len(), side))?;
                     }
                 }
-                let held = Held {
+                let held = KeptTable {
                     index: next,
                     places: [None; 2],
                 };
