@@ -65,8 +65,6 @@ impl Refcounts {
         }
         Ok(by_refcount_width!(self.fields_of(first), W => match tally {
             Tally::Up => self.count_at_hand::<W>(table, Tally::Up),
-            // By far the most: with the number known the loop is the one of old.
-            Tally::Down(1) => self.count_at_hand::<W>(table, Tally::Down(1)),
             Tally::Down(n) => self.count_at_hand::<W>(table, Tally::Down(n)),
             Tally::Look => self.count_at_hand::<W>(table, Tally::Look),
         }))
