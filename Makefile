@@ -108,8 +108,8 @@ demo: all build/demo build/list build/export-snapshot build/incremental
 	@echo '$$ build/list build/demo.qcow2'
 	@build/list build/demo.qcow2
 	@echo
-	@echo '$$ build/qcow2-snapshot diff build/demo.qcow2 1'
-	@build/qcow2-snapshot diff build/demo.qcow2 1
+	@echo '$$ build/qcow2-snapshot diff build/demo.qcow2 tuesday'
+	@build/qcow2-snapshot diff build/demo.qcow2 tuesday
 	@echo '$$ build/qcow2-snapshot du build/demo.qcow2'
 	@build/qcow2-snapshot du build/demo.qcow2
 
