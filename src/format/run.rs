@@ -151,39 +151,44 @@ fn in_order(g: Geometry, table: &[u8], entry: u64, index: usize) -> usize {
 struct All<'a> {
     /// Their counts now.
     counts: &'a [u8],
-    ones: usize,
-    zeros: usize,
+    /// Some count is one, is not one, is zero.
+    ones: bool,
+    others: bool,
+    zeros: bool,
 }
 
-/// Do `tally` to all of these 16-bit counts; none if one of them is at its bound.
+/// Do `tally` to all of these 16-bit counts; none, and nothing done, if one of them is at its bound.
+/// In one go, without a branch for each: what went beyond its bound is taken back.
 #[inline(always)]
 fn count_all(counts: &mut [u8], tally: Tally) -> Option<All<'_>> {
-    let (add, most) = match tally {
-        Tally::Up => (1, u16::MAX.wrapping_sub(1)),
-        Tally::Down(n) => (u16::try_from(n).ok()?.wrapping_neg(), u16::MAX),
-        Tally::Look => (0, u16::MAX),
+    let add = match tally {
+        Tally::Up => 1,
+        Tally::Down(n) => u16::try_from(n).ok()?.wrapping_neg(),
+        Tally::Look => 0,
     };
-    let least = if down(tally) { add.wrapping_neg() } else { 0 };
-    let beyond = |c: &[u8]| {
-        let count = BigEndian::read_u16(c);
-        count < least || count > most
-    };
-    if tally != Tally::Look && counts.chunks_exact(2).any(beyond) {
-        return None;
-    }
-    let (mut ones, mut zeros) = (0usize, 0usize);
+    let (mut ones, mut others, mut zeros, mut beyond) = (false, false, false, false);
     for c in counts.chunks_exact_mut(2) {
         let old = BigEndian::read_u16(c);
         let new = old.wrapping_add(add);
         if tally != Tally::Look {
             BigEndian::write_u16(c, new);
         }
-        ones = ones.wrapping_add(usize::from(new == 1));
-        zeros = zeros.wrapping_add(usize::from(new == 0));
+        ones |= new == 1;
+        others |= new != 1;
+        zeros |= new == 0;
+        beyond |= if down(tally) { new > old } else { new < old };
+    }
+    if beyond {
+        for c in counts.chunks_exact_mut(2) {
+            let old = BigEndian::read_u16(c).wrapping_sub(add);
+            BigEndian::write_u16(c, old);
+        }
+        return None;
     }
     Some(All {
         counts,
         ones,
+        others,
         zeros,
     })
 }
@@ -192,16 +197,17 @@ impl Tallied {
     /// Take in `n` entries, all with the same bit 63, whose counts begin at `index` of the block.
     #[inline(always)]
     fn add(&mut self, all: All<'_>, n: usize, index: usize, copied: bool, tally: Tally) {
-        self.ones |= all.ones != 0;
-        self.others |= tally == Tally::Look && all.ones != n;
+        self.ones |= all.ones;
+        self.others |= tally == Tally::Look && all.others;
         let mut counts = all.counts.chunks_exact(2);
-        if down(tally) && all.zeros != 0 {
+        if down(tally) && all.zeros {
             let first = counts.clone().position(|c| c == [0, 0]).unwrap_or(0);
             let freed = index.wrapping_add(first);
             self.freed = Some(self.freed.map_or(freed, |f| f.min(freed)));
         }
-        let wrong = |c: &[u8]| (c == [0, 1]) != copied;
-        if all.ones != if copied { n } else { 0 } {
+        let any_wrong = if copied { all.others } else { all.ones };
+        if any_wrong {
+            let wrong = |c: &[u8]| (c == [0, 1]) != copied;
             let last = counts.rposition(wrong).unwrap_or(0);
             self.changed = self.entries.wrapping_add(last).wrapping_add(1);
         }
