@@ -6,9 +6,14 @@ static void goto_says(int flags, const char *id, int want, const char *words, co
 {
     Qcow2Image *bs = must_open("image.qcow2", flags);
 
+    /* Root may read anything: what is opened from here on is opened as nobody. */
+    if (want == -EACCES && geteuid() == 0) {
+        CHECK(seteuid(65534) == 0);
+    }
     CHECK_RET(qcow2_snapshot_goto(bs, id), want);
     CHECK(strstr(qcow2_last_error(bs), words) && !strstr(qcow2_last_error(bs), not_words));
     CHECK_RET(qcow2_close(bs), 0);
+    CHECK(seteuid(getuid()) == 0);
 }
 
 int main(void)
@@ -36,10 +41,8 @@ int main(void)
     user = must_open(path, QCOW2_O_RDWR);
     goto_says(QCOW2_O_RDWR, id, -EAGAIN, LENGTH, "snapshot");
     CHECK_RET(qcow2_close(user), 0);
-    if (geteuid() != 0) {                              /* root may read anything */
-        CHECK(chmod(path, 0) == 0);
-        goto_says(QCOW2_O_RDWR, id, -EACCES, LENGTH, "read-only");
-    }
+    CHECK(chmod(path, 0) == 0);
+    goto_says(QCOW2_O_RDWR, id, -EACCES, LENGTH, "read-only");
     CHECK_FILE("image.qcow2", image);
     drop(&image);
     drop(&busy);
