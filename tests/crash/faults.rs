@@ -250,7 +250,13 @@ fn one_fault(
         Ok(()) => {
             // Only discards and the last truncate may fail unnoticed, and a temporary L1 table that
             // has no room: there are other ways.
-            let failed = clean.events.get(common).map(Event::label);
+            // A write that failed and landed all the same is in both logs.
+            let mut writes = clean.events.iter().filter(|e| matches!(e, Event::Write { .. }));
+            let failed = match plan.kind {
+                Some(RequestKind::Write) => writes.nth(plan.nth as usize - 1),
+                _ => clean.events.get(common),
+            };
+            let failed = failed.map(Event::label);
             let room = plan.errno == libc::ENOSPC && failed == Some("temporary L1 table");
             let kind_ok = plan.kind.is_none()
                 || room

@@ -21,9 +21,10 @@ impl Plain<'_> {
         Plain { b, bits: be32(b, 20), extended }
     }
 
+    /// Behind the end of the file are zeros; a refcount block may lie there to the last byte.
     fn word(&self, at: u64) -> u64 {
-        let at = at as usize;
-        if at + 8 <= self.b.len() { be64(self.b, at) } else { 0 }
+        let there = self.b.iter().skip(at as usize).chain(std::iter::repeat(&0));
+        there.take(8).fold(0, |word, byte| word << 8 | u64::from(*byte))
     }
 
     fn clusters(&self, at: u64, bytes: u64) -> std::ops::Range<u64> {
@@ -169,6 +170,7 @@ fn sets(chain: &Chain) -> Result<u64, String> {
         let u = u.map_err(|e| format!("usage of {set:#b}: {e}"))?;
         let is = (u.referenced, u.exclusive, u.tables, u.vm_state);
         if is != want || u.allocated != u.referenced {
+            let _ = std::fs::write("/tmp/qcow2-usage.qcow2", before);
             return Err(format!("usage of {set:#b}: {u:?}, and it is {want:?}"));
         }
         n += 1;
@@ -219,7 +221,8 @@ fn a_set_holds_what_deleting_it_frees_and_goes_as_one_by_one() {
     chains.extend((1..=number("CRASH_RANDOM", if all() { 1000 } else { 100 })).map(cases::random));
     chains.extend(cases::reference(if all() { 4 << 20 } else { 600 << 10 }).0);
     let most = if all() { usize::MAX } else { 48 << 10 };
-    chains.retain(|c| c.image.len() <= most);
+    let only = std::env::var("CRASH_ONLY").unwrap_or_default();
+    chains.retain(|c| c.image.len() <= most && c.name.contains(&only));
     let (mut n, mut wrong) = (0, vec![]);
     for chain in &chains {
         match sets(chain) {
@@ -228,5 +231,5 @@ fn a_set_holds_what_deleting_it_frees_and_goes_as_one_by_one() {
         }
     }
     println!("{n} sets of snapshots in {} images", chains.len());
-    assert!(wrong.is_empty() && n > 100, "{} of {}: {}", wrong.len(), n, wrong.join("\n"));
+    assert!(wrong.is_empty() && (n > 100 || !only.is_empty()), "{} of {}: {}", wrong.len(), n, wrong.join("\n"));
 }

@@ -106,6 +106,8 @@ pub enum Deviation {
     OneBit,
     /// Version 2.
     Version2,
+    /// A backing file shows where a disk has nothing.
+    Backing,
 }
 
 impl Spec {
@@ -217,7 +219,7 @@ impl Spec {
             all.push(AllFlags);
         }
         all.extend((0..clusters).flat_map(|n| [More(n), Less(n)]));
-        all.extend([Long, Gap]);
+        all.extend([Long, Gap, Backing]);
         all.extend((0..4).map(Left));
         if self.used() > 0 {
             all.push(Short);
@@ -329,6 +331,13 @@ impl Spec {
         if !has(Version2) {
             put(96, &order.to_be_bytes());
             put(100, &104u32.to_be_bytes());
+        }
+        if has(Backing) {
+            let extensions = if has(Version2) { 72 } else { 104 };
+            put(8, &256u64.to_be_bytes());
+            put(16, &4u32.to_be_bytes());
+            put(256, b"base");
+            put(extensions, b"\xe2\x79\x2a\xca\0\0\0\x03raw");
         }
         put(CLUSTER, &at(2).to_be_bytes());
         for (c, n) in counts.iter().enumerate() {

@@ -265,7 +265,7 @@ const ORDER: &[(&str, Plant)] = &[
     ),
     ("the file cut too short", |s| {
         let length = s.before.len() as u64 / CLUSTER * CLUSTER - CLUSTER;
-        let last = s.log.len() - 1;
+        let last = s.log.len().checked_sub(1)?;
         s.with(
             |i, _| i == last,
             |e| vec![Event::Truncate { length }, e.clone()],

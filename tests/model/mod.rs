@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 
 pub mod read;
 
-/// What a guest cluster holds. One without an entry reads zeros: there is no backing file here.
+/// What a guest cluster holds, here or in a backing file. One without an entry reads zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// Bytes with this digest.
@@ -57,9 +57,6 @@ pub struct Image {
 }
 
 /// A changing verb. Snapshots are named by their place in the list.
-///
-/// `delete_many`, `rename`, `repair` and `flatten` get an arm here, in [`Verb::on`] and in the driver
-/// (`tests/exhaustive.rs`, `run`) when the library has them; nothing else has to change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
     /// With so many bytes of VM state, which the guest has written behind the end of the disk.
@@ -68,11 +65,19 @@ pub enum Verb {
     },
     Goto(usize),
     Delete(usize),
+    /// All at once, or all but one.
+    DeleteAllBut(Option<usize>),
+    /// To [`RENAMED`].
+    Rename(usize),
     WriteSnapshots,
+    Repair,
+    /// Let go of the backing file.
+    Flatten,
 }
 
 /// What [`Verb::Create`] says of a new snapshot.
 pub const NAME: &[u8] = b"new";
+pub const RENAMED: &[u8] = b"another name, and a longer one";
 pub const DATE: (u32, u32) = (1_400_000_000, 5);
 pub const CLOCK: u64 = 9;
 pub const ICOUNT: u64 = 7;
@@ -102,7 +107,7 @@ impl Verb {
                     name: NAME.into(),
                     vm_state_size,
                     disk: image.active.clone(),
-                    rest: vec![u64::from(DATE.0), u64::from(DATE.1), CLOCK, ICOUNT],
+                    rest: vec![u64::from(DATE.0) << 32 | u64::from(DATE.1), CLOCK, ICOUNT],
                 });
                 let first = vm_state_begins(image.active.size, cluster);
                 let released = first..first + vm_state_size.div_ceil(cluster);
@@ -113,8 +118,14 @@ impl Verb {
             Verb::Delete(i) => {
                 after.snapshots.remove(i);
             }
-            // The list is written elsewhere. It says the same.
-            Verb::WriteSnapshots => {}
+            Verb::DeleteAllBut(kept) => {
+                let mut at = 0..;
+                after.snapshots.retain(|_| at.next() == kept);
+            }
+            Verb::Rename(i) => after.snapshots[i].name = RENAMED.into(),
+            // The list is written elsewhere, counts and flags are put right, what the backing file shows
+            // is copied. All of it reads the same.
+            Verb::WriteSnapshots | Verb::Repair | Verb::Flatten => {}
         }
         after
     }

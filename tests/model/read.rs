@@ -1,6 +1,7 @@
 //! The bytes of a qcow2 file, read by the specification into an [`Image`].
 //!
-//! Only what small images need: no backing file, no encryption, no bitmaps, entries of 8 bytes.
+//! Only what small images need: no encryption, no bitmaps, entries of 8 bytes; where the header names a
+//! backing file, it is [`backing`].
 //!
 //! Sound means: structures lie in the file's clusters and do not overlap; each cluster is counted at
 //! least as often as it is named; and no COPIED flag that the active L1 table reaches is on a cluster
@@ -22,11 +23,13 @@ pub struct Reading {
     pub image: Image,
     /// Counts above the number of references, summed over all clusters.
     pub leaks: u64,
+    /// Those of them that lie behind the end of the file.
+    pub leaks_behind: u64,
     /// COPIED flags in the active L1 and its L2 tables that do not say "counted once".
     pub odd_flags: u64,
     /// Clusters that the active disk has in the file for what lies behind its end.
     pub vm_state: u64,
-    /// For [`read_damaged`]: the states (snapshots in order, then the active disk) that reach the cluster.
+    /// For [`read_damaged`]: the states (the active disk last) that reach the cluster.
     pub hang: Vec<bool>,
 }
 
@@ -68,9 +71,16 @@ pub fn digest(bytes: &[u8]) -> u64 {
     h
 }
 
+/// What the backing file holds: some of the first table, and of the next one up to the middle of a cluster.
+pub fn backing() -> Vec<u8> {
+    let data = |i: usize| (i < 1536 || i >= 32768).then_some((i * 7 / 512 + i) as u8 | 1);
+    (0..33000).map(|i| data(i).unwrap_or(0)).collect()
+}
+
 struct File<'a> {
     bytes: &'a [u8],
     cluster: u64,
+    backing: Vec<u8>,
 }
 
 impl File<'_> {
@@ -94,10 +104,22 @@ impl File<'_> {
 
     fn slice(&self, at: u64, length: u64) -> Vec<u8> {
         let length = length as usize;
-        let from = (at as usize).min(self.bytes.len());
-        let mut out = self.bytes[from..self.bytes.len().min(from + length)].to_vec();
+        let there = self.bytes.iter().skip(at as usize).take(length);
+        let mut out: Vec<u8> = there.copied().collect();
         out.resize(length, 0);
         out
+    }
+
+    /// What shows where a disk of `size` bytes has nothing at this cluster.
+    fn behind(&self, guest: u64, size: u64) -> Option<Content> {
+        let at = guest * self.cluster;
+        let there = self.backing.get(at as usize..).filter(|_| at < size)?;
+        let zeros = there.iter().copied().chain(std::iter::repeat(0));
+        let shown: Vec<u8> = zeros.take(self.cluster as usize).collect();
+        shown
+            .iter()
+            .any(|b| *b != 0)
+            .then(|| Content::Bytes(digest(&shown)))
     }
 
     fn digest(&self, at: u64, length: u64) -> u64 {
@@ -157,6 +179,7 @@ impl References {
 
 /// What an L2 entry says.
 enum Entry {
+    Nothing,
     Zeros,
     Data { host: u64, zeros: bool },
     Packed { host: u64, bytes: u64 },
@@ -175,7 +198,8 @@ fn entry(word: u64, cluster: u64) -> Entry {
         };
     }
     match (word & OFFSET, word & 1 != 0) {
-        (0, _) => Entry::Zeros,
+        (0, false) => Entry::Nothing,
+        (0, true) => Entry::Zeros,
         (host, zeros) => Entry::Data { host, zeros },
     }
 }
@@ -192,18 +216,22 @@ pub fn read_damaged(bytes: &[u8], damage: Damage) -> Result<Reading, String> {
 
 fn read_with(bytes: &[u8], damage: Option<Damage>) -> Result<Reading, String> {
     let skipped = |id: &[u8]| damage.is_some_and(|d| d.skip.iter().any(|s| s == id));
-    let mut file = File { bytes, cluster: 0 };
+    let mut file = File {
+        bytes,
+        cluster: 0,
+        backing: vec![],
+    };
     let version = file.number(4, 4);
     if file.number(0, 4) != MAGIC || !(2..=3).contains(&version) {
         return Err("no qcow2 header".into());
     }
-    let order = match version {
-        2 => 4,
-        _ => file.number(96, 4),
-    };
+    let order = if version == 2 { 4 } else { file.number(96, 4) };
     let foreign = version == 3 && (file.word(72) != 0 || file.word(88) != 0);
-    if foreign || file.word(8) != 0 || file.number(32, 4) != 0 || order > 6 {
+    if foreign || file.number(32, 4) != 0 || order > 6 {
         return Err("header: a feature that this model does not know".into());
+    }
+    if file.word(8) != 0 {
+        file.backing = backing();
     }
     file.cluster = 1 << file.number(20, 4).min(21);
     let clusters = bytes.len() / file.cluster as usize + 1;
@@ -253,7 +281,8 @@ fn read_with(bytes: &[u8], damage: Option<Damage>) -> Result<Reading, String> {
         }
         refs.hit = all;
         refs.structure(Use::L1, *l1, *length * 8)?;
-        snapshot.disk.clusters = walk(&file, &mut refs, *l1, *length, true, &mut |_, _| Ok(()))?.0;
+        let (l1, size) = ((*l1, *length), snapshot.disk.size);
+        snapshot.disk.clusters = walk(&file, &mut refs, l1, size, true, &mut |_, _| Ok(()))?.0;
         hang.push(refs.hit);
     }
     let (l1, length, size) = (file.word(40), file.number(36, 4), file.word(24));
@@ -269,7 +298,8 @@ fn read_with(bytes: &[u8], damage: Option<Damage>) -> Result<Reading, String> {
     let named = std::mem::take(&mut refs.by_snapshot);
     refs.by_snapshot = vec![false; named.len()];
     let mut odd_flags = 0;
-    let (clusters, guests) = walk(&file, &mut refs, l1, length, false, &mut |word, at| {
+    let l1 = (l1, length);
+    let (clusters, guests) = walk(&file, &mut refs, l1, size, false, &mut |word, at| {
         let by_snapshot = named.get(at as usize).is_some_and(|n| *n);
         if word & COPIED != 0 && by_snapshot && damage.is_none() {
             return Err(format!("COPIED on cluster {at}, which a snapshot names"));
@@ -277,10 +307,9 @@ fn read_with(bytes: &[u8], damage: Option<Damage>) -> Result<Reading, String> {
         odd_flags += u64::from((word & COPIED != 0) != (count(at) == 1));
         Ok(())
     })?;
-
     hang.push(refs.hit);
 
-    let mut leaks = 0;
+    let (mut leaks, mut leaks_behind) = (0, 0);
     let counted = blocks
         .iter()
         .rposition(|b| *b != 0)
@@ -288,16 +317,15 @@ fn read_with(bytes: &[u8], damage: Option<Damage>) -> Result<Reading, String> {
     for c in 0..counted.max(refs.count.len() as u64) {
         let want = refs.count.get(c as usize).copied().unwrap_or(0);
         let have = count(c);
-        if have < want && damage.is_some() {
-            continue;
-        }
-        if have < want {
-            let what = refs.uses[c as usize];
-            return Err(format!(
-                "cluster {c} ({what:?}) is counted {have} times and named {want} times"
-            ));
+        match (have < want, damage) {
+            (true, Some(_)) => continue,
+            (true, None) => return Err(format!("cluster {c} is counted {have} times, not {want}")),
+            (false, _) => {}
         }
         leaks += have - want;
+        if c * file.cluster >= bytes.len() as u64 {
+            leaks_behind += have - want;
+        }
     }
     Ok(Reading {
         image: Image {
@@ -305,6 +333,7 @@ fn read_with(bytes: &[u8], damage: Option<Damage>) -> Result<Reading, String> {
             snapshots: snapshots.into_iter().map(|s| s.0).collect(),
         },
         leaks,
+        leaks_behind,
         odd_flags,
         vm_state: guests.iter().filter(|g| **g >= size / file.cluster).count() as u64,
         hang,
@@ -325,12 +354,7 @@ fn list(file: &File, refs: &mut References) -> Result<Vec<(Snapshot, u64, u64)>,
         if !(24..=1024).contains(&extra) || length > 1024 || at as usize > file.bytes.len() {
             return Err(format!("entry {i} of the snapshot table is no entry"));
         }
-        let mut rest = vec![
-            file.number(at + 16, 4),
-            file.number(at + 20, 4),
-            file.word(at + 24),
-            file.word(at + 56),
-        ];
+        let mut rest: Vec<u64> = [16, 24, 56].iter().map(|i| file.word(at + i)).collect();
         rest.extend((24..extra).map(|i| file.number(at + 40 + i, 1)));
         let snapshot = Snapshot {
             id: file.slice(at + 40 + extra, id),
@@ -351,17 +375,19 @@ fn list(file: &File, refs: &mut References) -> Result<Vec<(Snapshot, u64, u64)>,
     Ok(out)
 }
 
-/// The disk behind an L1 table, and which of its clusters have one in the file. `see` gets each entry that names a cluster whose flag means something.
+/// The disk of `size` bytes behind an L1 table, and which of its clusters have one in the file. `see` gets each entry
+/// that names a cluster whose flag means something.
 fn walk(
     file: &File,
     refs: &mut References,
-    l1: u64,
-    length: u64,
+    (l1, length): (u64, u64),
+    size: u64,
     by_snapshot: bool,
     see: &mut dyn FnMut(u64, u64) -> Result<(), String>,
 ) -> Result<(BTreeMap<u64, Content>, Vec<u64>), String> {
     let per_table = file.cluster / 8;
-    let (mut disk, mut guests) = (BTreeMap::new(), vec![]);
+    let behind = (0..size.div_ceil(file.cluster)).filter_map(|g| Some((g, file.behind(g, size)?)));
+    let (mut disk, mut guests): (BTreeMap<u64, Content>, _) = (behind.collect(), vec![]);
     for i in 0..length {
         let word = file.word(l1 + i * 8);
         let l2 = word & OFFSET;
@@ -375,11 +401,14 @@ fn walk(
             let word = file.word(l2 + j * 8);
             let guest = i * per_table + j;
             let entry = entry(word, file.cluster);
-            if !matches!(entry, Entry::Zeros) {
+            if !matches!(entry, Entry::Nothing | Entry::Zeros) {
                 guests.push(guest);
             }
+            if !matches!(entry, Entry::Nothing) {
+                disk.remove(&guest);
+            }
             let content = match entry {
-                Entry::Zeros => continue,
+                Entry::Nothing | Entry::Zeros => continue,
                 Entry::Data { host, zeros } => {
                     refs.structure(Use::Data, host, file.cluster)?;
                     refs.by_snapshot[(host / file.cluster) as usize] |= by_snapshot;
