@@ -420,8 +420,8 @@ impl Image {
         Ok(())
     }
 
-    /// Begin a changing verb: may this handle change the image at all?
-    pub(crate) fn begin_change(&mut self) -> Result<()> {
+    /// Begin to change the image, whatever is wrong with it: may this handle do that at all?
+    pub(crate) fn begin_repair(&mut self) -> Result<()> {
         self.usable()?;
         self.last.remark = None;
         (self.last.outcome, self.last.changed) = (Outcome::Unchanged, Changed::default());
@@ -433,6 +433,13 @@ impl Image {
                 "An earlier write failed; the image can be read but not changed until it is opened again".into(),
             ));
         }
+        self.dev.changed = false;
+        Ok(())
+    }
+
+    /// Begin a verb: the image must be good.
+    pub(crate) fn begin_change(&mut self) -> Result<()> {
+        self.begin_repair()?;
         if self.unchecked {
             return Err(Error::NotPermitted(
                 "The image is opened to be checked; repair it first, or open it without that flag"
@@ -447,23 +454,6 @@ impl Image {
         if !self.snapshots.loaded {
             self.load_snapshots()?;
         }
-        Ok(())
-    }
-
-    /// Begin a repair: as a verb, but whatever is wrong with the image.
-    pub(crate) fn begin_repair(&mut self) -> Result<()> {
-        self.usable()?;
-        self.last.remark = None;
-        (self.last.outcome, self.last.changed) = (Outcome::Unchanged, Changed::default());
-        if !self.flags.has(OpenFlags::RDWR) {
-            return Err(Error::Access("The image is opened read-only".into()));
-        }
-        if self.last.standing == Standing::NoChanges {
-            return Err(Error::Spent(
-                "An earlier write failed; the image can be read but not changed until it is opened again".into(),
-            ));
-        }
-        self.dev.changed = false;
         Ok(())
     }
 
