@@ -141,6 +141,7 @@ bench: setup library tool build/export-snapshot
 	$(CC) -std=c99 -O2 -Wall -Wextra -o build/bench/floor benches/floor.c
 	$(CC) -std=c99 -O2 -Wall -Wextra -Iinclude -o build/bench/ours benches/ours.c \
 	    -Lbuild -lqcow2_snapshot -Wl,-rpath,'$$ORIGIN/..'
+	@! pkg-config --exists nbdkit || $(MAKE) --no-print-directory nbdkit
 	python3 benches/bench.py build/bench docs/performance.md --dir '$(BENCH_DIR)' --rounds $(ROUNDS) $(BENCH_ARGS)
 
 SECONDS ?= 1800
