@@ -275,6 +275,18 @@ fn the_name_that_cloudstack_looks_for_serves_as_well() {
     );
 }
 
+#[test]
+fn a_real_one_that_dpkg_has_put_aside_is_next() {
+    let (link, echo, folder) = (link(), echo(), image("names", "after-7"));
+    let aside = link.path().join("qemu-img.distrib");
+    std::fs::rename(echo.path().join("qemu-img"), aside).unwrap();
+    let got = by_name(&[link.path()], folder.path(), &["info", "image.qcow2"]);
+    assert_eq!(
+        (got.code, got.out.as_str()),
+        (Some(42), "<info><image.qcow2>")
+    );
+}
+
 /// What these programs run on the image `d` (docs/clients.md), to read and to change it.
 const CLIENTS: [(&str, &str); 4] = [
     (
