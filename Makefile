@@ -6,7 +6,7 @@
 #   make check    everything that is tested
 #   make quick    format, lints, unit tests, an image of each kind, a crash sweep: one minute
 #   make exhaustive  every small image, every cut (an hour; PART=i/n: one image in n)
-#   make header   make include/qcow2_snapshot.h, man/man3 and the golden texts of tests/abi again
+#   make header   make include/qcow2_snapshot.h, man/man3 and the golden texts of tests/abi and tests/package.txt again
 #   make bench    time the verbs against qemu-img and the floor (ROUNDS=5 BENCH_DIR=/var/tmp/...)
 #   make soak     SECONDS=1800: random images against qemu-img, fresh seeds
 #   make soak-crash  every power cut and every failing request, on every image
@@ -129,7 +129,7 @@ c-check: library
 
 # The tests that compare write instead. One after the other: each begins with what the one before wrote.
 header:
-	for tests in '--test header' '--test abi -- the_shared_library_exports' '--test abi --test man'; do \
+	for tests in '--test header' '--test abi -- the_shared_library_exports' '--test abi --test man --test package'; do \
 	    QCOW2_BLESS=1 $(CARGO) test --quiet --target-dir '$(TARGET)' $$tests || exit; done
 
 # The library, three programs in C, and a page with what they measured.
@@ -141,6 +141,7 @@ bench: setup library tool build/export-snapshot
 	$(CC) -std=c99 -O2 -Wall -Wextra -o build/bench/floor benches/floor.c
 	$(CC) -std=c99 -O2 -Wall -Wextra -Iinclude -o build/bench/ours benches/ours.c \
 	    -Lbuild -lqcow2_snapshot -Wl,-rpath,'$$ORIGIN/..'
+	@! pkg-config --exists nbdkit || $(MAKE) --no-print-directory nbdkit
 	python3 benches/bench.py build/bench docs/performance.md --dir '$(BENCH_DIR)' --rounds $(ROUNDS) $(BENCH_ARGS)
 
 SECONDS ?= 1800

@@ -339,7 +339,8 @@ class Copies:
             "C API": [f"{self.b.build}/ours", path, "read", "s"],
         }[program]
 
-    def run(self):
+    def images(self):
+        """(what it is, its path), read once, so that the cache is warm for whoever is first, too."""
         import random
         order = list(range(1 << 14))
         random.Random(1).shuffle(order)
@@ -354,9 +355,13 @@ class Copies:
                 ("sparse", "64 GiB: 1.5 GiB of data and 0.5 GiB of zero clusters in pieces of 1 MiB",
                  self.written("64G", sparse))):
             path = self.b.image(f"copy-{name}", make)
-            with open(path, "rb") as image:            # the cache is warm for whoever is first, too
+            with open(path, "rb") as image:
                 while image.read(1 << 24):
                     pass
+            yield what, path
+
+    def run(self):
+        for what, path in self.images():
             for pair in self.PAIRS:
                 ms = {program: [] for program in pair[1:]}
                 for r in range(self.b.rounds):
@@ -365,7 +370,7 @@ class Copies:
                         if os.path.exists(self.raw):
                             os.unlink(self.raw)
                 self.rows.append((what, pair, ms))
-                print(f"{name}, {pair[0]}: " + ", ".join(
+                print(f"{what}, {pair[0]}: " + ", ".join(
                     f"{p} " + "/".join(f"{m['wall']:.2f}" for m in ms[p]) for p in pair[1:]) + " s", flush=True)
 
     def table(self):
@@ -377,6 +382,64 @@ class Copies:
                 x[key] / max(y[key], 1e-4) for x, y in zip(ms[theirs], ms[ours]))
             out.append(f"| {what} | {kind}: {theirs}; {ours} | {mid(theirs, 'wall'):.2f} | {mid(ours, 'wall'):.2f} | "
                        f"{ratio('wall'):.2f} | {mid(theirs, 'cpu'):.2f} | {mid(ours, 'cpu'):.2f} | {ratio('cpu'):.2f} |")
+        return out
+
+
+class Nbd:
+    """nbdcopy of a snapshot from the nbdkit plugin and from qemu-nbd: both servers run already, the copy is thrown away
+    or goes to a file. CPU is that of the server."""
+
+    TARGETS = (("thrown away", "null:"), ("to a file", None))
+
+    def __init__(self, bench):
+        self.b, self.rows = bench, []
+
+    def copied(self, who, path, target):
+        socket = f"{self.b.folder}/nbd-{os.getpid()}"
+        library = {**os.environ, "LD_LIBRARY_PATH": f"{self.b.build}/.."}
+        server = subprocess.Popen(
+            ["nbdkit", "-f", "-U", socket, f"{self.b.build}/../nbdkit-qcow2snap-plugin.so", path, "snapshot=s"]
+            if who == "ours" else
+            ["qemu-nbd", "-t", "-r", "-e", "8", "-k", socket, "-f", "qcow2", "-l", "snapshot.name=s", path], env=library)
+        while not os.path.exists(socket):
+            if server.poll() is not None:
+                raise SystemExit(f"{who}: the NBD server has ended")
+            time.sleep(0.01)
+        out = target or f"{self.b.folder}/nbd-work.raw"
+        start = time.monotonic()
+        sh("nbdcopy", f"nbd+unix:///?socket={socket}", out)
+        wall = time.monotonic() - start
+        server.terminate()
+        usage = os.wait4(server.pid, 0)[2]
+        server.returncode = 0
+        for name in (socket, out):
+            if os.path.exists(name):
+                os.unlink(name)
+        return dict(wall=wall, cpu=usage.ru_utime + usage.ru_stime)
+
+    def run(self, images):
+        for program in ("nbdkit", "qemu-nbd", "nbdcopy"):
+            if not shutil.which(program):
+                print(f"SKIPPED: no {program} here: copies over NBD were not timed")
+                return
+        for what, path in images:
+            for name, target in self.TARGETS:
+                ms = {"qemu-nbd": [], "ours": []}
+                for r in range(self.b.rounds):
+                    for who in sorted(ms, reverse=r % 2 == 1):
+                        ms[who].append(self.copied(who, path, target))
+                self.rows.append((what, name, ms))
+                print(f"nbdcopy {what}, {name}: " + ", ".join(
+                    f"{p} " + "/".join(f"{m['wall']:.2f}" for m in ms[p]) for p in ms) + " s", flush=True)
+
+    def table(self):
+        out = ["| disk | nbdcopy | qemu-nbd wall s | nbdkit qcow2snap wall s | qemu-nbd / ours | CPU s qemu-nbd | CPU s ours |",
+               "|---|---|---|---|---|---|---|"]
+        for what, name, ms in self.rows:
+            mid = lambda who, key: statistics.median(m[key] for m in ms[who])
+            ratio = statistics.median(q["wall"] / o["wall"] for q, o in zip(ms["qemu-nbd"], ms["ours"]))
+            out.append(f"| {what} | {name} | {mid('qemu-nbd', 'wall'):.2f} | {mid('ours', 'wall'):.2f} | {ratio:.2f} | "
+                       f"{mid('qemu-nbd', 'cpu'):.2f} | {mid('ours', 'cpu'):.2f} |")
         return out
 
 
@@ -577,6 +640,10 @@ def main():
     if want("copies"):
         copies.run()
 
+    nbd = Nbd(b)
+    if want("nbd"):
+        nbd.run(copies.images())
+
     flattened = Flatten(b)
     if want("flatten"):
         flattened.run()
@@ -609,6 +676,9 @@ def main():
             f.write("\nWhat changed between two snapshots (warm cache, tables only):\n\n" + "\n".join(diffs.table()) + "\n")
         if once.rows:
             f.write("\nDeleting many at once (warm cache):\n\n" + "\n".join(once.table()) + "\n")
+        if nbd.rows:
+            f.write("\nThe disk of a snapshot copied by nbdcopy, from `nbdkit qcow2snap` and from `qemu-nbd -l` (both run already; CPU "
+                    "is the server's):\n\n" + "\n".join(nbd.table()) + "\n")
         if flattened.rows:
             f.write("\nLetting go of a backing file (what is written is on the disk at the end):\n\n" + "\n".join(flattened.table()) + "\n")
         if copies.rows:

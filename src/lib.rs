@@ -1,8 +1,7 @@
 //! Internal snapshots of qcow2 images, in-process and byte for byte as QEMU makes them.
 //!
-//! This is the library behind `qcow2_snapshot.h`: the functions of QEMU's `qcow2-snapshot.c`
-//! with their signatures, over an opaque handle. Rust programs can use the same machinery
-//! directly:
+//! This is the library behind `qcow2_snapshot.h` ([README](https://crates.io/crates/qcow2-snapshot)): C programs have
+//! the header and `man libqcow2_snapshot`, Rust programs this page. An [`Image`] is one open file; the verbs are its methods.
 //!
 //! ```no_run
 //! use qcow2_snapshot::{Image, NewSnapshot, OpenFlags};
@@ -18,29 +17,68 @@
 //! }
 //! ```
 //!
-//! The same in C:
+//! # Opening
 //!
-//! ```c
-//! #include <qcow2_snapshot.h>
-//! #include <stdio.h>
-//! #include <string.h>
+//! [`Image::open`] takes a path, [`Image::open_fd`] a descriptor that stays yours, [`Image::open_storage`] whatever
+//! implements [`io::Storage`] (memory, a device of your own; no locks are taken then). [`OpenFlags`] are those of the header:
+//! `RDWR` to change the image, `NO_BACKING` for images that are not trusted. An image that a guest or qemu-img has open is
+//! [`Error::InUse`], and theirs is refused while yours is open. Dropping an `Image` closes it; [`Image::close`] says
+//! what went wrong then.
 //!
-//! int main(void) {
-//!     BlockDriverState *bs; Error *err = NULL; QEMUSnapshotInfo sn, *tab;
-//!     if (qcow2_open("disk.qcow2", QCOW2_O_RDWR, &bs, &err) < 0)
-//!         return fprintf(stderr, "%s\n", qcow2_error_get_pretty(err)), 1;
-//!     memset(&sn, 0, sizeof(sn));
-//!     strcpy(sn.name, "before-upgrade");
-//!     if (qcow2_snapshot_create(bs, &sn) < 0)
-//!         return fprintf(stderr, "%s\n", qcow2_last_error(bs)), 1;
-//!     int n = qcow2_snapshot_list(bs, &tab);
-//!     for (int i = 0; i < n; i++) printf("%s %s\n", tab[i].id_str, tab[i].name);
-//!     qcow2_snapshot_list_free(tab);
-//!     return qcow2_close(bs);
+//! # The verbs
+//!
+//! | method | qemu-img | what it does |
+//! |---|---|---|
+//! | [`Image::snapshot_create`] | `snapshot -c` | keeps the disk as it is now; returns the ID |
+//! | [`Image::snapshot_list`] | `snapshot -l` | the snapshots, in the order of the table |
+//! | [`Image::snapshot_goto`] | `snapshot -a` | makes the disk what it was |
+//! | [`Image::snapshot_delete`] | `snapshot -d` | by ID, name or both |
+//! | [`Image::snapshot_delete_many`] | | several at the price of little more than one |
+//! | [`Image::snapshot_rename`] | | gives another name |
+//! | [`Image::snapshot_load_tmp`] | `convert -l` | shows a snapshot to the readers below; nothing is written |
+//! | [`Image::flatten`] | `rebase -b ""` | lets go of the backing file, and every snapshot keeps its bytes |
+//! | [`Image::check`] | `check`, `check -r` | looks for damage and leaks, and mends what [`Fix`] says |
+//!
+//! Names and IDs are bytes, not text. Those that take one word look for an ID first, then for a name. The library does not
+//! ask the clock: [`NewSnapshot::date_sec`] is yours.
+//!
+//! # Reading
+//!
+//! [`Image::read`] reads the disk now seen, [`Image::block_status`] says which parts of it are data, zeros or a file behind it,
+//! [`Image::load_vmstate`] reads what stands behind the disk. [`Image::snapshot_changes`] iterates over what changed between two
+//! states, at the price of what changed; [`Image::snapshot_usage`] says what states occupy and what deleting them would free.
+//!
+//! ```no_run
+//! # fn main() -> qcow2_snapshot::Result<()> {
+//! use qcow2_snapshot::{Image, OpenFlags};
+//!
+//! let mut image = Image::open("disk.qcow2".as_ref(), OpenFlags::read_only())?;
+//! for change in image.snapshot_changes(Some(b"monday"), None, false) {
+//!     let change = change?;
+//!     println!("{} bytes from {}", change.length, change.start);
 //! }
+//! let monday = image.snapshot_usage(&[Some(b"monday")])?;
+//! println!("deleting monday frees {} bytes", monday.exclusive);
+//!
+//! image.snapshot_load_tmp(None, Some(b"monday"))?;
+//! let mut boot_sector = [0; 512];
+//! image.read(0, &mut boot_sector)?;
+//! # image.close()
+//! # }
 //! ```
 //!
-//! # The map
+//! An `Image` stays in the thread that opened it; to read in parallel open one in each thread. `FORCE_SHARE` reads beside a
+//! writer, and looks again when the file has changed; with `NO_LOCK` that is [`Image::reload`], and yours to call.
+//!
+//! # When something fails
+//!
+//! Every [`Error`] has words for people, in one line, and an [`errno`](Error::errno). [`Image::last_outcome`] says what is true
+//! of the image after a verb: unchanged, done, or (after a failing disk) one of both. A power cut at any moment leaves the
+//! old state or the new one. With [`Image::set_progress`] a hook is told how far a verb is, and may cancel it until
+//! it takes effect; [`Image::remark`] is what is worth knowing of a verb that succeeded. Nothing is printed, nothing panics on
+//! the bytes of an image, and there is no global state.
+//!
+//! # The map of the sources
 //!
 //! Arrows only point down; `tests/layers.rs` keeps them so.
 //!

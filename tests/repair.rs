@@ -234,6 +234,14 @@ fn one(before: &[u8], fix: Fix, tally: &mut BTreeMap<&'static str, u64>) -> Resu
             .unwrap();
         std::fs::write(path.path(), &after).unwrap();
         let (code, text) = qemu_img_check(path.path());
+        // timeout(1) found no qemu-img.
+        if code == Some(127) {
+            static ONCE: std::sync::Once = std::sync::Once::new();
+            ONCE.call_once(|| {
+                println!("SKIPPED: no qemu-img here: what it says of repaired images was not asked")
+            });
+            return Ok(());
+        }
         // Its own conditions for opening are not met by everything.
         if code != Some(0) && !text.contains("Could not open") {
             return Err(format!("qemu-img check: {text}"));

@@ -97,8 +97,11 @@ pub(super) fn read(
         for (i, s) in table.entries.iter().enumerate() {
             if s.extra_data_size < COMPLETE {
                 table.changed += 1;
-                let text = format_args!("{word} snapshot table entry {i} is incomplete");
-                found.corruption(1, text);
+                // One expression: Rust 1.85 ends the life of format_args! at the semicolon.
+                found.corruption(
+                    1,
+                    format_args!("{word} snapshot table entry {i} is incomplete"),
+                );
             }
         }
     }

@@ -1,5 +1,5 @@
 //! Started under the name `qemu-img`: `snapshot` is served here, and everything else by the next
-//! `qemu-img` in PATH.
+//! `qemu-img` in PATH, or by the one that dpkg-divert(1) has put aside.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::Metadata;
@@ -16,6 +16,9 @@ pub(crate) const NAME: &str = "qemu-img";
 
 /// CloudStack looks for this name first.
 const CLOUD: &str = "cloud-qemu-img";
+
+/// What dpkg-divert calls the real one, where the link has its name in its folder.
+const DIVERTED: &str = "qemu-img.distrib";
 
 /// Is this one of the names under which the program stands in for qemu-img?
 pub(crate) fn is_name(called: &OsStr) -> bool {
@@ -56,8 +59,9 @@ fn pass_on(called: &OsStr, args: &[OsString], why: Vec<Vec<u8>>) -> Result<(), S
         passed.push(identity(&own));
     }
     let own_name = Path::new(called).file_name();
-    let names = own_name.into_iter().chain([OsStr::new(NAME)]);
-    let next = names.filter_map(|name| next_in_path(name, &passed)).next();
+    let names = own_name.into_iter();
+    let mut names = names.chain([OsStr::new(NAME), OsStr::new(DIVERTED)]);
+    let next = names.find_map(|name| next_in_path(name, &passed));
     let Some((next, id)) = next else {
         return Err(Stop::NotServed(why));
     };

@@ -185,8 +185,9 @@ fn a_dash_is_the_standard_output() {
     assert!(!file.is_empty() && file == piped.stdout);
 
     // A reader that has gone has not got the disk.
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
+    let mut reader = Command::new("true").stdin(Stdio::piped()).spawn().unwrap();
+    let writer = reader.stdin.take().unwrap();
+    reader.wait().unwrap();
     let mut command = Command::new(common::tool());
     command.args(["export", "image.qcow2", "1", "-"]);
     let gone = said(command.current_dir(folder).stdout(writer));

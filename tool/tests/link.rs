@@ -274,3 +274,73 @@ fn the_name_that_cloudstack_looks_for_serves_as_well() {
         (Some(42), "<convert><-l><x><a><b>")
     );
 }
+
+#[test]
+fn a_real_one_that_dpkg_has_put_aside_is_next() {
+    let (link, echo, folder) = (link(), echo(), image("names", "after-7"));
+    let aside = link.path().join("qemu-img.distrib");
+    std::fs::rename(echo.path().join("qemu-img"), aside).unwrap();
+    let got = by_name(&[link.path()], folder.path(), &["info", "image.qcow2"]);
+    assert_eq!(
+        (got.code, got.out.as_str()),
+        (Some(42), "<info><image.qcow2>")
+    );
+}
+
+/// What these programs run on the image `d` (docs/clients.md), to read and to change it.
+const CLIENTS: [(&str, &str); 4] = [
+    (
+        "CloudStack, managesnapshot.sh",
+        "qemu-img snapshot -c 'vm snap' d && qemu-img snapshot -U -l d | grep -c 'vm snap'
+        qemu-img convert -U -f qcow2 -O qcow2 -l snapshot.name='vm snap' d out && qemu-img compare d out
+        qemu-img snapshot -a 'vm snap' d && qemu-img snapshot -d 'vm snap' d
+        qemu-img snapshot -l d | tail -n +3 | awk '{print $1}' | xargs -I {} qemu-img snapshot -d {} d
+        qemu-img snapshot -l d",
+    ),
+    (
+        "Proxmox VE, PVE/Storage/Plugin.pm, by absolute path",
+        "qemu_img=$(command -v qemu-img)
+        $qemu_img snapshot -c one $PWD/d && $qemu_img snapshot -a one $PWD/d && $qemu_img snapshot -d one $PWD/d
+        $qemu_img info --output=json $PWD/d | grep -c vm-clock",
+    ),
+    (
+        "Multipass, qemu_snapshot.cpp",
+        "qemu-img snapshot -l d | grep -c @x; qemu-img snapshot -c @x d; qemu-img snapshot -l d | grep -c @x
+        qemu-img snapshot -a @x d; qemu-img snapshot -d @x d; qemu-img snapshot -d @x d",
+    ),
+    (
+        "Lima",
+        "qemu-img snapshot -c t d; qemu-img snapshot -l d | awk '{print $1, $2}'
+        qemu-img snapshot -a t d; qemu-img snapshot -d t d; qemu-img snapshot -a t d",
+    ),
+];
+
+#[test]
+fn the_command_lines_of_clients_do_what_they_do_with_qemu_img() {
+    if qemu_img("the command lines of clients").is_none() {
+        return;
+    }
+    let link = link();
+    for (client, script) in CLIENTS {
+        let [ours, theirs] = [Some(link.path()), None].map(|first| {
+            let folder = image("names", "after-7");
+            std::fs::rename(folder.path().join("image.qcow2"), folder.path().join("d")).unwrap();
+            let mut path: Vec<_> = first.map(Path::to_owned).into_iter().collect();
+            path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap()));
+            let script = format!("{script}\nqemu-img check d; qemu-img snapshot -l d");
+            let mut bash = Command::new("/bin/bash");
+            bash.current_dir(folder.path()).args(["-c", &script]);
+            said(bash.env("PATH", std::env::join_paths(path).unwrap()))
+        });
+        assert_eq!(
+            (ours.code, &ours.out),
+            (theirs.code, &theirs.out),
+            "{client}: {}",
+            ours.err
+        );
+        assert!(
+            ours.out.contains("No errors were found"),
+            "{client}: {ours:?}"
+        );
+    }
+}
