@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 
 /// 512-byte clusters of a file full of bytes.
-fn overlay(options: &str, base: u64, size: u64) -> Overlay {
+pub fn overlay(options: &str, base: u64, size: u64) -> Overlay {
     let dir = scratch();
     let d = dir.path();
     std::fs::write(d.join("base"), vec![9; base as usize]).unwrap();
@@ -21,7 +21,7 @@ fn overlay(options: &str, base: u64, size: u64) -> Overlay {
     Overlay { dir, story }
 }
 
-fn snapshot(o: &Overlay, name: &str) {
+pub fn snapshot(o: &Overlay, name: &str) {
     let args = ["snapshot", "-c", name, "o.qcow2"];
     tool(o.dir.path(), "qemu-img", &args);
 }
