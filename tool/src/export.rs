@@ -240,7 +240,12 @@ fn copy(
         while at < end {
             asked.check(interrupted)?;
             bar.set_position(at);
-            let n = (end - at).min(CHUNK as u64);
+            // Unpacking goes on on all processors until all of this is there.
+            let most = match status.compressed {
+                true => 4 * CHUNK,
+                false => CHUNK,
+            };
+            let n = (end - at).min(most as u64);
             let mut buffer = out.buffer();
             buffer.resize(n as usize, 0);
             match status.zero {
