@@ -12,7 +12,7 @@ use clap::ArgMatches;
 use qcow2_snapshot::{Error, Image, OpenFlags};
 use tempfile::NamedTempFile;
 
-use crate::output::{Kind, Output, CHUNK};
+use crate::output::{Kind, Output, CHUNK, PACKED_CHUNK};
 use crate::progress;
 use crate::reflink::Reflink;
 use crate::signals::Asked;
@@ -240,9 +240,8 @@ fn copy(
         while at < end {
             asked.check(interrupted)?;
             bar.set_position(at);
-            // Unpacking goes on on all processors until all of this is there.
             let most = match status.compressed {
-                true => 4 * CHUNK,
+                true => PACKED_CHUNK,
                 false => CHUNK,
             };
             let n = (end - at).min(most as u64);

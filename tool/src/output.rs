@@ -8,8 +8,10 @@ use std::thread::JoinHandle;
 
 use qcow2_snapshot::io::lock::start_writeback;
 
-/// Read and written at once.
-pub(crate) const CHUNK: usize = 2 << 20;
+/// Read and written at once: a few of these stay in a processor's cache between reading and writing.
+pub(crate) const CHUNK: usize = 512 << 10;
+/// The same of compressed clusters: they are unpacked on all processors until all of this is there.
+pub(crate) const PACKED_CHUNK: usize = 8 << 20;
 /// Zeros in pieces of this size, aligned, become holes: `qemu-img convert` does the same.
 const PIECE: usize = 4096;
 /// Buffers under way between the two threads.

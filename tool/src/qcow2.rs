@@ -106,6 +106,35 @@ impl NewImage {
         Ok(())
     }
 
+    /// Many clusters of data at once, without copying them: the buffer is given away for another one. False: they
+    /// go the other way.
+    pub(crate) fn put_clusters(&mut self, guest: u64, bytes: &mut Vec<u8>) -> io::Result<bool> {
+        let (g, n) = (self.g, (bytes.len() / self.g.cluster_len()) as u64);
+        if g.extended_l2 || bytes.len() < CHUNK {
+            return Ok(false);
+        }
+        let last = guest + ((n - 1) << g.cluster_bits);
+        let one_table =
+            g.l1_index(guest) == self.table_index && g.l1_index(last) == self.table_index;
+        let end = self.next + n;
+        let counted = g.reftable_index(HostCluster(end - 1)) < self.blocks.len() as u64;
+        if !one_table || !counted || end << g.cluster_bits > MAX_CLUSTER_OFFSET {
+            return Ok(false);
+        }
+        self.send(0)?;
+        let full = std::mem::replace(bytes, self.out.buffer());
+        for k in 0..n {
+            let at = self.next << g.cluster_bits;
+            self.count(self.next);
+            self.set_entry(guest + (k << g.cluster_bits), at | COPIED, 0)?;
+            self.next += 1;
+        }
+        let at = self.pending_at;
+        self.pending_at += full.len() as u64;
+        self.out.write(at, full)?;
+        Ok(true)
+    }
+
     /// A unit of zeros that a backing file must not show through.
     pub(crate) fn put_zero(&mut self, guest: u64) -> io::Result<()> {
         if !self.g.extended_l2 {

@@ -11,7 +11,7 @@ use qcow2_snapshot::{Image, OpenFlags, PackedRun, Snapshot};
 
 use crate::export::{folder_of, show, Halt, GONE, STRETCH};
 use crate::listing;
-use crate::output::{is_zero, Kind, Output, CHUNK};
+use crate::output::{is_zero, Kind, Output, CHUNK, PACKED_CHUNK};
 use crate::progress;
 use crate::qcow2::{Form, NewImage};
 use crate::signals::Asked;
@@ -197,20 +197,19 @@ impl Copy<'_> {
             while at < stop {
                 self.asked.check(GONE)?;
                 bar.set_position(at);
+                let mut most = (CHUNK as u64).max(unit);
                 if status.compressed {
                     let done = self.as_stored(at, stop)?;
                     at += done;
                     if done > 0 {
                         continue;
                     }
-                    // What cannot be taken over is unpacked, many clusters at once.
-                    stop = stop.min(at + CHUNK as u64);
+                    // What cannot be taken over is unpacked; what is behind is looked at again.
+                    stop = stop.min(at + PACKED_CHUNK as u64);
+                    most = PACKED_CHUNK as u64;
                 }
                 // What is no whole unit of anything is read as a unit.
-                let n = (stop - at)
-                    .next_multiple_of(unit)
-                    .min(CHUNK as u64)
-                    .min(end - at);
+                let n = (stop - at).next_multiple_of(unit).min(most).min(end - at);
                 self.plain(at, n)?;
                 at += n;
             }
@@ -224,6 +223,10 @@ impl Copy<'_> {
         self.buffer.resize(n as usize, 0);
         self.image.read(at, &mut self.buffer)?;
         self.buffer.resize(n.next_multiple_of(unit) as usize, 0);
+        let parts = || self.buffer.chunks(unit as usize);
+        if !parts().any(is_zero) && self.new.put_clusters(at, &mut self.buffer)? {
+            return Ok(());
+        }
         for part in self.buffer.chunks(unit as usize) {
             match is_zero(part) {
                 true if at < self.shows => self.new.put_zero(at)?,
@@ -248,7 +251,7 @@ impl Copy<'_> {
     /// Compressed clusters as they are stored. Returns how many bytes of the disk that were.
     fn as_stored(&mut self, at: u64, stop: u64) -> Result<u64, Halt> {
         let size = self.image.geometry().cluster_size();
-        let most = (stop - at).min(size.max(CHUNK as u64));
+        let most = (stop - at).min(PACKED_CHUNK as u64);
         let done = self.image.read_packed(at, most, &mut self.packed)?;
         let run = std::mem::take(&mut self.packed);
         let (mut guest, mut before, end) = (at, 0..0, at + done);

@@ -158,6 +158,41 @@ fn compressed_clusters_are_taken_over_byte_for_byte() {
     assert!(number("o.out", "\"compressed-clusters\"").ends_with(" 1,"));
 }
 
+/// Large pieces go through as they were read; tables, refcount blocks and zeros between them do not shift them.
+#[test]
+fn data_in_order_is_in_order_whatever_stands_between() {
+    let Some(folder) = folder("data in order") else {
+        return;
+    };
+    let folder = folder.path();
+    for options in [
+        "cluster_size=512",
+        "cluster_size=4k",
+        "cluster_size=64k",
+        "cluster_size=2M",
+        "cluster_size=64k,extended_l2=on",
+    ] {
+        // Beyond 8 MiB a second refcount block of 4-KiB clusters; a hole and zeros; a disk that ends within a cluster.
+        sh(
+            folder,
+            &format!(
+                "rm -f d.* plain && head -c 22000128 /dev/urandom > plain
+                head -c 700000 /dev/zero | dd of=plain bs=1M seek=9 conv=notrunc 2> /dev/null
+                qemu-img convert -O qcow2 -o {options} plain d.qcow2 && qemu-io -c 'write -q -z 15M 1M' d.qcow2 && qemu-img snapshot -c s d.qcow2 && qemu-img convert -O raw d.qcow2 plain"
+            ),
+        );
+        let got = export(folder, "-O qcow2 d.qcow2 s d.out");
+        assert_eq!((got.code, got.err.as_str()), (Some(0), ""), "{options}");
+        sh(
+            folder,
+            "qemu-img check -q d.out && qemu-img compare -q -f raw -F qcow2 plain d.out",
+        );
+        let length = |name: &str| folder.join(name).metadata().unwrap().len();
+        let (theirs, ours) = (length("d.qcow2"), length("d.out"));
+        assert!(ours <= theirs, "{options}: {ours} {theirs}");
+    }
+}
+
 /// They are not unpacked: what cannot be is carried on as it is, and found by whoever reads it.
 #[test]
 fn a_damaged_compressed_cluster_among_others_is_as_damaged_in_the_copy() {
