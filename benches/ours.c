@@ -18,7 +18,7 @@
 /* Read all that is not zero and do nothing with it: what examples/export-snapshot.c costs without its output. */
 static int read_all(BlockDriverState *bs)
 {
-    static char buf[4 << 20];
+    static char buf[1 << 20];
     int64_t len = qcow2_getlength(bs), at = 0;
     while (at < len) {
         Qcow2Extent e;

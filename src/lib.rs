@@ -113,6 +113,6 @@ pub use error::{Error, Result};
 pub use flags::OpenFlags;
 pub use image::{Changed, Image, ImageLayout, Outcome, ProgressHook, Stage};
 pub use maintain::{CheckResult, Fix};
-pub use read::{BlockStatus, Change, Changes, Mapping, PackedCluster};
+pub use read::{BlockStatus, Change, Changes, Mapping, PackedCluster, PackedRun};
 pub use snapshot::{NewSnapshot, Snapshot, Usage};
 pub use words::{os_words, printable, strerror};

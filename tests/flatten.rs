@@ -12,6 +12,8 @@ mod crash;
 #[allow(dead_code)]
 #[path = "crash/judge.rs"]
 mod judge;
+#[path = "flatten/limits.rs"]
+mod limits;
 #[path = "flatten/overlays.rs"]
 mod overlays;
 #[allow(dead_code)]
@@ -23,9 +25,9 @@ use qcow2_snapshot::{Image, OpenFlags, Outcome};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Name and bytes of every state, the disk first, as the library reads them.
+/// Name and bytes of every state, the disk first, as the library reads them; its VM state behind.
 fn states(file: &Path) -> Vec<(String, Vec<u8>)> {
-    let mut image = Image::open(file, OpenFlags::read_only()).unwrap();
+    let mut image = Image::open(file, OpenFlags::FORCE_SHARE).unwrap();
     all_states(&mut image)
 }
 
@@ -39,6 +41,9 @@ fn all_states(image: &mut Image) -> Vec<(String, Vec<u8>)> {
     let read = |image: &mut Image, name: String| {
         let mut bytes = vec![0; image.length() as usize];
         image.read(0, &mut bytes).unwrap();
+        let mut vm = vec![0; overlays::vm_bytes(name.as_bytes())];
+        image.load_vmstate(0, &mut vm).unwrap();
+        bytes.extend(vm);
         (name, bytes)
     };
     let mut all = vec![read(image, "the disk".into())];
@@ -60,7 +65,7 @@ fn by_qemu(dir: &Path, names: &[(String, Vec<u8>)]) -> Vec<Vec<u8>> {
         }
         tool(dir, "qemu-img", &args);
         let mut read = std::fs::read(dir.join("out")).unwrap();
-        read.truncate(bytes.len());
+        read.truncate(bytes.len() - overlays::vm_bytes(name.as_bytes()));
         all.push(read);
     }
     std::fs::remove_file(dir.join("out")).unwrap();

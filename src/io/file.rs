@@ -244,6 +244,12 @@ impl Storage for FileStorage {
         }
     }
 
+    fn will_flush(&mut self, offset: u64, bytes: u64) {
+        if let (Ok(file), false) = (self.file(), self.flush.never) {
+            lock::start_writeback(file, offset, bytes);
+        }
+    }
+
     /// QEMU's `find_allocation`; as there, a failure means that nothing is known.
     fn run(&mut self, offset: u64) -> Option<Run> {
         // Devices know no holes.

@@ -84,6 +84,10 @@ pub trait Storage {
     /// them. Only a hint.
     fn will_read(&mut self, _offset: u64, _bytes: u64) {}
 
+    /// These bytes were written, nobody writes them again, and a barrier will come: the storage may begin to
+    /// bring them to the medium, and must not wait for it. Only a hint.
+    fn will_flush(&mut self, _offset: u64, _bytes: u64) {}
+
     /// Is there data or a hole at `offset`? `None` where the storage cannot tell.
     fn run(&mut self, _offset: u64) -> Option<Run> {
         None

@@ -1,7 +1,8 @@
 //! Where guest data is: extents, and reading the disk now seen.
 
+use super::packed::{unpack_all, Job, Portion, MOST_CLUSTERS};
 use crate::error::{Error, Result};
-use crate::format::compress::{self, Unpacker};
+use crate::format::compress;
 use crate::format::entry::{self, Cluster, OFFSET_MASK};
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::validate_table;
@@ -9,9 +10,7 @@ use crate::image::device::Device;
 use crate::image::reading::Layer;
 use crate::image::reading::{L2Cache, Unpacked};
 use crate::image::{device, room, Image};
-use crate::io::lock;
 use byteorder::{BigEndian, ByteOrder};
-use std::sync::Mutex;
 
 /// Subclusters of a cluster with extended L2 entries.
 const SUBCLUSTERS: u64 = 32;
@@ -46,13 +45,6 @@ impl Extent {
 fn slice_bytes(g: Geometry) -> u64 {
     g.cluster_size().min(L2Cache::SLICE)
 }
-
-/// Compressed clusters are read in portions of this many bytes of the file, if one does not take
-/// more, and this many clusters.
-const PACKED: u64 = 2 << 20;
-const MOST_CLUSTERS: u64 = 1024;
-/// To start a thread takes as long as unpacking some tens of KiB.
-const WORTH_A_THREAD: u64 = 256 << 10;
 
 impl Image {
     /// Read `buf.len()` bytes of the disk now seen, from `offset` (QEMU's `qcow2_co_preadv`).
@@ -243,7 +235,7 @@ impl Image {
     }
 
     /// Read whole compressed clusters from `guest` on, as far as they follow one another, and no
-    /// more than [`PACKED`] bytes of the file at once: neighbours in the file in one request, then
+    /// more than a portion of the file at once: neighbours in the file in one request, then
     /// unpacked on all processors. Returns how much of `out` that is: at least one cluster.
     fn read_compressed_run(
         &mut self,
@@ -252,76 +244,31 @@ impl Image {
         out: &mut [u8],
     ) -> Result<usize> {
         let size = self.header.geometry.cluster_size();
-        // Requests, and of each cluster its place in what they read: (offset, place, bytes).
-        let mut requests: Vec<(u64, usize, usize)> = Vec::new();
-        let mut clusters: Vec<(usize, usize)> = Vec::new();
-        let mut total = 0;
+        let mut portion = Portion::default();
         for n in 0..(out.len() as u64 / size).min(MOST_CLUSTERS) {
             let (extent, _) = self.extent_at(l1, guest + n * size, size)?;
             let Extent::Compressed { entry, at: 0 } = extent else {
                 break;
             };
             let (offset, bytes) = self.packed(entry)?;
-            if n > 0 && total as u64 + bytes > PACKED {
+            if !portion.takes(bytes) {
                 break;
             }
-            let bytes = bytes as usize;
-            // The last sector of a cluster is often the first of the next one.
-            let within = requests
-                .last()
-                .and_then(|(start, _, long)| Some((offset.checked_sub(*start)?, *long)))
-                .filter(|(ahead, long)| *ahead <= *long as u64);
-            match (within, requests.last_mut()) {
-                (Some((ahead, _)), Some((_, place, long))) => {
-                    room::push(&mut clusters, (*place + ahead as usize, bytes))?;
-                    *long = (*long).max(ahead as usize + bytes);
-                    total = *place + *long;
-                }
-                _ => {
-                    room::push(&mut requests, (offset, total, bytes))?;
-                    room::push(&mut clusters, (total, bytes))?;
-                    total += bytes;
-                }
-            }
+            portion.add(offset, bytes)?;
         }
-        let mut packed = device::zeroed(total as u64)?;
-        for (offset, place, bytes) in requests {
-            let part = packed.get_mut(place..place + bytes).unwrap_or_default();
-            self.dev
-                .read("Could not read a compressed cluster", offset, part)?;
-        }
-
-        struct Job<'a> {
-            packed: &'a [u8],
-            out: &'a mut [u8],
-            done: Result<()>,
-        }
-        let places = clusters.iter().zip(out.chunks_exact_mut(size as usize));
-        let mut jobs = room::collected(places.map(|((place, bytes), out)| Job {
-            packed: packed.get(*place..*place + *bytes).unwrap_or_default(),
-            out,
-            done: Err(Error::NoMemory(size)),
-        }))?;
-        let many = jobs.len() > 1 && jobs.len() as u64 * size >= WORTH_A_THREAD;
-        let kind = self.header.compression;
-        let left = Mutex::new(jobs.iter_mut());
-        let work = || {
-            let Ok(mut unpacker) = Unpacker::new(kind) else {
-                return; // the others do it, or there is no memory for any
-            };
-            loop {
-                let job = left.lock().ok().and_then(|mut jobs| jobs.next());
-                let Some(job) = job else { break };
-                job.done = unpacker.unpack(job.packed, job.out).map(|_| ());
-            }
-        };
-        if many {
-            lock::together(&work);
-        } else {
-            work();
-        }
+        let mut packed = Vec::new();
+        portion.read(&mut self.dev, &mut packed)?;
+        let places = portion.clusters.into_iter();
+        let mut jobs = room::collected(places.zip(out.chunks_exact_mut(size as usize)).map(
+            |(place, out)| Job {
+                packed: packed.get(place).unwrap_or_default(),
+                out,
+                done: Err(Error::NoMemory(size)),
+            },
+        ))?;
+        unpack_all(self.header.compression, &mut jobs);
         let done = jobs.len() * size as usize;
-        jobs.into_iter().try_for_each(|job| job.done)?;
+        jobs.into_iter().try_for_each(|job| job.done.map(|_| ()))?;
         Ok(done)
     }
 

@@ -11,5 +11,5 @@ mod status;
 mod tables;
 
 pub use changes::{Change, Changes, Mapping};
-pub use packed::PackedCluster;
+pub use packed::{PackedCluster, PackedRun};
 pub use status::BlockStatus;

@@ -152,7 +152,12 @@ impl Image {
 
     /// The first layer from `depth` on that says something of what is at `at` (qemu-img's
     /// `get_block_status`).
-    fn piece_in_chain(&mut self, mut depth: u32, at: u64, mut max: u64) -> Result<BlockStatus> {
+    pub(super) fn piece_in_chain(
+        &mut self,
+        mut depth: u32,
+        at: u64,
+        mut max: u64,
+    ) -> Result<BlockStatus> {
         loop {
             let piece = self.piece_of_layer(depth, at, max)?;
             if piece.data || piece.zero || piece.length == 0 {

@@ -86,14 +86,36 @@ fn writes(
     all
 }
 
+/// Does the tool do it?
+fn does(dir: &Path, program: &str, args: &[&str]) -> bool {
+    let out = Command::new(program).args(args).current_dir(dir).output();
+    out.unwrap().status.success()
+}
+
 /// A random overlay with up to six snapshots.
 pub fn random(seed: u64) -> Overlay {
+    made(seed, None)
+}
+
+/// One whose counts have a bit or two, as far as qemu-img takes snapshots of such.
+pub fn narrow(seed: u64) -> Overlay {
+    made(seed, Some(1 + seed % 2))
+}
+
+/// VM state is as long as the snapshot's name says.
+pub fn vm_bytes(name: &[u8]) -> usize {
+    let name = String::from_utf8_lossy(name);
+    name.split_once("-vm")
+        .map_or(0, |(_, n)| n.parse().unwrap())
+}
+
+fn made(seed: u64, narrow: Option<u64>) -> Overlay {
     let mut rng = Rng::new(seed);
     let dir = scratch();
     let d = dir.path();
     let mut story = format!("seed {seed}\n");
     let bits = *rng.pick(&[9u64, 9, 10, 12, 12, 14, 16]);
-    let extended = bits >= 14 && rng.below(2) == 0;
+    let extended = bits >= 14 && rng.below(2) == 0 && narrow.is_none();
     let cluster = 1u64 << bits;
     let size = match bits {
         9 => 20_000 + rng.below(100_000),
@@ -102,11 +124,11 @@ pub fn random(seed: u64) -> Overlay {
         _ => 300_000 + rng.below(2_000_000),
     } / 512
         * 512;
-    let v2 = !extended && rng.below(8) == 0;
+    let v2 = !extended && rng.below(8) == 0 && narrow.is_none();
     let width = if v2 {
         16
     } else {
-        *rng.pick(&[8, 16, 16, 32, 64, 4])
+        narrow.unwrap_or(*rng.pick(&[8, 16, 16, 32, 64, 4]))
     };
     let around = |rng: &mut Rng| match rng.below(3) {
         0 => size,
@@ -169,6 +191,15 @@ pub fn random(seed: u64) -> Overlay {
     tool(d, "qemu-img", &args);
     let mut now = size;
     let mut taken: Vec<String> = vec![];
+    if narrow.is_some() {
+        // With nothing in it, which shares nothing.
+        for n in 0..rng.below(3) {
+            let name = format!("s{n}");
+            tool(d, "qemu-img", &["snapshot", "-c", &name, "o.qcow2"]);
+            story += &format!("snapshot {name}\n");
+            taken.push(name);
+        }
+    }
     for _ in 0..2 + rng.below(7) {
         match rng.below(8) {
             0..=2 => {
@@ -178,10 +209,22 @@ pub fn random(seed: u64) -> Overlay {
                 io(d, "o.qcow2", &commands);
             }
             3..=5 if taken.len() < 6 => {
-                let name = format!("s{}", taken.len());
-                story += &format!("snapshot {name}\n");
-                tool(d, "qemu-img", &["snapshot", "-c", &name, "o.qcow2"]);
-                taken.push(name);
+                let mut name = format!("s{}", taken.len());
+                if rng.below(4) == 0 {
+                    let bytes = (1 + rng.below(2 * cluster / 512)) * 512;
+                    byte = byte % 250 + 1;
+                    let command = format!("write -b -P {byte} 0 {bytes}");
+                    story += &format!("{command}\n");
+                    io(d, "o.qcow2", &[command]);
+                    name += &format!("-vm{bytes}");
+                }
+                let args = ["snapshot", "-c", &name, "o.qcow2"];
+                if does(d, "qemu-img", &args) {
+                    story += &format!("snapshot {name}\n");
+                    taken.push(name);
+                } else {
+                    assert!(narrow.is_some(), "{name}\n{story}");
+                }
             }
             6 if !v2 => {
                 now = around(&mut rng);
@@ -194,12 +237,20 @@ pub fn random(seed: u64) -> Overlay {
             }
             _ if !taken.is_empty() && rng.below(2) == 0 => {
                 let name = rng.pick(&taken).clone();
-                story += &format!("apply {name}\n");
-                tool(d, "qemu-img", &["snapshot", "-a", &name, "o.qcow2"]);
+                let args = ["snapshot", "-a", &name, "o.qcow2"];
+                if does(d, "qemu-img", &args) {
+                    story += &format!("apply {name}\n");
+                } else {
+                    assert!(narrow.is_some(), "{name}\n{story}");
+                }
                 now = virtual_size(d, "o.qcow2");
             }
             _ => {}
         }
+    }
+    if narrow.is_some() {
+        // What a snapshot that could not be taken has left behind.
+        does(d, "qemu-img", &["check", "-q", "-r", "leaks", "o.qcow2"]);
     }
     // A base that got longer, or shorter, later.
     if raw && behind.0 == "base" && rng.below(4) == 0 {
@@ -297,7 +348,7 @@ pub fn shaped() -> Vec<Overlay> {
         "o.qcow2",
         &["write -P 1 8k 2k".into(), "write -b -P 5 0 20k".into()],
     );
-    snapshot(&o, "a");
+    snapshot(&o, "a-vm20480");
     io(o.dir.path(), "o.qcow2", &["write -P 2 20k 1k".into()]);
     snapshot(&o, "b");
     all.push(o);

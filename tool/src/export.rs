@@ -12,7 +12,7 @@ use clap::ArgMatches;
 use qcow2_snapshot::{Error, Image, OpenFlags};
 use tempfile::NamedTempFile;
 
-use crate::output::{Kind, Output, CHUNK};
+use crate::output::{Kind, Output, CHUNK, PACKED_CHUNK};
 use crate::progress;
 use crate::reflink::Reflink;
 use crate::signals::Asked;
@@ -240,7 +240,11 @@ fn copy(
         while at < end {
             asked.check(interrupted)?;
             bar.set_position(at);
-            let n = (end - at).min(CHUNK as u64);
+            let most = match status.compressed {
+                true => PACKED_CHUNK,
+                false => CHUNK,
+            };
+            let n = (end - at).min(most as u64);
             let mut buffer = out.buffer();
             buffer.resize(n as usize, 0);
             match status.zero {

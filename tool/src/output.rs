@@ -6,8 +6,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{channel, sync_channel, Receiver, SyncSender};
 use std::thread::JoinHandle;
 
-/// Read and written at once.
-pub(crate) const CHUNK: usize = 2 << 20;
+use qcow2_snapshot::io::lock::start_writeback;
+
+/// Read and written at once: a few of these stay in a processor's cache between reading and writing.
+pub(crate) const CHUNK: usize = 512 << 10;
+/// The same of compressed clusters: they are unpacked on all processors until all of this is there.
+pub(crate) const PACKED_CHUNK: usize = 8 << 20;
 /// Zeros in pieces of this size, aligned, become holes: `qemu-img convert` does the same.
 const PIECE: usize = 4096;
 /// Buffers under way between the two threads.
@@ -39,7 +43,11 @@ impl Output {
         let thread = std::thread::Builder::new().spawn(move || {
             for (at, bytes) in work {
                 match kind {
-                    Kind::Sparse => write_data(&file, at, &bytes)?,
+                    Kind::Sparse => {
+                        write_data(&file, at, &bytes)?;
+                        // The disk works while more is read: `sync_all` will wait for what is left.
+                        start_writeback(&file, at, bytes.len() as u64);
+                    }
                     Kind::Stream => (&file).write_all(&bytes)?,
                 }
                 // Nobody needs it any more at the end.

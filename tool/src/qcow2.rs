@@ -106,6 +106,35 @@ impl NewImage {
         Ok(())
     }
 
+    /// Many clusters of data at once, without copying them: the buffer is given away for another one. False: they
+    /// go the other way.
+    pub(crate) fn put_clusters(&mut self, guest: u64, bytes: &mut Vec<u8>) -> io::Result<bool> {
+        let (g, n) = (self.g, (bytes.len() / self.g.cluster_len()) as u64);
+        if g.extended_l2 || bytes.len() < CHUNK {
+            return Ok(false);
+        }
+        let last = guest + ((n - 1) << g.cluster_bits);
+        let one_table =
+            g.l1_index(guest) == self.table_index && g.l1_index(last) == self.table_index;
+        let end = self.next + n;
+        let counted = g.reftable_index(HostCluster(end - 1)) < self.blocks.len() as u64;
+        if !one_table || !counted || end << g.cluster_bits > MAX_CLUSTER_OFFSET {
+            return Ok(false);
+        }
+        self.send(0)?;
+        let full = std::mem::replace(bytes, self.out.buffer());
+        for k in 0..n {
+            let at = self.next << g.cluster_bits;
+            self.count(self.next);
+            self.set_entry(guest + (k << g.cluster_bits), at | COPIED, 0)?;
+            self.next += 1;
+        }
+        let at = self.pending_at;
+        self.pending_at += full.len() as u64;
+        self.out.write(at, full)?;
+        Ok(true)
+    }
+
     /// A unit of zeros that a backing file must not show through.
     pub(crate) fn put_zero(&mut self, guest: u64) -> io::Result<()> {
         if !self.g.extended_l2 {
@@ -116,17 +145,25 @@ impl NewImage {
         Ok(())
     }
 
-    /// A cluster as it is stored elsewhere. False: it takes too much room for that.
-    pub(crate) fn put_packed(&mut self, guest: u64, packed: &[u8]) -> io::Result<bool> {
+    /// A cluster as it is stored elsewhere. Its first bytes, so many, are the last of the one that was put
+    /// before. False: it takes too much room for that.
+    pub(crate) fn put_packed(
+        &mut self,
+        guest: u64,
+        packed: &[u8],
+        shared: usize,
+    ) -> io::Result<bool> {
         if packed.is_empty() || packed.len() >= self.g.cluster_len() {
             return Ok(false);
         }
         self.close_cluster()?;
         let length = packed.len() as u64;
-        let at = match self.place_for(length) {
+        let behind = self.place_for(length, shared as u64);
+        let at = match behind {
             Some(at) => at,
             None => {
                 self.begin_block()?;
+                self.room = 0..0;
                 self.next << self.g.cluster_bits
             }
         };
@@ -143,7 +180,7 @@ impl NewImage {
         for cluster in self.g.cluster_of(at).0..=self.g.cluster_of(end - 1).0 {
             self.count(cluster);
         }
-        self.room = end..whole;
+        self.room = end.max(self.room.start)..whole.max(self.room.end);
 
         let shift = 62 - (self.g.cluster_bits - 8);
         if at >> shift != 0 {
@@ -155,18 +192,20 @@ impl NewImage {
         Ok(true)
     }
 
-    /// Where compressed data fits behind other such data: within its cluster, or on into the next one if
-    /// that is free and counted by the same block.
-    fn place_for(&self, length: u64) -> Option<u64> {
-        let (g, at) = (self.g, self.room.start);
-        let counted_here = g.reftable_index(g.cluster_of(at)) + 1 == self.blocks.len() as u64;
-        if self.room.is_empty() || at < self.pending_at || !counted_here {
+    /// Where compressed data fits behind other such data, of which the last bytes are its first: within
+    /// the clusters that are there, or on into the next one if that is free and counted by the same block.
+    fn place_for(&self, length: u64, shared: u64) -> Option<u64> {
+        let (g, at) = (self.g, self.room.start.checked_sub(shared)?);
+        if at < self.pending_at || at == self.room.end {
             return None;
         }
+        let (first, last) = (g.cluster_of(at), g.cluster_of(at + length - 1));
+        let counted_here = g.reftable_index(first) + 1 == self.blocks.len() as u64;
         let goes_on = self.room.end == self.next << g.cluster_bits
             && g.reftable_index(HostCluster(self.next)) < self.blocks.len() as u64;
-        let fits = goes_on || length <= self.room.end - at;
-        (fits && self.count_of(at) < u16::MAX).then_some(at)
+        let fits = goes_on || at + length <= self.room.end;
+        let countable = |c: u64| c >= self.next || self.count_of(c << g.cluster_bits) < u16::MAX;
+        (counted_here && fits && (first.0..=last.0).all(countable)).then_some(at)
     }
 
     /// All is there. Returns the file's length.
@@ -364,14 +403,14 @@ impl NewImage {
         self.send(CHUNK)
     }
 
-    /// Write what is pending if it is so much; the last cluster only when nothing can come into it.
+    /// Write what is pending if it is so much; the last two clusters only when nothing can come into them.
     fn send(&mut self, enough: usize) -> io::Result<()> {
         if self.pending.len() < enough.max(1) {
             return Ok(());
         }
-        let open = !self.room.is_empty() && self.room.end == self.next << self.g.cluster_bits;
+        let open = self.room.end == self.next << self.g.cluster_bits;
         let kept = if open && enough > 0 {
-            self.g.cluster_len()
+            2 * self.g.cluster_len()
         } else {
             0
         };

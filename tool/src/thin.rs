@@ -7,11 +7,11 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
-use qcow2_snapshot::{Image, OpenFlags, PackedCluster, Snapshot};
+use qcow2_snapshot::{Image, OpenFlags, PackedRun, Snapshot};
 
 use crate::export::{folder_of, show, Halt, GONE, STRETCH};
 use crate::listing;
-use crate::output::{is_zero, Kind, Output, CHUNK};
+use crate::output::{is_zero, Kind, Output, CHUNK, PACKED_CHUNK};
 use crate::progress;
 use crate::qcow2::{Form, NewImage};
 use crate::signals::Asked;
@@ -132,7 +132,7 @@ pub(crate) fn write(
     let mut copy = Copy {
         new: NewImage::new(out, &form)?,
         image,
-        cluster: PackedCluster::default(),
+        packed: PackedRun::default(),
         buffer: Vec::new(),
         shows: backing.map_or(0, |b| b.length),
         asked,
@@ -169,7 +169,7 @@ pub(crate) fn write(
 struct Copy<'a> {
     image: &'a mut Image,
     new: NewImage,
-    cluster: PackedCluster,
+    packed: PackedRun,
     buffer: Vec<u8>,
     /// The backing file shows something up to here, which zeros must hide.
     shows: u64,
@@ -179,12 +179,12 @@ struct Copy<'a> {
 impl Copy<'_> {
     /// What stands from `at`, where a unit begins, to `end`, where one or the disk ends.
     fn range(&mut self, mut at: u64, end: u64, bar: &indicatif::ProgressBar) -> Result<(), Halt> {
-        let g = self.image.geometry();
-        let (size, unit) = (g.cluster_size(), self.new.unit());
+        let unit = self.new.unit();
         while at < end {
             self.asked.check(GONE)?;
+            bar.set_position(at);
             let status = self.image.block_status(at, (end - at).min(STRETCH))?;
-            let stop = at + status.length.max(1);
+            let mut stop = at + status.length.max(1);
             let whole = match stop {
                 _ if stop >= end => end,
                 _ => stop / unit * unit,
@@ -197,15 +197,16 @@ impl Copy<'_> {
             while at < stop {
                 self.asked.check(GONE)?;
                 bar.set_position(at);
-                let mut most = CHUNK as u64;
+                let mut most = (CHUNK as u64).max(unit);
                 if status.compressed {
-                    let part = size.min(stop - at);
-                    let whole = part == size || stop == self.image.length();
-                    if whole && g.in_cluster(at) == 0 && self.packed(at, part, status.depth)? {
-                        at += part;
+                    let done = self.as_stored(at, stop)?;
+                    at += done;
+                    if done > 0 {
                         continue;
                     }
-                    most = size - g.in_cluster(at);
+                    // What cannot be taken over is unpacked; what is behind is looked at again.
+                    stop = stop.min(at + PACKED_CHUNK as u64);
+                    most = PACKED_CHUNK as u64;
                 }
                 // What is no whole unit of anything is read as a unit.
                 let n = (stop - at).next_multiple_of(unit).min(most).min(end - at);
@@ -222,6 +223,10 @@ impl Copy<'_> {
         self.buffer.resize(n as usize, 0);
         self.image.read(at, &mut self.buffer)?;
         self.buffer.resize(n.next_multiple_of(unit) as usize, 0);
+        let parts = || self.buffer.chunks(unit as usize);
+        if !parts().any(is_zero) && self.new.put_clusters(at, &mut self.buffer)? {
+            return Ok(());
+        }
         for part in self.buffer.chunks(unit as usize) {
             match is_zero(part) {
                 true if at < self.shows => self.new.put_zero(at)?,
@@ -243,18 +248,34 @@ impl Copy<'_> {
         Ok(())
     }
 
-    /// A compressed cluster as it is, if that can be. So much of it is of the disk; what is behind must be
-    /// zeros, or it would show when the disk grows.
-    fn packed(&mut self, at: u64, part: u64, depth: u32) -> Result<bool, Halt> {
-        if !self.image.read_packed(at, depth, &mut self.cluster)? {
-            return Ok(false);
+    /// Compressed clusters as they are stored. Returns how many bytes of the disk that were.
+    fn as_stored(&mut self, at: u64, stop: u64) -> Result<u64, Halt> {
+        let size = self.image.geometry().cluster_size();
+        let most = (stop - at).min(PACKED_CHUNK as u64);
+        let done = self.image.read_packed(at, most, &mut self.packed)?;
+        let run = std::mem::take(&mut self.packed);
+        let (mut guest, mut before, end) = (at, 0..0, at + done);
+        for cluster in &run.clusters {
+            let range = cluster.range.clone();
+            // It begins in the last sector of the one before.
+            let shared = match before.contains(&range.start) {
+                true => before.end - range.start,
+                false => 0,
+            };
+            before = 0..0;
+            let bytes = run.bytes.get(range.clone()).unwrap_or_default();
+            let part = size.min(end - guest);
+            if cluster.zero {
+                self.zeros(guest, guest + part)?;
+            } else if self.new.put_packed(guest, bytes, shared)? {
+                before = range;
+            } else {
+                self.plain(guest, part)?;
+            }
+            guest += part;
         }
-        let (disk, behind) = self.cluster.data.split_at(part as usize);
-        if is_zero(disk) {
-            self.zeros(at, at + part)?;
-            return Ok(true);
-        }
-        Ok(is_zero(behind) && self.new.put_packed(at, &self.cluster.packed)?)
+        self.packed = run;
+        Ok(done)
     }
 }
 

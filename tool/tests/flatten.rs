@@ -78,3 +78,36 @@ fn what_is_wrong_is_said_and_nothing_is_written() {
     assert_eq!(got.code, Some(1));
     assert!(got.err.contains("missing.qcow2"), "{}", got.err);
 }
+
+/// A file system that is full on the way leaves everything as it was; with more room another call goes on.
+#[test]
+fn a_full_disk_costs_nothing_and_another_call_goes_on() {
+    let Some(folder) = folder() else { return };
+    let folder = folder.path();
+    let tool = common::tool().display();
+    let run = |script: &str| {
+        let words = ["-rm", "sh", "-ec", script];
+        said(Command::new("unshare").args(words).current_dir(folder))
+    };
+    if run("mkdir m && mount -t tmpfs -o size=1m none m").code != Some(0) {
+        println!("SKIPPED: no file system can be mounted here: a full disk was not tested");
+        return;
+    }
+    for room in ["400k", "800k", "1100k"] {
+        let got = run(&format!(
+            "mount -t tmpfs -o size={room} none m; cp i.qcow2 m; ln -s $PWD/base m/base; cd m; ! {tool} flatten i.qcow2 2> ../said
+             qemu-img convert -U -O raw i.qcow2 ../now; cmp ../now ../disk
+             qemu-img convert -l one -O raw i.qcow2 ../now; cmp ../now ../one
+             mount -o remount,size=9m .; {tool} flatten i.qcow2; rm base;
+             qemu-img check -q i.qcow2
+             qemu-img convert -O raw i.qcow2 ../now; cmp ../now ../disk
+             qemu-img convert -l one -O raw i.qcow2 ../now; cmp ../now ../one"
+        ));
+        assert_eq!(
+            (got.code, got.out.as_str(), got.err.as_str()),
+            (Some(0), "", "")
+        );
+        let said = std::fs::read_to_string(folder.join("said")).unwrap();
+        assert!(said.contains("No space left on device"), "{said}");
+    }
+}

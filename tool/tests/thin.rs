@@ -107,12 +107,28 @@ fn compressed_clusters_are_taken_over_byte_for_byte() {
         return;
     };
     let folder = folder.path();
-    for kind in ["zlib", "zstd"] {
+    let number = |name: &str, field: &str| {
+        let out = sh(folder, &format!("qemu-img check --output=json {name}")).out;
+        let line = out.lines().find(|l| l.contains(field)).map(str::to_owned);
+        line.unwrap_or_default()
+    };
+    let length = |name: &str| folder.join(name).metadata().unwrap().len();
+    for (kind, cluster) in [
+        ("zlib", 512),
+        ("zlib", 4096),
+        ("zlib", 1 << 16),
+        ("zlib", 1 << 21),
+    ]
+    .into_iter()
+    .chain([("zstd", 4096), ("zstd", 1 << 16)])
+    {
+        // What packs well and what does not, and a disk that ends within a cluster.
         sh(
             folder,
             &format!(
-                "rm -f c.* && head -c 3000000 /dev/zero | tr '\\0' x > plain && seq 400000 >> plain &&
-                qemu-img convert -c -O qcow2 -o compression_type={kind} plain c.qcow2 &&
+                "rm -f c.* plain && head -c 1000000 /dev/zero | tr '\\0' x > plain && seq 400000 >> plain &&
+                head -c 300000 /dev/urandom >> plain && seq 500000 90 900000 | base64 >> plain && truncate -s 5000192 plain &&
+                qemu-img convert -c -O qcow2 -o compression_type={kind},cluster_size={cluster} plain c.qcow2 &&
                 qemu-img snapshot -c s c.qcow2"
             ),
         );
@@ -122,18 +138,100 @@ fn compressed_clusters_are_taken_over_byte_for_byte() {
             folder,
             "qemu-img check -q c.out && qemu-img compare -q plain c.out",
         );
-        let clusters = |name: &str| {
-            let out = sh(folder, &format!("qemu-img check --output=json {name}")).out;
-            let line = out
-                .lines()
-                .find(|l| l.contains("compressed-clusters"))
-                .map(str::to_owned);
-            line.unwrap()
-        };
-        assert_eq!(clusters("c.qcow2"), clusters("c.out"));
+        let clusters = ["c.qcow2", "c.out"].map(|name| number(name, "\"compressed-clusters\""));
+        assert_eq!(clusters[0], clusters[1], "{kind} {cluster}");
         // Not longer than what QEMU packed one behind the other.
+        let (theirs, ours) = (length("c.qcow2"), length("c.out"));
+        assert!(ours <= theirs, "{kind} {cluster}: {ours} {theirs}");
+    }
+    // Over another file, of another kind: those of the file behind are unpacked.
+    sh(
+        folder,
+        "qemu-img create -q -f qcow2 -b c.qcow2 -F qcow2 o.qcow2 && qemu-io -c 'write -q -c -P 9 64k 64k' o.qcow2 &&
+        qemu-img snapshot -c s o.qcow2 && qemu-img convert -O raw o.qcow2 o.raw",
+    );
+    assert_eq!(export(folder, "-O qcow2 o.qcow2 s o.out").code, Some(0));
+    sh(
+        folder,
+        "qemu-img check -q o.out && qemu-img compare -q o.raw o.out",
+    );
+    assert!(number("o.out", "\"compressed-clusters\"").ends_with(" 1,"));
+}
+
+/// Large pieces go through as they were read; tables, refcount blocks and zeros between them do not shift them.
+#[test]
+fn data_in_order_is_in_order_whatever_stands_between() {
+    let Some(folder) = folder("data in order") else {
+        return;
+    };
+    let folder = folder.path();
+    for options in [
+        "cluster_size=512",
+        "cluster_size=4k",
+        "cluster_size=64k",
+        "cluster_size=2M",
+        "cluster_size=64k,extended_l2=on",
+    ] {
+        // Beyond 8 MiB a second refcount block of 4-KiB clusters; a hole and zeros; a disk that ends within a cluster.
+        sh(
+            folder,
+            &format!(
+                "rm -f d.* plain && head -c 22000128 /dev/urandom > plain
+                head -c 700000 /dev/zero | dd of=plain bs=1M seek=9 conv=notrunc 2> /dev/null
+                qemu-img convert -O qcow2 -o {options} plain d.qcow2 && qemu-io -c 'write -q -z 15M 1M' d.qcow2 && qemu-img snapshot -c s d.qcow2 && qemu-img convert -O raw d.qcow2 plain"
+            ),
+        );
+        let got = export(folder, "-O qcow2 d.qcow2 s d.out");
+        assert_eq!((got.code, got.err.as_str()), (Some(0), ""), "{options}");
+        sh(
+            folder,
+            "qemu-img check -q d.out && qemu-img compare -q -f raw -F qcow2 plain d.out",
+        );
         let length = |name: &str| folder.join(name).metadata().unwrap().len();
-        assert!(length("c.out") <= length("c.qcow2"), "{kind}");
+        let (theirs, ours) = (length("d.qcow2"), length("d.out"));
+        assert!(ours <= theirs, "{options}: {ours} {theirs}");
+    }
+}
+
+/// They are not unpacked: what cannot be is carried on as it is, and found by whoever reads it.
+#[test]
+fn a_damaged_compressed_cluster_among_others_is_as_damaged_in_the_copy() {
+    let Some(folder) = folder("a damaged cluster") else {
+        return;
+    };
+    let folder = folder.path();
+    sh(
+        folder,
+        "seq 400000 > plain && qemu-img convert -c -O qcow2 plain c.qcow2 && qemu-img snapshot -c s c.qcow2",
+    );
+    let path = folder.join("c.qcow2");
+    let mut image = qcow2_snapshot::Image::open(&path, qcow2_snapshot::OpenFlags::read_only());
+    let mut run = qcow2_snapshot::PackedRun::default();
+    let image = image.as_mut().unwrap();
+    assert_eq!(
+        image.read_packed(0, 1 << 20, &mut run).unwrap(),
+        1 << 20,
+        "16 clusters"
+    );
+    let third = &run.bytes[run.clusters[2].range.clone()];
+    let bytes = std::fs::read(&path).unwrap();
+    let at = bytes.windows(third.len()).position(|w| w == third).unwrap();
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&[0xff; 8], at as u64).unwrap();
+    let got = export(folder, "c.qcow2 s raw");
+    assert_eq!(got.code, Some(1));
+    assert!(
+        got.err.contains("A compressed cluster is damaged"),
+        "{got:?}"
+    );
+    assert_eq!(export(folder, "-O qcow2 c.qcow2 s c.out").code, Some(0));
+    let failed = |name: &str, at: u64| {
+        let read = format!("qemu-io -r -c 'read {at}k 64k' {name} 2>&1 | grep -c failed || true");
+        sh(folder, &read).out
+    };
+    for name in ["c.qcow2", "c.out"] {
+        let said = [64, 128, 192].map(|at| failed(name, at));
+        assert_eq!(said, ["0\n", "1\n", "0\n"], "{name}");
     }
 }
 
@@ -389,12 +487,14 @@ fn hostile_images_are_refused() {
     let bytes = std::fs::read(&stream).unwrap();
     let mut image =
         qcow2_snapshot::Image::open(&stream, qcow2_snapshot::OpenFlags::read_only()).unwrap();
-    let mut cluster = qcow2_snapshot::PackedCluster::default();
-    assert!(image.read_packed(320 << 10, 0, &mut cluster).unwrap());
+    let mut run = qcow2_snapshot::PackedRun::default();
+    let n = image.read_packed(320 << 10, 1 << 20, &mut run).unwrap();
+    assert_eq!((n, run.clusters.len()), (64 << 10, 1));
+    let packed = &run.bytes[run.clusters[0].range.clone()];
     image.close().unwrap();
     let at = bytes
-        .windows(cluster.packed.len())
-        .position(|w| w == cluster.packed)
+        .windows(packed.len())
+        .position(|w| w == packed)
         .unwrap();
     let file = std::fs::File::options().write(true).open(&stream).unwrap();
     file.write_all_at(&[0xff; 8], at as u64).unwrap();

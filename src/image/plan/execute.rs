@@ -92,7 +92,10 @@ pub(crate) fn write_ahead(
     offset: u64,
     data: &[u8],
 ) -> Result<()> {
-    dev.write(label, offset, data)
+    dev.write(label, offset, data)?;
+    // The disk works while more is read; the barrier waits for what is left.
+    dev.storage.will_flush(offset, data.len() as u64);
+    Ok(())
 }
 
 /// One request.
