@@ -1480,6 +1480,7 @@ int qcow2_snapshot_next_change(struct Qcow2Image *bs,
  *                             refcounts say nothing; or an external data file
  *                   -EIO      the image is damaged there or cannot be read; or an earlier
  *                             failure spent the handle
+ *                   -ECANCELED  qcow2_set_progress()
  *                   -ENOMEM, -EBUSY, and what the I/O functions return
  */
 int qcow2_snapshot_usage(struct Qcow2Image *bs,
@@ -1508,6 +1509,7 @@ int qcow2_snapshot_usage(struct Qcow2Image *bs,
  *                   -ENOENT   no such snapshot; the message names it, and none is deleted
  *                   -EACCES   the handle is read-only
  *                   -EFBIG, -ENOTSUP, -ENOSPC, -EIO, -ECANCELED  as qcow2_snapshot_delete()
+ *                   -ECANCELED  qcow2_set_progress()
  *                   -ENOMEM, -EBUSY, and what the I/O functions return
  */
 int qcow2_snapshot_delete_many(struct Qcow2Image *bs,
@@ -1723,8 +1725,10 @@ int qcow2_snapshot_layout(const struct Qcow2Image *bs,
  * Where the tables of the image are as they are now, and what the last verb has changed: for a
  * program that keeps a cache of them beside this handle.
  *
- * Such a program writes back and empties its caches before it calls a changing verb, and asks here
- * afterwards. What it has changed itself it tells by qcow2_reload() before the next call.
+ * Before a changing verb such a program writes what its caches hold to the file and flushes it, then
+ * empties them (a table in them would be written over the new one later), and clears the dirty
+ * bit if it has set it (an image with it is refused). What it has changed itself it tells by
+ * qcow2_reload() before the call. After it, it asks here, and looks nothing up that it knew before.
  *
  * @param bs      the handle
  * @param layout  where to put the answer; cleared if the call fails
