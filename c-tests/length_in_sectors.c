@@ -53,8 +53,8 @@ int main(void)
     Bytes before, theirs;
 
     need("qemu-img"), need("qemu-io");
-    CHECK_RET(shell("qemu-img create -q -f qcow2 -o cluster_size=512 image.qcow2 4M && qemu-img snapshot -c a image.qcow2 && "
-                    "qemu-io -c 'write -q 0 4k' -c 'write -q 3M 4k' image.qcow2 && qemu-img snapshot -c b image.qcow2 && "
+    CHECK_RET(shell("qemu-img create -q -f qcow2 -o cluster_size=4k image.qcow2 256M && qemu-img snapshot -c a image.qcow2 && "
+                    "qemu-io -c 'write -q 0 4k' -c 'write -q 200M 4k' image.qcow2 && qemu-img snapshot -c b image.qcow2 && "
                     "cp image.qcow2 qemu.qcow2 && qemu-img snapshot -a a qemu.qcow2"), 0);
     before = slurp("image.qcow2");
     CHECK(before.len % 512 != 0);       /* the snapshot table is the last thing in it */

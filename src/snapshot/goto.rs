@@ -111,11 +111,12 @@ impl Image {
     }
 
     /// Where the file ends. A length that was told in whole sectors may be longer than the file: then the
-    /// table that stands in the last sector, with zeros behind it, ends where the file does. What no
-    /// table says nobody can know: the length stays as it was told.
+    /// table that stands in the last sector, with zeros behind it, ends where the file does. A file may well
+    /// be whole clusters long, and what no table says nobody can know: then it is as long as was told.
     fn needed_end(&mut self) -> Result<u64> {
         let told = self.dev.length();
-        if !self.dev.length_in_sectors() || told % SECTOR != 0 {
+        let whole = self.header.geometry.in_cluster(told) == 0;
+        if !self.dev.length_in_sectors() || told % SECTOR != 0 || whole {
             return Ok(told);
         }
         let l1_tables = self.snapshots.entries.iter().map(Snapshot::l1_table);
