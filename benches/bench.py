@@ -560,14 +560,18 @@ class AtOnce:
     def run(self, whole):
         path = self.b.image("1T-20-snapshots", self.make(whole))
         work, ours, names = f"{self.b.folder}/at-once.qcow2", f"{self.b.build}/ours", [f"s{n}" for n in range(19)]
-        ms = {"one by ours": [], "19 at once by ours": [], "usage of 19": [], "19 by qemu-img": []}
-        for _ in range(self.b.rounds):
+        self.ms = ms = {"one by ours": [], "19 at once by ours": [], "usage of 19": [], "du of all 20": [], "19 by qemu-img": []}
+        tool = f"{self.b.build}/../qcow2-snapshot"
+        for n in range(self.b.rounds):
             for what, args in (("one by ours", ["delete", "s0"]), ("19 at once by ours", ["delete-many", *names]), ("usage of 19", ["usage", *names])):
                 copy(path, work)
                 ms[what].append(measure([ours, work, *args]))
-            copy(path, work)
-            each = [measure(["qemu-img", "snapshot", "-d", name, work]) for name in names]
-            ms["19 by qemu-img"].append({key: max(m[key] for m in each) if key == "rss" else sum(m[key] for m in each) for key in each[0]})
+            # Each, the disk and all together.
+            ms["du of all 20"].append(measure([tool, "du", "-q", path]))
+            if n == 0:      # minutes: once
+                copy(path, work)
+                each = [measure(["qemu-img", "snapshot", "-d", name, work]) for name in names]
+                ms["19 by qemu-img"].append({key: max(m[key] for m in each) if key == "rss" else sum(m[key] for m in each) for key in each[0]})
         os.unlink(work)
         for what, of in ms.items():
             mid = {key: statistics.median(m[key] for m in of) for key in of[0]}
@@ -579,6 +583,27 @@ class AtOnce:
         for what, m in self.rows:
             out.append(f"| {what} | {m['wall']:.3f} | {m['cpu']:.3f} | {m['requests']:.0f} | {mib(m['read'])} | {m['rss'] / 1024:.0f} |")
         return out
+
+
+def target(out, what, name, value, good, digits=1):
+    out.append(f"| {what} | {name} | {value:.{digits}f} | | | {'yes' if good(value) else '**no**'} |")
+
+
+def targets_of_sets(diffs, once, out):
+    """Those of next_change, delete_many and usage."""
+    for what, ms in diffs.rows:
+        for key, says in (("read", "bytes"), ("requests", "requests"), ("inside", "time")):
+            share = statistics.median(c[key] / max(m[key], 1e-4) for c, m in zip(ms["changes"], ms["maps"]))
+            if what == "in one stretch":
+                target(out, f"changes, {says}: next_change / all L2 tables of both at most 0.05", f"1T, 1% {what}", share, lambda x: x <= 0.05, 3)
+            else:       # every table differs: each is to be read once
+                target(out, f"changes, {says}: next_change / all L2 tables of both at most 1.05", f"1T, 1% {what}", share, lambda x: x <= 1.05, 3)
+    mid = {what: statistics.median(m["wall"] for m in of) for what, of in getattr(once, "ms", {}).items()}
+    if mid:
+        name = "1T, 20 snapshots"
+        target(out, "wall: qemu-img's chain of 19 / 19 at once at least 400", name, mid["19 by qemu-img"] / mid["19 at once by ours"], lambda x: x >= 400, 0)
+        target(out, "wall: 19 at once / one delete of ours at most 1.5", name, mid["19 at once by ours"] / mid["one by ours"], lambda x: x <= 1.5, 2)
+        target(out, "wall: du of 20, the disk and all together at most 10 s", name, mid["du of all 20"], lambda x: x <= 10, 1)
 
 
 class Flatten:
@@ -717,6 +742,7 @@ def main():
     # Of these the first number is wall time, the second (copies) processor time.
     flattened.targets(out)
     copies.targets(out)
+    targets_of_sets(diffs, once, out)
     out.append("\nMedians, and medians of the ratios of each round:\n")
     table(b, out)
     out.append("\nBarriers (fdatasync, counted by strace):\n\n| image | program | " + " | ".join(VERBS) + " |\n|---|---|---|---|---|")

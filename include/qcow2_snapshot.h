@@ -204,6 +204,18 @@
  */
 #define QCOW2_CHANGE_COMPARE 0x1
 
+/**
+ * Qcow2IoOps.discard_kind: what snapshots or the disk held and a verb no longer needs, and old
+ * snapshot tables (what QEMU's pass-discard-snapshot is for).
+ */
+#define QCOW2_DISCARD_KIND_SNAPSHOT 1
+
+/**
+ * Qcow2IoOps.discard_kind: anything else: what a repair frees, refcount blocks that a shrinking
+ * goto drops, a temporary table.
+ */
+#define QCOW2_DISCARD_KIND_OTHER 2
+
 /* ---- What a verb did to the image ---------------------------------------------------- */
 
 /**
@@ -327,7 +339,7 @@ typedef struct Qcow2IoOps {
      */
     int (*flush)(void *opaque);
     /**
-     * The length in bytes, or -errno.
+     * The length in bytes, or -errno. It may be rounded up to whole sectors of 512 bytes.
      */
     int64_t (*getlength)(void *opaque);
     /**
@@ -335,10 +347,11 @@ typedef struct Qcow2IoOps {
      */
     int (*truncate)(void *opaque, uint64_t length);
     /**
-     * Give back the space of `bytes` bytes at `offset`, which read as zeros from then on;
-     * the length stays. May be NULL: nothing is given back. A hint: freed clusters equal
-     * those that qemu-img leaves only if they read as zeros, and the meaning of the image
-     * does not depend on it.
+     * Give back the space of `bytes` bytes (at most 2 MiB) at `offset`, which read as zeros from
+     * then on; the length stays. May be NULL: nothing is given back. A hint: freed clusters
+     * equal those that qemu-img leaves only if they read as zeros, and the meaning of the image
+     * does not depend on it (what does is read back, and written where it is not zeros). A
+     * caller with a cache of what is in the file drops the range from it.
      */
     int (*discard)(void *opaque, uint64_t offset, uint64_t bytes);
     /**
@@ -378,6 +391,11 @@ typedef struct Qcow2IoOps {
      * a revert makes the disk larger, in the place of opening the backing file. May be NULL.
      */
     int64_t (*backing_length)(void *opaque);
+    /**
+     * Since 0.2. In the place of `discard`: a range of any length, and its `kind`, one of the
+     * QCOW2_DISCARD_KIND values. May be NULL: then `discard` is called.
+     */
+    int (*discard_kind)(void *opaque, uint64_t offset, uint64_t bytes, int kind);
 } Qcow2IoOps;
 
 /**
@@ -1020,7 +1038,7 @@ int qcow2_open_fd(int fd, int flags, struct Qcow2Image **pbs, struct Qcow2Error 
  *                failure, then owned by the caller (qcow2_error_free())
  * @return        0, or -errno as qcow2_open() for what concerns the image, and:
  *                -EINVAL   ops is NULL, its size too small to hold truncate, or a function
- *                          other than discard, close and open_file NULL
+ *                          up to truncate NULL
  *                or what the functions return
  */
 int qcow2_open_io(const struct Qcow2IoOps *ops,
@@ -1462,6 +1480,7 @@ int qcow2_snapshot_next_change(struct Qcow2Image *bs,
  *                             refcounts say nothing; or an external data file
  *                   -EIO      the image is damaged there or cannot be read; or an earlier
  *                             failure spent the handle
+ *                   -ECANCELED  qcow2_set_progress()
  *                   -ENOMEM, -EBUSY, and what the I/O functions return
  */
 int qcow2_snapshot_usage(struct Qcow2Image *bs,
@@ -1490,6 +1509,7 @@ int qcow2_snapshot_usage(struct Qcow2Image *bs,
  *                   -ENOENT   no such snapshot; the message names it, and none is deleted
  *                   -EACCES   the handle is read-only
  *                   -EFBIG, -ENOTSUP, -ENOSPC, -EIO, -ECANCELED  as qcow2_snapshot_delete()
+ *                   -ECANCELED  qcow2_set_progress()
  *                   -ENOMEM, -EBUSY, and what the I/O functions return
  */
 int qcow2_snapshot_delete_many(struct Qcow2Image *bs,
@@ -1593,8 +1613,9 @@ int qcow2_flatten_estimate(struct Qcow2Image *bs,
 /* ---- Progress ------------------------------------------------------------------------ */
 
 /**
- * Have a function called while create, goto, delete or qcow2_write_snapshots() is at work
- * on this handle: to show how far it is, and to cancel it (a user has pressed Ctrl-C, say).
+ * Have a function called while a changing verb or qcow2_snapshot_usage() is at work on this
+ * handle: to show how far it is, and to cancel it (a user has pressed Ctrl-C, say).
+ * qcow2_snapshot_usage() only looks: it has the first stage and no other.
  *
  * The stages come in the order of their values. Within a stage there is a call after each
  * MiB of tables (every few milliseconds) or, in small images, each sixteenth of what is to
@@ -1704,8 +1725,10 @@ int qcow2_snapshot_layout(const struct Qcow2Image *bs,
  * Where the tables of the image are as they are now, and what the last verb has changed: for a
  * program that keeps a cache of them beside this handle.
  *
- * Such a program writes back and empties its caches before it calls a changing verb, and asks here
- * afterwards. What it has changed itself it tells by qcow2_reload() before the next call.
+ * Before a changing verb such a program writes what its caches hold to the file and flushes it, then
+ * empties them (a table in them would be written over the new one later), and clears the dirty
+ * bit if it has set it (an image with it is refused). What it has changed itself it tells by
+ * qcow2_reload() before the call. After it, it asks here, and looks nothing up that it knew before.
  *
  * @param bs      the handle
  * @param layout  where to put the answer; cleared if the call fails

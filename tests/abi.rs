@@ -201,6 +201,7 @@ int main(void)
     MEMBER(Qcow2IoOps, open_file);
     MEMBER(Qcow2IoOps, event);
     MEMBER(Qcow2IoOps, backing_length);
+    MEMBER(Qcow2IoOps, discard_kind);
     SIZE(Qcow2Extent);
     MEMBER(Qcow2Extent, start);
     MEMBER(Qcow2Extent, length);

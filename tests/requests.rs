@@ -92,8 +92,22 @@ fn measured() -> String {
             i.snapshot_delete_many(&[&id, b"requests"])
         });
         writeln!(out, "{case} delete both: {text}").unwrap();
-        let (text, _) = cost(created, |i| i.snapshot_rename(b"requests", b"renamed"));
+        let (text, _) = cost(created.clone(), |i| {
+            i.snapshot_rename(b"requests", b"renamed")
+        });
         writeln!(out, "{case} rename: {text}").unwrap();
+        let (text, _) = cost(created.clone(), |i| {
+            let id = first(i)?;
+            let both = [Some(&id[..]), Some(b"requests")];
+            i.snapshot_usage(&both).map(drop)
+        });
+        writeln!(out, "{case} usage of both: {text}").unwrap();
+        let (text, _) = cost(created, |i| {
+            let id = first(i)?;
+            let mut changes = i.snapshot_changes(Some(&id), None, false);
+            changes.try_for_each(|change| change.map(drop))
+        });
+        writeln!(out, "{case} changes since first: {text}").unwrap();
     }
     out
 }

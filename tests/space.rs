@@ -4,7 +4,7 @@
 
 use flate2::read::GzDecoder;
 use qcow2_snapshot::io::trace::TraceStorage;
-use qcow2_snapshot::{Error, Image, NewSnapshot, OpenFlags, Outcome};
+use qcow2_snapshot::{Error, Image, NewSnapshot, OpenFlags, Outcome, Stage};
 use std::io::Read as _;
 use std::path::Path;
 
@@ -91,6 +91,17 @@ fn tables_that_lie_are_errors_and_nothing_underflows() {
         }
     }
     refused(&low, &[b"first", b"second"], libc::EINVAL);
+    // And 0, where the two snapshots and the disk name them.
+    let mut none = good.clone();
+    for i in 0..2048 {
+        let at = (block + 2 * i) as usize;
+        if good[at..at + 2] == [0, 3] {
+            none[at + 1] = 0;
+        }
+    }
+    refused(&none, &[b"first"], libc::EINVAL);
+    let disk = open(&none).0.snapshot_usage(&[None]);
+    assert_eq!(disk.map_err(|e| e.errno()), Err(libc::EINVAL));
     // Of one alone they say that nobody else has it; the figures keep their order.
     let u = open(&low).0.snapshot_usage(&[Some(b"first")]).unwrap();
     assert!(u.exclusive == u.referenced && u.tables <= u.exclusive && u.allocated == u.referenced);
@@ -104,6 +115,72 @@ fn tables_that_lie_are_errors_and_nothing_underflows() {
     let usage = image.snapshot_usage(&[Some(b"first"), Some(b"second"), None]);
     assert!(n < 2 || usage.is_err_and(|e| e.errno() == libc::EINVAL));
     assert!(trace.events().is_empty());
+}
+
+/// Nothing is written, and the handle is as good as before.
+#[test]
+fn usage_can_be_cancelled_and_asked_again() {
+    use std::cell::Cell;
+    use std::ops::ControlFlow;
+    use std::rc::Rc;
+    let (mut image, trace) = open(&image());
+    let (calls, stop_at) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(usize::MAX)));
+    let (seen, stop) = (Rc::clone(&calls), Rc::clone(&stop_at));
+    image.set_progress(Some(Box::new(move |stage, done, total| {
+        assert!(stage == Stage::Check && done <= total);
+        seen.set(seen.get() + 1);
+        match seen.get() == stop.get() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    })));
+    let set = [Some(&b"first"[..]), None];
+    let usage = image.snapshot_usage(&set).unwrap();
+    let all = calls.get();
+    assert!(all > 1);
+    for nth in 1..=all {
+        calls.set(0);
+        stop_at.set(nth);
+        let e = image.snapshot_usage(&set).unwrap_err();
+        assert_eq!(e.errno(), libc::ECANCELED);
+    }
+    stop_at.set(usize::MAX);
+    assert_eq!(image.snapshot_usage(&set).unwrap(), usage);
+    assert!(trace.events().is_empty() && image.last_outcome() == Outcome::None);
+}
+
+/// With a longer name the table would pass 64 MiB.
+#[test]
+fn a_name_for_which_the_table_has_no_room_is_efbig_with_the_way_out() {
+    let mut bytes = image();
+    let table = bytes.len().next_multiple_of(4096);
+    bytes.resize(table, 0);
+    let mut entries = 0u32;
+    let mut add = |name: usize| {
+        let id = format!("{entries:08}");
+        let lengths = [8u16.to_be_bytes(), (name as u16).to_be_bytes()].concat();
+        bytes.extend([&[0u8; 12][..], &lengths, &[0; 20]].concat());
+        bytes.extend([&24u32.to_be_bytes()[..], &[0; 24], id.as_bytes()].concat());
+        bytes.resize(
+            bytes.len().next_multiple_of(8) + name.next_multiple_of(8),
+            b'n',
+        );
+        entries += 1;
+    };
+    // 40 bytes, 24 of extra data, the ID, the name.
+    add(0);
+    (0..65_027).for_each(|_| add(960));
+    add(848);
+    assert_eq!((64 << 20) - (bytes.len() - table), 8);
+    put(&mut bytes, 64, table as u64);
+    bytes[60..64].copy_from_slice(&entries.to_be_bytes());
+    let (mut image, trace) = open(&bytes);
+    let e = image
+        .snapshot_rename(b"00000000", &[b'x'; 255])
+        .unwrap_err();
+    assert_eq!(e.errno(), libc::EFBIG);
+    assert!(e.to_string().contains("64 MiB; delete"), "{e}");
+    assert!(trace.events().is_empty() && image.last_outcome() == Outcome::Unchanged);
 }
 
 #[test]

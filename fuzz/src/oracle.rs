@@ -236,6 +236,9 @@ pub fn judge(
     if !matches!(what, "read_snapshots" | "list" | "usage") {
         assert_eq!(image.last_outcome(), Outcome::Done, "{what}");
     }
+    if what == "usage" {
+        assert_eq!(is.requests, was.requests, "usage asks for changes");
+    }
     if writes.is_empty() && holes.is_empty() {
         return;
     }

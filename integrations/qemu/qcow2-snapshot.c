@@ -28,9 +28,12 @@ IO io_pread(void *o, uint64_t at, void *buf, size_t n) { return bdrv_pread(BELOW
 IO io_pwrite(void *o, uint64_t at, const void *buf, size_t n) { return bdrv_pwrite(BELOW(o), at, n, buf, 0); }
 IO io_flush(void *o) { return bdrv_flush(BELOW(o)->bs); }
 IO io_truncate(void *o, uint64_t n) { return bdrv_truncate(BELOW(o), n, false, PREALLOC_MODE_OFF, 0, NULL); }
-IO io_discard(void *o, uint64_t at, uint64_t n) { return bdrv_pdiscard(BELOW(o), at, n); }
+IO io_discard_kind(void *o, uint64_t at, uint64_t n, int kind)     /* as pass-discard-snapshot says */
+{
+    bool pass = ((BDRVQcow2State *)((Call *)o)->bs->opaque)->discard_passthrough[QCOW2_DISCARD_SNAPSHOT];
+    return pass || kind != QCOW2_DISCARD_KIND_SNAPSHOT ? bdrv_pdiscard(BELOW(o), at, n) : 0;
+}
 static int64_t GRAPH_RDLOCK io_getlength(void *o) { return bdrv_getlength(BELOW(o)->bs); }
-
 /* QEMU may have been told to do without a backing node: then nothing shows through. */
 #define BACKING(call) (((Call *)(call))->bs->backing)
 static int64_t GRAPH_RDLOCK io_backing_length(void *o) { return BACKING(o) ? bdrv_getlength(BACKING(o)->bs) : 0; }
@@ -48,7 +51,7 @@ static void GRAPH_RDLOCK io_event(void *o, const char *label)
 
 static const Qcow2IoOps io = {
     .size = sizeof(io), .pread = io_pread, .pwrite = io_pwrite, .flush = io_flush, .getlength = io_getlength,
-    .truncate = io_truncate, .discard = io_discard, .event = io_event, .backing_length = io_backing_length,
+    .truncate = io_truncate, .event = io_event, .backing_length = io_backing_length, .discard_kind = io_discard_kind,
 };
 
 static int GRAPH_RDLOCK begin(Call *call, BlockDriverState *bs, int flags, Error **errp)
@@ -73,7 +76,6 @@ static int GRAPH_RDLOCK begin(Call *call, BlockDriverState *bs, int flags, Error
     if (ret < 0)
         return error_setg_errno(errp, -ret, "Could not write back the tables in memory"), ret;
     *call = (Call) { .bs = bs };
-    flags |= s->discard_passthrough[QCOW2_DISCARD_SNAPSHOT] ? 0 : QCOW2_O_NO_DISCARD;
     if ((ret = api->open_io(&io, call, flags, &call->image, &err)) < 0)
         error_setg(errp, "%s", api->error_get_pretty(err));
     api->error_free(err);

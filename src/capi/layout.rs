@@ -160,8 +160,10 @@ pub unsafe extern "C" fn qcow2_snapshot_layout(
 /// Where the tables of the image are as they are now, and what the last verb has changed: for a
 /// program that keeps a cache of them beside this handle.
 ///
-/// Such a program writes back and empties its caches before it calls a changing verb, and asks here
-/// afterwards. What it has changed itself it tells by qcow2_reload() before the next call.
+/// Before a changing verb such a program writes what its caches hold to the file and flushes it, then
+/// empties them (a table in them would be written over the new one later), and clears the dirty
+/// bit if it has set it (an image with it is refused). What it has changed itself it tells by
+/// qcow2_reload() before the call. After it, it asks here, and looks nothing up that it knew before.
 ///
 /// @param bs      the handle
 /// @param layout  where to put the answer; cleared if the call fails

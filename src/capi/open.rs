@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::image::Image;
 use crate::io::callbacks::{failure as callback_error, CallbackStorage, Callbacks};
+use crate::io::Discarded;
 
 /// Open the image at a path. The descriptor is close-on-exec. Opening writes nothing.
 ///
@@ -120,7 +121,7 @@ pub unsafe extern "C" fn qcow2_open_fd(
 ///                failure, then owned by the caller (qcow2_error_free())
 /// @return        0, or -errno as qcow2_open() for what concerns the image, and:
 ///                -EINVAL   ops is NULL, its size too small to hold truncate, or a function
-///                          other than discard, close and open_file NULL
+///                          up to truncate NULL
 ///                or what the functions return
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_open_io(
@@ -232,6 +233,7 @@ struct CallerFunctions {
     open_file: Option<OpenFile>,
     event: Option<unsafe extern "C" fn(*mut c_void, *const c_char)>,
     backing_length: Option<unsafe extern "C" fn(*mut c_void) -> i64>,
+    discard_kind: Option<unsafe extern "C" fn(*mut c_void, u64, u64, c_int) -> c_int>,
 }
 
 type OpenFile = unsafe extern "C" fn(
@@ -256,6 +258,7 @@ impl CallerFunctions {
             open_file: table.open_file,
             event: table.event,
             backing_length: table.backing_length,
+            discard_kind: table.discard_kind,
         })
     }
 }
@@ -291,6 +294,12 @@ impl Callbacks for CallerFunctions {
         // SAFETY: nothing but the caller's pointer is handed over.
         self.discard
             .map(|discard| unsafe { discard(self.opaque, offset, bytes) })
+    }
+
+    fn discard_kind(&mut self, offset: u64, bytes: u64, kind: Discarded) -> Option<i32> {
+        // SAFETY: nothing but the caller's pointer is handed over.
+        self.discard_kind
+            .map(|discard| unsafe { discard(self.opaque, offset, bytes, kind as c_int) })
     }
 
     fn open_file(&mut self, name: &[u8], format: &[u8]) -> Option<io::Result<Box<dyn Callbacks>>> {

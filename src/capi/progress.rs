@@ -18,8 +18,9 @@ use crate::image::{ProgressHook, Stage};
 pub type Qcow2ProgressFunc =
     Option<unsafe extern "C" fn(opaque: *mut c_void, stage: c_int, done: u64, total: u64) -> c_int>;
 
-/// Have a function called while create, goto, delete or qcow2_write_snapshots() is at work
-/// on this handle: to show how far it is, and to cancel it (a user has pressed Ctrl-C, say).
+/// Have a function called while a changing verb or qcow2_snapshot_usage() is at work on this
+/// handle: to show how far it is, and to cancel it (a user has pressed Ctrl-C, say).
+/// qcow2_snapshot_usage() only looks: it has the first stage and no other.
 ///
 /// The stages come in the order of their values. Within a stage there is a call after each
 /// MiB of tables (every few milliseconds) or, in small images, each sixteenth of what is to

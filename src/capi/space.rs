@@ -38,6 +38,7 @@ use crate::image::room;
 ///                             refcounts say nothing; or an external data file
 ///                   -EIO      the image is damaged there or cannot be read; or an earlier
 ///                             failure spent the handle
+///                   -ECANCELED  qcow2_set_progress()
 ///                   -ENOMEM, -EBUSY, and what the I/O functions return
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_snapshot_usage(
@@ -92,6 +93,7 @@ pub unsafe extern "C" fn qcow2_snapshot_usage(
 ///                   -ENOENT   no such snapshot; the message names it, and none is deleted
 ///                   -EACCES   the handle is read-only
 ///                   -EFBIG, -ENOTSUP, -ENOSPC, -EIO, -ECANCELED  as qcow2_snapshot_delete()
+///                   -ECANCELED  qcow2_set_progress()
 ///                   -ENOMEM, -EBUSY, and what the I/O functions return
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qcow2_snapshot_delete_many(

@@ -55,6 +55,13 @@ pub const QCOW2_BLOCK_BEYOND: c_int = 0x100;
 /// bytes.
 pub const QCOW2_CHANGE_COMPARE: c_int = 0x1;
 
+/// Qcow2IoOps.discard_kind: what snapshots or the disk held and a verb no longer needs, and old
+/// snapshot tables (what QEMU's pass-discard-snapshot is for).
+pub const QCOW2_DISCARD_KIND_SNAPSHOT: c_int = 1;
+/// Qcow2IoOps.discard_kind: anything else: what a repair frees, refcount blocks that a shrinking
+/// goto drops, a temporary table.
+pub const QCOW2_DISCARD_KIND_OTHER: c_int = 2;
+
 /// qcow2_last_outcome(): no changing verb was called yet.
 pub const QCOW2_OUTCOME_NONE: c_int = 0;
 /// qcow2_last_outcome(): disk and snapshots are what they were before the verb.
@@ -193,14 +200,15 @@ pub struct Qcow2IoOps {
     /// A barrier: when it returns 0, earlier writes, truncates and discards are on stable
     /// storage.
     pub flush: Option<unsafe extern "C" fn(opaque: *mut c_void) -> c_int>,
-    /// The length in bytes, or -errno.
+    /// The length in bytes, or -errno. It may be rounded up to whole sectors of 512 bytes.
     pub getlength: Option<unsafe extern "C" fn(opaque: *mut c_void) -> i64>,
     /// Set the length to `length` bytes; growing adds zeros.
     pub truncate: Option<unsafe extern "C" fn(opaque: *mut c_void, length: u64) -> c_int>,
-    /// Give back the space of `bytes` bytes at `offset`, which read as zeros from then on;
-    /// the length stays. May be NULL: nothing is given back. A hint: freed clusters equal
-    /// those that qemu-img leaves only if they read as zeros, and the meaning of the image
-    /// does not depend on it.
+    /// Give back the space of `bytes` bytes (at most 2 MiB) at `offset`, which read as zeros from
+    /// then on; the length stays. May be NULL: nothing is given back. A hint: freed clusters
+    /// equal those that qemu-img leaves only if they read as zeros, and the meaning of the image
+    /// does not depend on it (what does is read back, and written where it is not zeros). A
+    /// caller with a cache of what is in the file drops the range from it.
     pub discard:
         Option<unsafe extern "C" fn(opaque: *mut c_void, offset: u64, bytes: u64) -> c_int>,
     /// The handle is closed: the last call, exactly once, after those of the files that open_file
@@ -236,6 +244,11 @@ pub struct Qcow2IoOps {
     /// Since 0.2. The length in bytes of what the image's backing file shows, or -errno: asked when
     /// a revert makes the disk larger, in the place of opening the backing file. May be NULL.
     pub backing_length: Option<unsafe extern "C" fn(opaque: *mut c_void) -> i64>,
+    /// Since 0.2. In the place of `discard`: a range of any length, and its `kind`, one of the
+    /// QCOW2_DISCARD_KIND values. May be NULL: then `discard` is called.
+    pub discard_kind: Option<
+        unsafe extern "C" fn(opaque: *mut c_void, offset: u64, bytes: u64, kind: c_int) -> c_int,
+    >,
 }
 
 const VERSION: &CStr =
@@ -258,6 +271,7 @@ mod tests {
     use super::*;
     use crate::flags::OpenFlags;
     use crate::image::{Outcome, Stage};
+    use crate::io::Discarded;
 
     #[test]
     fn the_flags_of_the_header_are_those_of_the_library() {
@@ -274,6 +288,12 @@ mod tests {
         for (bits, flag) in pairs {
             assert_eq!(OpenFlags::from_bits(bits).expect("a known flag"), flag);
         }
+    }
+
+    #[test]
+    fn the_kinds_of_discards_of_the_header_are_those_of_the_library() {
+        assert_eq!(QCOW2_DISCARD_KIND_SNAPSHOT, Discarded::Snapshot as c_int);
+        assert_eq!(QCOW2_DISCARD_KIND_OTHER, Discarded::Other as c_int);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::image::progress::Progress;
 use crate::image::room;
-pub(crate) use crate::io::MAX_REQUEST;
+pub(crate) use crate::io::{Discarded, MAX_REQUEST};
 use crate::io::{Run, Stamp, Storage};
 
 /// A [`Storage`] whose length is known and whose errors carry context. What changes it stands in
@@ -49,6 +49,11 @@ impl Device {
     /// Does the length stay as it is?
     pub(crate) fn fixed_length(&self) -> bool {
         self.fixed_length
+    }
+
+    /// May the length be rounded up to whole sectors?
+    pub(crate) fn length_in_sectors(&self) -> bool {
+        self.storage.length_in_sectors()
     }
 
     /// Is there room for all that will be written up to `end`?

@@ -325,7 +325,8 @@ impl Image {
         self.last.remark = Some(text.into());
     }
 
-    /// Tell `hook` how far a changing verb is, and let it cancel the verb; `None` takes it away.
+    /// Tell `hook` how far a changing verb or [`Image::snapshot_usage`] is, and let it cancel that; `None`
+    /// takes it away.
     pub fn set_progress(&mut self, hook: Option<Box<ProgressHook>>) {
         self.dev.progress = Progress::new(hook);
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::{Error, Result};
 
-use super::{discard_unsupported, FlushState, Storage, MAX_REQUEST};
+use super::{discard_unsupported, Discarded, FlushState, Storage, MAX_REQUEST};
 
 /// A caller's functions. Each returns 0 (or a length) or a negative errno; anything else counts
 /// as `-EIO`. Requests are whole, and at most [`MAX_REQUEST`] bytes long.
@@ -14,12 +14,17 @@ pub trait Callbacks {
     fn pwrite(&mut self, offset: u64, buf: &[u8]) -> i32;
     /// Make everything earlier stable.
     fn flush(&mut self) -> i32;
-    /// The length in bytes.
+    /// The length in bytes, or rounded up to whole sectors of 512.
     fn getlength(&mut self) -> i64;
     /// Set the length; growing adds zeros.
     fn truncate(&mut self, length: u64) -> i32;
     /// Make a range read as zeros; `None` when the caller has no such function.
     fn discard(&mut self, offset: u64, bytes: u64) -> Option<i32>;
+    /// The same, asked instead: a range of any length, and what it held. `None` when the caller has no
+    /// such function.
+    fn discard_kind(&mut self, _offset: u64, _bytes: u64, _kind: Discarded) -> Option<i32> {
+        None
+    }
     /// Open another file that the image names, for reading; `None` when the caller has no such
     /// function. What comes back closes itself when dropped.
     fn open_file(&mut self, _name: &[u8], _format: &[u8]) -> Option<Result<Box<dyn Callbacks>>> {
@@ -95,6 +100,10 @@ impl Storage for CallbackStorage {
         u64::try_from(answer).map_err(|_| failure(answer))
     }
 
+    fn length_in_sectors(&self) -> bool {
+        true
+    }
+
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()> {
         check_range(offset, buf.len() as u64)?;
         let mut at = offset;
@@ -124,6 +133,10 @@ impl Storage for CallbackStorage {
     }
 
     fn discard(&mut self, offset: u64, bytes: u64) -> Result<()> {
+        self.discard_kind(offset, bytes, Discarded::Other)
+    }
+
+    fn discard_kind(&mut self, offset: u64, bytes: u64, kind: Discarded) -> Result<()> {
         check_range(offset, bytes)?;
         let end = offset + bytes;
         let mut at = offset;
@@ -131,8 +144,13 @@ impl Storage for CallbackStorage {
             self.callbacks.event("discard");
         }
         while self.discard && at < end {
-            let piece = (end - at).min(MAX_REQUEST as u64);
-            let Some(answer) = self.callbacks.discard(at, piece) else {
+            let mut piece = end - at;
+            let mut answer = self.callbacks.discard_kind(at, piece, kind);
+            if answer.is_none() {
+                piece = piece.min(MAX_REQUEST as u64);
+                answer = self.callbacks.discard(at, piece);
+            }
+            let Some(answer) = answer else {
                 self.discard = false;
                 break;
             };
@@ -184,6 +202,7 @@ mod tests {
     struct Fake {
         answer: i64,
         has_discard: bool,
+        has_kinds: bool,
         calls: Rc<RefCell<Vec<String>>>,
     }
 
@@ -216,6 +235,10 @@ mod tests {
             self.has_discard
                 .then(|| self.note(format!("discard {offset} {bytes}")))
         }
+        fn discard_kind(&mut self, offset: u64, bytes: u64, kind: Discarded) -> Option<i32> {
+            self.has_kinds
+                .then(|| self.note(format!("discard {kind:?} {offset} {bytes}")))
+        }
         fn close(&mut self) {
             self.note("close".into());
         }
@@ -233,6 +256,7 @@ mod tests {
         let fake = Fake {
             answer,
             has_discard,
+            has_kinds: false,
             calls: Rc::clone(&calls),
         };
         (
@@ -262,6 +286,30 @@ mod tests {
                 format!("pwrite 7 {MAX}"),
                 format!("discard 3 {MAX}"),
                 format!("discard {} 4", 3 + MAX),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_discard_of_a_kind_is_whole_and_in_the_place_of_the_other() {
+        let calls = Calls::default();
+        let fake = Fake {
+            answer: 0,
+            has_discard: true,
+            has_kinds: true,
+            calls: Rc::clone(&calls),
+        };
+        let mut s = CallbackStorage::new(Box::new(fake), false, false);
+        s.discard_kind(3, 1 << 40, Discarded::Snapshot).unwrap();
+        s.discard(4, 1 << 30).unwrap();
+        s.discard_kind(5, 0, Discarded::Snapshot).unwrap();
+        s.barrier().unwrap();
+        assert_eq!(
+            *calls.borrow(),
+            [
+                format!("discard Snapshot 3 {}", 1u64 << 40),
+                format!("discard Other 4 {}", 1 << 30),
+                "flush".into()
             ]
         );
     }

@@ -26,6 +26,16 @@ pub enum Run {
     Hole(Option<u64>),
 }
 
+/// What is given back by a discard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Discarded {
+    /// What snapshots or the disk held and a verb no longer needs, and old snapshot tables.
+    Snapshot = 1,
+    /// What a repair frees, refcount blocks that a shrinking goto drops, a temporary table.
+    Other = 2,
+}
+
 /// What changes with a file: its length, and when it was last changed (the inode's `ctime`, which
 /// every write sets).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +71,11 @@ pub trait Storage {
         false
     }
 
+    /// May [`Storage::length`] be rounded up to whole sectors of 512 bytes?
+    fn length_in_sectors(&self) -> bool {
+        false
+    }
+
     /// Fill `buf` from `offset`; bytes past the end read as zeros.
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> Result<()>;
 
@@ -76,6 +91,11 @@ pub trait Storage {
     /// Make `offset..offset + bytes` read as zeros and give the space back, keeping the length.
     /// May do nothing where holes cannot be punched: then the bytes are unspecified.
     fn discard(&mut self, offset: u64, bytes: u64) -> Result<()>;
+
+    /// The same, for storages to which it matters what is given back.
+    fn discard_kind(&mut self, offset: u64, bytes: u64, _kind: Discarded) -> Result<()> {
+        self.discard(offset, bytes)
+    }
 
     /// When this returns, everything written, truncated or discarded before is stable.
     fn barrier(&mut self) -> Result<()>;

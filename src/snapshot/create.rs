@@ -86,7 +86,7 @@ impl Image {
         let entries = &self.snapshots.entries;
         if entries.len() as u64 >= MAX_SNAPSHOTS {
             return Err(Error::TooBig(format!(
-                "The image has {MAX_SNAPSHOTS} snapshots already"
+                "The image has {MAX_SNAPSHOTS} snapshots already; delete one first"
             )));
         }
         if new.id.len() > usize::from(u16::MAX) || new.name.len() > usize::from(u16::MAX) {

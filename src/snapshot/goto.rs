@@ -82,6 +82,7 @@ impl Image {
                 .saturating_add(cut << replay.g.cluster_bits)
         };
         self.dev.progress.begin(Stage::Check, tables);
+        let end = self.needed_end()?;
         self.replay_resize(&mut replay, snapshot)?;
         replay.grow_l1(&mut self.dev, stored_l1.len() as u64)?;
         let sized = Sized {
@@ -90,6 +91,7 @@ impl Image {
             was: Was {
                 header: &self.header,
                 l1: &self.l1,
+                end,
             },
         };
         let plan = sized
@@ -106,6 +108,36 @@ impl Image {
             );
         }
         Ok(())
+    }
+
+    /// Where the file ends. A length that was told in whole sectors may be longer than the file: then the
+    /// table that stands in the last sector, with zeros behind it, ends where the file does. A file may well
+    /// be whole clusters long, and what no table says nobody can know: then it is as long as was told.
+    fn needed_end(&mut self) -> Result<u64> {
+        let told = self.dev.length();
+        let whole = self.header.geometry.in_cluster(told) == 0;
+        if !self.dev.length_in_sectors() || told % SECTOR != 0 || whole {
+            return Ok(told);
+        }
+        let l1_tables = self.snapshots.entries.iter().map(Snapshot::l1_table);
+        let l1_ends = l1_tables
+            .chain([self.active_l1_table()])
+            .map(|t| t.offset.saturating_add(t.bytes()));
+        let list_end = self
+            .header
+            .snapshots_offset
+            .saturating_add(self.snapshots.size);
+        let in_last = |end: &u64| *end < told && told - *end < SECTOR;
+        let Some(end) = l1_ends.chain([list_end]).filter(in_last).max() else {
+            return Ok(told);
+        };
+        let behind = self
+            .dev
+            .read_vec("Could not read the end of the file", end, told - end)?;
+        Ok(match behind.iter().all(|b| *b == 0) {
+            true => end,
+            false => told,
+        })
     }
 
     /// The list as it is read back at the new disk size: entries that store none follow the disk.
@@ -161,11 +193,15 @@ impl Image {
     }
 }
 
+const SECTOR: u64 = 512;
+
 /// The image before the verb.
 #[derive(Clone, Copy)]
 struct Was<'a> {
     header: &'a Header,
     l1: &'a [u64],
+    /// Where the file ends.
+    end: u64,
 }
 
 /// The old disk has the snapshot's size, and room for its L1 table.
@@ -375,7 +411,13 @@ fn place_l1(replay: &mut Replay, dev: &mut Device, was: Was, publish: Publish) -
             let edit = edit(was.l1)?;
             let n = replay.g.clusters_for(edit.bytes());
             count_temporary(&mut replay.refs, dev, first, n)?;
-            let temporary = Temporary::new(dev, replay.g.offset_of(first), edit.bytes())?;
+            let (offset, bytes) = (replay.g.offset_of(first), edit.bytes());
+            let longer = offset.saturating_add(bytes) > dev.length();
+            // What is cut off then is the temporary table, and what was not there before it.
+            if longer && replay.final_length() == dev.length() {
+                replay.reach = was.end;
+            }
+            let temporary = Temporary::new(dev, offset, bytes, was.end)?;
             ActiveL1::Through(edit, Rc::new(temporary))
         }
         Publish::Moved => {

@@ -217,7 +217,10 @@ impl Image {
         for s in list {
             size = record::align(size).saturating_add(record::encoded_len(s, compat));
             if size > MAX_SNAPSHOT_TABLE_BYTES {
-                return Err(Error::TooBig("Snapshot table would become too big".into()));
+                return Err(Error::TooBig(
+                    "Snapshot table would become too big: it may have 64 MiB; delete snapshots, or use shorter names"
+                        .into(),
+                ));
             }
         }
         let offset = replay.refs.alloc(&mut self.dev, size)?;

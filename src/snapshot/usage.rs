@@ -12,6 +12,7 @@ use crate::format::run::Tally;
 use crate::image::device::Device;
 use crate::image::held::held;
 use crate::image::named::Naming;
+use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
 use crate::image::replay::walk::Part;
 use crate::image::replay::Replay;
@@ -77,6 +78,9 @@ impl Image {
 
         let mut replay = self.replay()?;
         let (disks, behind) = (held_by.disks.named()?, held_by.behind.named()?);
+        let words = [disks.tables().words, behind.tables().words];
+        let bytes = || table_bytes(replay.g, &words);
+        self.dev.progress.begin(Stage::Check, bytes);
         let down = Tally::Down(1);
         let walked = replay.walk_tables(&mut self.dev, disks.tables(), down)?;
         let mut tables = walked.freed;
@@ -91,6 +95,7 @@ impl Image {
             .walk_tables(&mut self.dev, behind.tables(), down)?
             .freed;
         let all = held(&mut self.dev, &replay.refs)?;
+        self.dev.progress.end()?;
         Ok(Usage {
             referenced: all.bytes,
             exclusive: all.freed,

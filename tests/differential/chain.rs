@@ -51,8 +51,10 @@ fn chain(run: &mut Run, seed: u64) -> R<()> {
             run.verb(&v)?;
         }
         run.keep_handle = false;
-        if rng.chance(60) {
-            run.many(&mut Rng::new(seed ^ round))?;
+        // Of the same image, so the chain goes on as it would without.
+        let once = u64::from(rng.chance(60));
+        for n in 0..super::number("DIFF_SETS").unwrap_or(once) {
+            run.many(&mut Rng::new(seed ^ round ^ n << 32))?;
         }
     }
     Ok(())

@@ -10,6 +10,7 @@
 //! | (none) | the fixed cases, fixed seeds for about 1,000 verbs, and a few fresh seeds |
 //! | `DIFF_SEED=n` | this seed only |
 //! | `DIFF_SECONDS=n` | a soak: fresh seeds for n seconds, then a line of counts for docs/interop.md |
+//! | `DIFF_SETS=n` | after each round of verbs n sets of snapshots are deleted at once (else mostly one) |
 //! | `DIFF_SELF=1` | qemu-img on both sides: the driver tests itself |
 //! | `DIFF_LIB=path` | the shared library to load (default: the one cargo built with this test) |
 //! | `DIFF_ALL=1` | the fixed cases in full (65,536 snapshots: some minutes of qemu-img) |

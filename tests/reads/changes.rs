@@ -13,6 +13,7 @@ use std::fmt;
 #[derive(Default)]
 pub struct Counts {
     pairs: u64,
+    calls: u64,
     runs: u64,
     exact: u64,
     parts: u64,
@@ -24,9 +25,9 @@ impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} pairs of states: {} runs by tables, {} exact ones, {} of both behind the end of the older \
+            "{} calls of next_change for {} pairs of states: {} runs by tables, {} exact ones, {} of both behind the end of the older \
              state, {} parts of disks asked for; comparing {} encrypted pairs refused",
-            self.pairs, self.runs, self.exact, self.beyond, self.parts, self.refused
+            self.calls, self.pairs, self.runs, self.exact, self.beyond, self.parts, self.refused
         )
     }
 }
@@ -170,6 +171,8 @@ fn pair(
         for change in image.snapshot_changes(old, new, compare) {
             all.push(ours(change)?);
         }
+        // One more says that there is none.
+        counts.calls += all.len() as u64 + 1;
         in_order(&all, from_size, to_size)?;
         // Sectors in runs, and those that differ, below the end of both.
         let mut covered = Vec::new();
@@ -305,6 +308,7 @@ fn parts(
             ));
         }
         counts.parts += 1;
+        counts.calls += 1;
     }
     Ok(())
 }

@@ -51,9 +51,14 @@ const WHOLE: u64 = 48 << 20;
 
 const COPY: &str = "copy.qcow2";
 
-pub fn image(rng: &mut Rng, tools: &mut Tools, counts: &mut Counts) -> R<()> {
-    let path = tools.dir.join(QEMU);
-    let names: Vec<Vec<u8>> = Qcow::open(&path)?
+/// What changed between states, and nothing else.
+pub fn changes_only(rng: &mut Rng, tools: &mut Tools, counts: &mut Counts) -> R<()> {
+    let names = names(tools)?;
+    changes::image(rng, tools, &names, &mut counts.changes)
+}
+
+fn names(tools: &Tools) -> R<Vec<Vec<u8>>> {
+    Ok(Qcow::open(&tools.dir.join(QEMU))?
         .snaps
         .into_iter()
         // As in C, and so for qemu-img, a name ends at its NUL.
@@ -64,7 +69,12 @@ pub fn image(rng: &mut Rng, tools: &mut Tools, counts: &mut Counts) -> R<()> {
                 .unwrap_or_default()
                 .to_vec()
         })
-        .collect();
+        .collect())
+}
+
+pub fn image(rng: &mut Rng, tools: &mut Tools, counts: &mut Counts) -> R<()> {
+    let path = tools.dir.join(QEMU);
+    let names = names(tools)?;
     changes::image(rng, tools, &names, &mut counts.changes)?;
     if tools.luks {
         let mut image = ours(Image::open(&path, OpenFlags::read_only()))?;

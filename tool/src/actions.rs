@@ -10,6 +10,7 @@ use qcow2_snapshot::{Error, Image, NewSnapshot, Outcome, Snapshot};
 use crate::cli::{self, Action, Request};
 use crate::listing;
 use crate::progress::VerbBar;
+use crate::select;
 use crate::signals::Asked;
 use crate::stop::{explained, print, say, strerror, Stop};
 use crate::target::{warn_of_raw, Opened, Target};
@@ -47,6 +48,7 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
     };
     drop(bar);
     match result {
+        Ok(()) if request.json => print(done(&mut image, request.action)?.as_bytes()),
         Ok(()) => Ok(()),
         Err((Some(Error::Cancelled(text)), _)) => Err(asked.stop(could_not(verb, name, &text))),
         // The locks go with the image, before another program wants them.
@@ -57,6 +59,30 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
         }
         Err((_, lines)) => Err(Stop::Failed(lines)),
     }
+}
+
+/// What a subcommand did, in JSON.
+fn done(image: &mut Image, action: Action) -> Result<String, Stop> {
+    let list = select::list(image)?;
+    Ok(match action {
+        Action::Create(_) => told(&[("created", list.last())]),
+        Action::Apply(name) => {
+            let found = select::find(&list, name.as_bytes());
+            told(&[("reverted-to", found.and_then(|i| list.get(i)))])
+        }
+        Action::List | Action::Delete(_) => String::new(), // they have words of their own
+    })
+}
+
+/// Snapshots in a JSON object, each under the name of what was done with it.
+pub(crate) fn told(what: &[(&str, Option<&Snapshot>)]) -> String {
+    let member = |(key, s): &(&str, Option<&Snapshot>)| {
+        let (id, name) = s.map_or((&[][..], &[][..]), |s| (&s.id, &s.name));
+        let (id, name) = (listing::quoted(id), listing::quoted(name));
+        format!("\"{key}\": {{ \"id\": {id}, \"name\": {name} }}")
+    };
+    let members: Vec<String> = what.iter().map(member).collect();
+    format!("{{ {} }}\n", members.join(",\n  "))
 }
 
 /// An error of the library, and the lines to print.

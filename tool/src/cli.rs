@@ -242,6 +242,9 @@ fn list_command() -> Command {
 
 fn create_command() -> Command {
     subcommand("create", "Create a snapshot, as -c")
+        .arg(output(
+            "How to show what was made: human (nothing), or json",
+        ))
         .arg(no_lock())
         .arg(quiet())
         .arg(image_operand())
@@ -264,6 +267,7 @@ fn revert_command() -> Command {
             .value_hint(ValueHint::Unknown)
             .action(ArgAction::Set),
         )
+        .arg(output("How to show what the disk is now: human (nothing), or json"))
         .arg(no_lock())
         .arg(quiet())
         .arg(image_operand())
@@ -272,6 +276,9 @@ fn revert_command() -> Command {
 
 fn rename_command() -> Command {
     subcommand("rename", "Give a snapshot another name")
+        .arg(output(
+            "How to show what was renamed: human (nothing), or json",
+        ))
         .arg(no_lock())
         .arg(quiet())
         .arg(image_operand())
@@ -350,6 +357,7 @@ fn du_command() -> Command {
     .arg(share())
     .arg(no_lock())
     .arg(output("How to show it: human, or json"))
+    .arg(quiet())
     .arg(image_operand())
     .arg(snapshots(
         "An ID, else a name, else a pattern for names; without any all snapshots and the disk",
@@ -601,9 +609,11 @@ impl<'a> Request<'a> {
             // Not an option under the name qemu-img.
             no_lock: m.try_get_one("no-lock").ok().flatten() == Some(&true),
             quiet: m.get_flag("quiet"),
-            json: output
-                .and_then(|mut o| o.next_back())
-                .is_some_and(|o| o == "json"),
+            // It says how to list.
+            json: matches!(action, Action::List)
+                && output
+                    .and_then(|mut o| o.next_back())
+                    .is_some_and(|o| o == "json"),
         }
     }
 }

@@ -51,6 +51,8 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
     let freed = match dry || asks || request.json || io::stdout().is_terminal() {
         true if !ids.is_empty() => {
             let states: Vec<Option<&[u8]>> = ids.iter().copied().map(Some).collect();
+            let bar = VerbBar::new("Looking at the snapshots", request.quiet);
+            bar.follow_part(&mut image, 0, 1);
             du::usage(&mut image, &states)?.exclusive
         }
         _ => 0,

@@ -5,6 +5,7 @@ use qcow2_snapshot::{Image, Snapshot, Usage};
 
 use crate::cli::{Action, Request};
 use crate::listing::{quoted, size, visible};
+use crate::progress::VerbBar;
 use crate::select::{self, By, Choice};
 use crate::stop::{explained, print, Stop};
 
@@ -28,19 +29,28 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
     unique(&list, &chosen)?;
 
     let ids: Vec<Option<&[u8]>> = chosen.iter().map(|s| Some(s.id.as_slice())).collect();
+    // Nobody need end this with care: nothing is written.
+    let bar = VerbBar::new("Looking at the snapshots", request.quiet);
+    let calls = ids.len() as u64 + u64::from(!named) + u64::from(!ids.is_empty());
+    let mut call = 0;
+    let mut ask = |states: &[Option<&[u8]>]| {
+        bar.follow_part(&mut image, call, calls);
+        call += 1;
+        usage(&mut image, states)
+    };
     let mut each = Vec::new();
     for (snapshot, id) in chosen.iter().zip(&ids) {
-        each.push((*snapshot, usage(&mut image, &[*id])?));
+        each.push((*snapshot, ask(&[*id])?));
     }
     let disk = match named {
         true => None,
-        false => Some(usage(&mut image, &[])?),
+        false => Some(ask(&[])?),
     };
-    // What one alone frees is in its line.
     let total = match ids.len() {
         0 => None,
-        _ => Some(usage(&mut image, &ids)?),
+        _ => Some(ask(&ids)?),
     };
+    drop(bar);
     let text = match request.json {
         true => json(&each, disk, total),
         false => human(&each, disk, total),

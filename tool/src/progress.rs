@@ -78,6 +78,19 @@ impl VerbBar {
             }
         })));
     }
+
+    /// Follow the next of several calls on `image` that look and change nothing.
+    pub(crate) fn follow_part(&self, image: &mut Image, nth: u64, of: u64) {
+        const PARTS: u64 = 1000;
+        let bar = self.bar.clone();
+        bar.set_message("reading");
+        bar.set_length(of * PARTS);
+        image.set_progress(Some(Box::new(move |_, done, total| {
+            let share = u128::from(done) * u128::from(PARTS) / u128::from(total.max(1));
+            bar.set_position(nth * PARTS + share as u64);
+            ControlFlow::Continue(())
+        })));
+    }
 }
 
 impl Drop for VerbBar {

@@ -6,12 +6,12 @@ use std::os::unix::ffi::OsStrExt;
 use clap::ArgMatches;
 use qcow2_snapshot::{Error, Image};
 
-use crate::actions::{self, could_not, Failure};
+use crate::actions::{self, could_not, told, Failure};
 use crate::cli::{Action, Request};
 use crate::progress::VerbBar;
 use crate::select;
 use crate::signals::Asked;
-use crate::stop::Stop;
+use crate::stop::{print, Stop};
 
 pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
     let text = |id| m.get_one::<OsString>(id).map(OsString::as_os_str);
@@ -42,7 +42,13 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
         .concat();
         lines.insert(0, kept);
         stopped((e, lines), &asked, "apply", snapshot)
-    })
+    })?;
+    if !request.json {
+        return Ok(());
+    }
+    let list = select::list(&mut image)?;
+    let found = select::find(&list, id.as_bytes()).and_then(|i| list.get(i));
+    print(told(&[("reverted-to", found), ("saved", list.last())]).as_bytes())
 }
 
 /// The ID of the snapshot, which the new one must not be taken for.

@@ -3,8 +3,9 @@
 
 mod common;
 use common::{ours, qemu_img, said, Said};
+use std::io::Write;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// A disk of 1 MiB with 64 KiB written before each snapshot, in the same place.
 fn folder() -> Option<tempfile::TempDir> {
@@ -207,3 +208,134 @@ fn names_change_and_the_plain_words_do_what_the_options_do() {
     );
     assert!(word.out == option.out && word.out.contains("now") && word.code == Some(0));
 }
+
+/// What a subcommand prints with --output=json: ID and name of what it was about.
+#[test]
+fn json_names_the_snapshot_that_was_made_or_changed() {
+    let Some(folder) = folder() else { return };
+    for (args, wanted) in [
+        (
+            &["create", "--output=json", "i.qcow2", "now"][..],
+            r#"{ "created": { "id": "5", "name": "now" } }"#,
+        ),
+        (
+            &["rename", "--output=json", "i.qcow2", "now", "a \"b\""],
+            r#"{ "renamed": { "id": "5", "name": "a \"b\"" } }"#,
+        ),
+        (
+            &["revert", "--output=json", "i.qcow2", "auto-2"],
+            r#"{ "reverted-to": { "id": "2", "name": "auto-2" } }"#,
+        ),
+        (
+            &["revert", "--output=json", "--save-as=slip", "i.qcow2", "3"],
+            "{ \"reverted-to\": { \"id\": \"3\", \"name\": \"manual\" },\n  \"saved\": { \"id\": \"6\", \"name\": \"slip\" } }",
+        ),
+    ] {
+        let got = ours(folder.path(), args);
+        let wanted = format!("{wanted}\n");
+        assert_eq!(
+            (got.code, got.out.as_str(), got.err.as_str()),
+            (Some(0), wanted.as_str(), ""),
+            "{args:?}"
+        );
+    }
+    // Where it failed, and as an option of the old form, there is nothing to print.
+    fails(
+        &ours(
+            folder.path(),
+            &["rename", "--output=json", "i.qcow2", "gone", "x"],
+        ),
+        "Could not rename snapshot 'gone'",
+    );
+    quietly(folder.path(), &["-c", "old", "--output=json", "i.qcow2"]);
+}
+
+/// What a terminal shows of `qcow2-snapshot REST`, which a shell reads; `typed` is typed there.
+fn on_a_terminal(folder: &Path, rest: &str, typed: &str) -> (Option<i32>, String) {
+    let shell = format!("{} {rest}", common::tool().display());
+    let mut child = Command::new("script")
+        .args(["-qec", &shell, "/dev/null"])
+        .current_dir(folder)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut keys = child.stdin.take().unwrap();
+    keys.write_all(typed.as_bytes()).unwrap();
+    let out = child.wait_with_output().unwrap();
+    drop(keys);
+    let shown = String::from_utf8_lossy(&out.stdout).replace("\r\n", "\n");
+    (out.status.code(), shown)
+}
+
+#[test]
+fn a_terminal_is_asked_before_more_than_one_goes() {
+    if !common::have("script", "the question of delete on a terminal") {
+        return;
+    }
+    let question = "Delete these 2 snapshots, which frees 384 KiB? [y/N] ";
+    for (rest, typed, code, asked, left) in [
+        (
+            "delete i.qcow2 auto-1 auto-2",
+            "y\n",
+            0,
+            true,
+            "manual auto-3",
+        ),
+        (
+            "delete i.qcow2 auto-1 auto-2",
+            "yes\n",
+            0,
+            true,
+            "manual auto-3",
+        ),
+        ("delete i.qcow2 auto-1 auto-2", "\n", 1, true, ALL),
+        ("delete i.qcow2 auto-1 auto-2", "n\n", 1, true, ALL),
+        // Ctrl-D, and a word that is no yes.
+        ("delete i.qcow2 auto-1 auto-2", "\u{4}", 1, true, ALL),
+        ("delete i.qcow2 auto-1 auto-2", "yesterday\n", 1, true, ALL),
+        (
+            "delete --yes i.qcow2 auto-1 auto-2",
+            "",
+            0,
+            false,
+            "manual auto-3",
+        ),
+        (
+            "delete i.qcow2 auto-1",
+            "",
+            0,
+            false,
+            "auto-2 manual auto-3",
+        ),
+        ("delete --dry-run i.qcow2 auto-1 auto-2", "", 0, false, ALL),
+        // Nobody could answer, or could read the question.
+        (
+            "delete i.qcow2 auto-1 auto-2 </dev/null",
+            "",
+            0,
+            false,
+            "manual auto-3",
+        ),
+        (
+            "delete i.qcow2 auto-1 auto-2 2>/dev/null",
+            "",
+            0,
+            false,
+            "manual auto-3",
+        ),
+    ] {
+        let Some(folder) = folder() else { return };
+        let (ended, shown) = on_a_terminal(folder.path(), rest, typed);
+        assert_eq!(ended, Some(code), "{rest}: {shown}");
+        assert_eq!(shown.contains(question), asked, "{rest}: {shown}");
+        assert_eq!(
+            shown.contains("Nothing was deleted"),
+            code == 1,
+            "{rest}: {shown}"
+        );
+        assert_eq!(names(folder.path()), left, "{rest}");
+    }
+}
+
+const ALL: &str = "auto-1 auto-2 manual auto-3";

@@ -215,6 +215,11 @@ fn the_second_signal_ends_the_program_and_an_ignored_one_does_nothing() {
 /// `qcow2-snapshot REST`, which a shell reads, on a terminal, with a disk that hangs before the verb takes
 /// effect. `until`: see this before the disk goes on. Returns all that the terminal has shown.
 fn on_a_terminal(folder: &Path, disk: &Path, rest: &str, until: Option<&str>) -> String {
+    hanging_at("sync 1", folder, disk, rest, until)
+}
+
+/// The same with a disk that hangs at another request.
+fn hanging_at(at: &str, folder: &Path, disk: &Path, rest: &str, until: Option<&str>) -> String {
     let go = folder.join("go");
     let _ = std::fs::remove_file(&go);
     // A new terminal has no size; and script(1) itself shall not hang.
@@ -224,7 +229,7 @@ fn on_a_terminal(folder: &Path, disk: &Path, rest: &str, until: Option<&str>) ->
     let mut child = Command::new("script")
         .args(["-qec", &shell, "/dev/null"])
         .current_dir(folder)
-        .env("AT", "sync 1")
+        .env("AT", at)
         .env("DO", format!("wait {}", go.display()))
         .env("TERM", "xterm")
         .stdin(Stdio::null())
@@ -268,6 +273,16 @@ fn a_verb_that_takes_long_shows_a_bar_on_a_terminal_and_nowhere_else() {
     assert!(shown.contains('%'), "{shown}");
     let list = listed(folder);
     assert!(list.contains(" new "), "{list}");
+
+    // Looking takes long as well, and is no change. (It hangs at the first read of a table, say.)
+    let bar = "Looking at the snapshots, reading";
+    let shown = hanging_at("read 8", folder, &disk, "du image.qcow2", Some(bar));
+    assert!(shown.contains('%') && shown.contains("the disk"), "{shown}");
+    let quiet = hanging_at("read 8", folder, &disk, "du -q image.qcow2", None);
+    assert!(
+        quiet.contains("the disk") && !quiet.contains('%'),
+        "{quiet}"
+    );
 
     for silent in ["-q -d new image.qcow2", "-d two image.qcow2 2>&1 | cat"] {
         assert_eq!(on_a_terminal(folder, &disk, silent, None), "", "{silent}");

@@ -157,13 +157,24 @@ pub(crate) struct Temporary {
     pub(crate) offset: u64,
     /// What is in them, as far as the file goes.
     old: Vec<u8>,
+    /// Where the file ends without it.
+    file_end: u64,
 }
 
 impl Temporary {
-    /// For a copy of `bytes` bytes at `offset`.
-    pub(crate) fn new(dev: &mut Device, offset: u64, bytes: u64) -> Result<Temporary> {
+    /// For a copy of `bytes` bytes at `offset`. `file_end`: where the file ends before it.
+    pub(crate) fn new(
+        dev: &mut Device,
+        offset: u64,
+        bytes: u64,
+        file_end: u64,
+    ) -> Result<Temporary> {
         let inside = dev.length().saturating_sub(offset).min(bytes);
         let old = dev.read_vec("Could not read free clusters", offset, inside)?;
-        Ok(Temporary { offset, old })
+        Ok(Temporary {
+            offset,
+            old,
+            file_end,
+        })
     }
 }

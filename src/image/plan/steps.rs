@@ -210,7 +210,7 @@ impl Steps {
         let mut undo = Vec::new();
         let end = temporary.offset.saturating_add(edit.bytes());
         if end > self.file {
-            room::push(&mut undo, Step::Truncate(self.file))?;
+            room::push(&mut undo, Step::Truncate(temporary.file_end))?;
         }
         room::push(&mut undo, Step::GiveBack(another(temporary)))?;
         self.file = self.file.max(end);
