@@ -159,7 +159,7 @@ impl Image {
         // Else a damaged image could have one table read 65,536 times.
         match tables.windows(2).find(|w| w[1].offset < w[0].end()) {
             Some(w) => Err(Error::Corrupt(format!(
-                "The L1 tables of two snapshots overlap, at {:#x} and {:#x}; 'qemu-img check' tells more",
+                "The L1 tables of two snapshots overlap, at {:#x} and {:#x}; 'qcow2-snapshot check' tells more",
                 w[0].offset, w[1].offset
             ))),
             None => Ok(tables),
