@@ -507,7 +507,12 @@ impl Image {
 
     /// The state that a verb replays on.
     pub(crate) fn replay(&mut self) -> Result<Replay> {
-        self.check_snapshots_inside()?;
+        self.replay_without(&[])
+    }
+
+    /// The same for a verb after which the snapshots at these places of the list are `gone`.
+    pub(crate) fn replay_without(&mut self, gone: &[usize]) -> Result<Replay> {
+        self.check_snapshots_inside(gone)?;
         let h = &self.header;
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;

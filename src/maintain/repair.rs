@@ -87,16 +87,18 @@ impl Image {
         report: &mut dyn FnMut(&str),
     ) -> Result<CheckResult> {
         let left = |r: &CheckResult| r.corruptions + r.leaks + r.check_errors;
+        // A leak is better than an error: a new snapshot table leaves the old one behind.
+        let badness = |r: &CheckResult| (r.corruptions + r.check_errors, r.leaks);
         let found = first.0;
         let (mut table, mut looked, mut failures) = (table, first, 0);
         if left(&found) != 0 {
             for round in 0..ROUNDS {
                 let hindered = |l: &Looked| (l.1.blind, l.1.rebuild, l.1.l1_shared, l.2.len());
-                let before = (left(&looked.0), hindered(&looked));
+                let before = (badness(&looked.0), hindered(&looked));
                 failures = self.mend(table, fix, looked, round == 0, report)?;
                 (table, looked) = self.look_again(&mut |_| {}, true)?;
                 let same = hindered(&looked) == before.1;
-                if left(&looked.0) == 0 || (left(&looked.0) >= before.0 && same) {
+                if left(&looked.0) == 0 || (badness(&looked.0) >= before.0 && same) {
                     break;
                 }
             }
@@ -177,9 +179,7 @@ impl Image {
             _ => None,
         };
         if let Some(why) = hinders {
-            report(&format!(
-                "Refcount structures are left as they are: {why}"
-            ));
+            report(&format!("Refcount structures are left as they are: {why}"));
             // Nor can counts be written in blocks that may be something else.
             rebuild = false;
             (policy.raise, policy.lower, policy.flags) = (false, false, false);
@@ -228,9 +228,10 @@ impl Image {
         self.dev.barrier()?;
         self.forget_reads();
 
-        if errors && table.changed != 0 {
+        // Where counts are not right a new table might land on anything.
+        if errors && table.changed != 0 && hinders.is_none() {
             self.dev.changed = false;
-            let written = self.write_mended_table(table);
+            let written = self.write_mended_table(table, false);
             let begun = std::mem::replace(&mut self.dev.changed, true);
             if let Err(e) = written {
                 if begun {
@@ -257,7 +258,12 @@ impl Image {
             }
             match table.changed {
                 0 => self.adopt(table),
-                _ => self.write_mended_table(table)?,
+                _ => {
+                    // Whoever asks for the table alone has mended the counts.
+                    let end = self.header.snapshots_offset.saturating_add(table.bytes);
+                    let frees = end <= self.dev.length();
+                    self.write_mended_table(table, frees)?;
+                }
             }
             (result.corruptions_fixed, result.corruptions) = (result.corruptions, 0);
         }
@@ -366,14 +372,15 @@ impl Image {
         Ok(())
     }
 
-    /// Write the snapshot table anew, as the verbs do: completed, and without what was cut off.
-    pub(super) fn write_mended_table(&mut self, table: Table) -> Result<()> {
+    /// Write the snapshot table anew, as the verbs do: completed, and without what was cut off. A damaged
+    /// entry may make the old one as long as it likes.
+    pub(super) fn write_mended_table(&mut self, table: Table, frees: bool) -> Result<()> {
         self.table_apart_from_header()?;
         self.adopt(table);
         // The progress of this repair is not that of a verb.
         let progress = std::mem::replace(&mut self.dev.progress, Progress::new(None));
         let unchecked = std::mem::replace(&mut self.unchecked, false);
-        let written = self.write_snapshots();
+        let written = self.rewrite_table(frees);
         self.unchecked = unchecked;
         self.dev.progress = progress;
         written

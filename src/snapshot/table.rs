@@ -8,6 +8,7 @@ use crate::format::record;
 use crate::image::plan::Plan;
 use crate::image::progress::Stage;
 use crate::image::refcount::Freed;
+use crate::image::replay::overlap::Protected;
 use crate::image::replay::Replay;
 use crate::image::{device, room, Image, SnapshotList};
 use crate::words::printable;
@@ -117,9 +118,10 @@ impl Image {
     }
 
     /// Are the L1 tables of all snapshots in the file? A verb may make it longer, and one that is cut
-    /// off would then look like a table of zeros.
-    pub(crate) fn check_snapshots_inside(&mut self) -> Result<()> {
-        for s in &self.snapshots.entries {
+    /// off would then look like a table of zeros. Those that are about to be `gone` do not matter.
+    pub(crate) fn check_snapshots_inside(&mut self, gone: &[usize]) -> Result<()> {
+        let entries = self.snapshots.entries.iter().enumerate();
+        for (_, s) in entries.filter(|(i, _)| gone.binary_search(i).is_err()) {
             self.dev.check_inside(
                 format_args!(
                     "The L1 table of snapshot '{}'",
@@ -173,6 +175,12 @@ impl Image {
         Ok(l1)
     }
 
+    /// Is the L1 table of a snapshot where one can be?
+    pub(super) fn check_l1_table(&mut self, s: L1Table) -> Result<()> {
+        self.check_snapshot_l1(s.offset, s.entries)?;
+        self.check_apart_from_active(s)
+    }
+
     /// The places in the list of snapshots by their IDs, else their names, in order and each once; and
     /// is the active disk among them (`None`)?
     pub(super) fn find_all(&self, wanted: &[Option<&[u8]>]) -> Result<(Vec<usize>, bool)> {
@@ -212,6 +220,21 @@ impl Image {
         plan: &mut Plan,
         list: &[Snapshot],
     ) -> Result<u64> {
+        let size = self.replay_new_table(replay, plan, list)?;
+        let (old_offset, old_size) = (self.header.snapshots_offset, self.snapshots.size);
+        let epoch = replay.refs.forgotten_now();
+        replay
+            .refs
+            .free(&mut self.dev, old_offset, old_size, Freed::Punched, epoch)?;
+        Ok(size)
+    }
+
+    fn replay_new_table(
+        &mut self,
+        replay: &mut Replay,
+        plan: &mut Plan,
+        list: &[Snapshot],
+    ) -> Result<u64> {
         let compat = self.compat_2_1();
         let mut size = 0u64;
         for s in list {
@@ -226,13 +249,8 @@ impl Image {
         replay.write_new(&mut self.dev, "snapshot table", offset, contents)?;
 
         plan.decisive = replay.refs.epoch();
-        let (old_offset, old_size) = (self.header.snapshots_offset, self.snapshots.size);
         replay.meaning.nb_snapshots = list.len() as u32;
         replay.meaning.snapshots_offset = offset;
-        let epoch = replay.refs.forgotten_now();
-        replay
-            .refs
-            .free(&mut self.dev, old_offset, old_size, Freed::Punched, epoch)?;
         Ok(size)
     }
 
@@ -305,12 +323,29 @@ impl Image {
     /// # Errors
     /// As the table part of [`Image::snapshot_delete`].
     pub fn write_snapshots(&mut self) -> Result<()> {
+        self.rewrite_table(true)
+    }
+
+    /// [`Image::write_snapshots`]; without `frees` for a table whose size is not to be believed, since it is
+    /// damaged. What of it nothing else uses a recount finds, and anything may lie in it. The new one goes
+    /// behind all of it: it is read to its end until then.
+    pub(crate) fn rewrite_table(&mut self, frees: bool) -> Result<()> {
         self.begin_change()?;
 
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
         self.dev.progress.begin(Stage::Check, || 0);
         let list = copies(&self.snapshots.entries)?;
-        let size = self.replay_table(&mut replay, &mut plan, &list)?;
+        let size = if frees {
+            self.replay_table(&mut replay, &mut plan, &list)?
+        } else {
+            let (g, old) = (replay.g, self.header.snapshots_offset);
+            replay.overlap.release(Protected::SnapshotTable, old);
+            let end = old.saturating_add(self.snapshots.size);
+            if end > self.dev.length() {
+                replay.refs.search_from(g.clusters_for(end));
+            }
+            self.replay_new_table(&mut replay, &mut plan, &list)?
+        };
 
         let list = self.as_written(list);
         self.commit(replay, plan, list, size)

@@ -47,7 +47,12 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
     };
     drop(bar);
     match result {
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            if matches!(request.action, Action::Delete(_)) {
+                remarked(&image);
+            }
+            Ok(())
+        }
         Err((Some(Error::Cancelled(text)), _)) => Err(asked.stop(could_not(verb, name, &text))),
         // The locks go with the image, before another program wants them.
         Err((Some(Error::Unsupported(_)), lines))
@@ -56,6 +61,13 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
             Err(Stop::NotServed(lines))
         }
         Err((_, lines)) => Err(Stop::Failed(lines)),
+    }
+}
+
+/// What there is to know of a delete that succeeded.
+pub(crate) fn remarked(image: &Image) {
+    if let Some(text) = image.remark() {
+        say(cli::NAME, &[text.as_bytes().to_vec()]);
     }
 }
 

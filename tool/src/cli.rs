@@ -72,6 +72,15 @@ fn no_lock() -> Arg {
     )
 }
 
+/// Of the subcommands that change an image.
+fn repair() -> Arg {
+    flag(
+        "repair",
+        None,
+        "First repair the image, as 'check -r all' does: after a crash of its guest, or damage",
+    )
+}
+
 /// `--help` where clap may print its page at once.
 fn help() -> Arg {
     flag("help", Some('h'), "Print this help and exit").action(ArgAction::Help)
@@ -242,6 +251,7 @@ fn list_command() -> Command {
 
 fn create_command() -> Command {
     subcommand("create", "Create a snapshot, as -c")
+        .arg(repair())
         .arg(no_lock())
         .arg(quiet())
         .arg(image_operand())
@@ -264,6 +274,7 @@ fn revert_command() -> Command {
             .value_hint(ValueHint::Unknown)
             .action(ArgAction::Set),
         )
+        .arg(repair())
         .arg(no_lock())
         .arg(quiet())
         .arg(image_operand())
@@ -272,6 +283,7 @@ fn revert_command() -> Command {
 
 fn rename_command() -> Command {
     subcommand("rename", "Give a snapshot another name")
+        .arg(repair())
         .arg(no_lock())
         .arg(quiet())
         .arg(image_operand())
@@ -334,6 +346,7 @@ fn delete_command() -> Command {
     .arg(output(
         "How to show what went: human (on a terminal), or json",
     ))
+    .arg(repair())
     .arg(no_lock())
     .arg(quiet())
     .arg(image_operand())
@@ -406,6 +419,7 @@ fn flatten_command() -> Command {
             None,
             "Only say how much would be copied at most",
         ))
+        .arg(repair())
         .arg(no_lock())
         .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
         .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
@@ -553,6 +567,8 @@ pub(crate) struct Request<'a> {
     pub(crate) object: bool,
     pub(crate) force_share: bool,
     pub(crate) no_lock: bool,
+    /// Before it is changed.
+    pub(crate) repair: bool,
     pub(crate) quiet: bool,
     pub(crate) json: bool,
 }
@@ -570,6 +586,7 @@ impl<'a> Request<'a> {
             object: false,
             force_share: flag("force-share"),
             no_lock: flag("no-lock"),
+            repair: flag("repair"),
             quiet: flag("quiet"),
             json: output.is_some_and(|o| o == "json"),
         }
@@ -600,6 +617,7 @@ impl<'a> Request<'a> {
             force_share: m.get_flag("force-share"),
             // Not an option under the name qemu-img.
             no_lock: m.try_get_one("no-lock").ok().flatten() == Some(&true),
+            repair: false,
             quiet: m.get_flag("quiet"),
             json: output
                 .and_then(|mut o| o.next_back())
