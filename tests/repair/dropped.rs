@@ -142,9 +142,13 @@ fn cases() -> Vec<Case> {
                 Damage::L1Unreadable => bad = l1..l1 + 8,
                 Damage::L2Unreadable => bad = l2..l2 + cs,
             }
-            // Where the active disk shares the table, it is lost with it.
-            let shared = (0..Raw(&image).number(36, 4))
-                .any(|i| be64(&image, be64(&image, 40) + i * 8) & 0x00ff_ffff_ffff_fe00 == l2);
+            // Where another state shares the table, it is lost with it.
+            let mut others = Raw(&image).l1s();
+            others.swap_remove(1);
+            let shared = others.iter().any(|(_, l1, n)| {
+                let words = (0..*n).map(|i| be64(&image, l1 + i * 8));
+                words.into_iter().any(|w| w & 0x00ff_ffff_ffff_fe00 == l2)
+            });
             if damage == Damage::L2Unreadable && shared {
                 continue;
             }
