@@ -2,8 +2,8 @@
 
 use super::{copies, Snapshot};
 use crate::error::{Error, Result};
-use crate::format::geometry::{MAX_SNAPSHOT_TABLE_BYTES, TABLE_ENTRY};
-use crate::format::header::AT_SNAPSHOTS;
+use crate::format::geometry::{Geometry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, TABLE_ENTRY};
+use crate::format::header::{validate_table, AT_SNAPSHOTS};
 use crate::format::record;
 use crate::image::plan::Plan;
 use crate::image::progress::Stage;
@@ -43,6 +43,12 @@ impl Snapshot {
             entries: self.l1_size,
             disk_size: self.disk_size,
         }
+    }
+
+    /// Is the L1 table where one can be, and not too long?
+    pub(crate) fn has_a_place_for_l1(&self, g: Geometry) -> bool {
+        let (offset, entries) = (self.l1_table_offset, self.l1_size.into());
+        validate_table(g, offset, entries, TABLE_ENTRY, MAX_L1_BYTES, "").is_ok()
     }
 }
 
@@ -120,16 +126,23 @@ impl Image {
     /// Are the L1 tables of all snapshots in the file? A verb may make it longer, and one that is cut
     /// off would then look like a table of zeros. Those that are about to be `gone` do not matter.
     pub(crate) fn check_snapshots_inside(&mut self, gone: &[usize]) -> Result<()> {
-        let entries = self.snapshots.entries.iter().enumerate();
-        for (_, s) in entries.filter(|(i, _)| gone.binary_search(i).is_err()) {
-            self.dev.check_inside(
-                format_args!(
-                    "The L1 table of snapshot '{}'",
-                    String::from_utf8_lossy(&s.id)
-                ),
-                s.l1_table_offset,
-                u64::from(s.l1_size).saturating_mul(TABLE_ENTRY),
-            )?;
+        let g = self.header.geometry;
+        for (i, s) in self.snapshots.entries.iter().enumerate() {
+            if gone.binary_search(&i).is_ok() || !(gone.is_empty() || s.has_a_place_for_l1(g)) {
+                continue;
+            }
+            let what = format_args!(
+                "The L1 table of snapshot '{}'",
+                String::from_utf8_lossy(&s.id)
+            );
+            let bytes = s.l1_table().bytes();
+            let inside = self.dev.check_inside(what, s.l1_table_offset, bytes);
+            inside.map_err(|e| match gone {
+                [] => e,
+                _ => Error::Corrupt(format!(
+                    "{e}; or delete that snapshot too, in the same call"
+                )),
+            })?;
         }
         Ok(())
     }
