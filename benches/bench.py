@@ -606,6 +606,46 @@ def targets_of_sets(diffs, once, out):
         target(out, "wall: du of 20, the disk and all together at most 10 s", name, mid["du of all 20"], lambda x: x <= 10, 1)
 
 
+class Checks:
+    """A check of 1 TiB, in order and in random order, with 1 and with 20 snapshots between which a few clusters were written.
+    qemu-img has room for all refcounts: with its own 256 KiB a check in random order takes many times as long."""
+
+    def __init__(self, bench):
+        self.b, self.rows = bench, []
+
+    def make(self, whole, snapshots):
+        def make(path):
+            copy(whole, path)
+            for n in range(snapshots):
+                sh(f"{self.b.build}/ours", path, "create", f"s{n}")
+                writes = [f"write -z {(n * 37 + k * 101) % 1024}G 64k" for k in range(8)]
+                subprocess.run(["qemu-io", path], input="\n".join(writes), text=True, check=True, stdout=subprocess.DEVNULL)
+        return make
+
+    def run(self, what, whole):
+        for snapshots in (1, 20):
+            path = self.b.image(f"check-{what}-{snapshots}", self.make(whole, snapshots))
+            options = f"driver=qcow2,refcount-cache-size={64 << 20},file.driver=file,file.filename={path}"
+            ms = {"qemu-img": [], "ours": []}
+            for r in range(self.b.rounds):
+                for who in sorted(ms, reverse=r % 2 == 1):
+                    argv = ["qemu-img", "check", "-q", "--image-opts", options] if who == "qemu-img" else [f"{self.b.build}/ours", path, "check"]
+                    ms[who].append(measure(argv))
+            self.rows.append((what, snapshots, ms))
+            print(f"check {what}, {snapshots} snapshots: " + ", ".join(f"{v} " + "/".join(f"{m['wall']:.2f}" for m in ms[v]) for v in ms), flush=True)
+            os.unlink(path)
+
+    def table(self):
+        out = ["| image | snapshots | program | wall s | CPU s | MiB read | peak MiB | times faster |", "|---|---|---|---|---|---|---|---|"]
+        for what, snapshots, ms in self.rows:
+            faster = statistics.median(q["wall"] / o["wall"] for q, o in zip(ms["qemu-img"], ms["ours"]))
+            for who, says in (("qemu-img", "qemu-img check"), ("ours", "qcow2_check")):
+                mid = lambda key: statistics.median(m[key] for m in ms[who])
+                out.append(f"| {what} | {snapshots} | {says} | {mid('wall'):.2f} | {mid('cpu'):.2f} | {mib(mid('read'))} | "
+                           f"{mid('rss') / 1024:.0f} | {faster if who == 'ours' else 1:.2f} |")
+        return out
+
+
 class Flatten:
     """Letting go of the backing file: qemu-img fills the disk only, so the snapshots of the second image are ours alone."""
     def __init__(self, bench):
@@ -726,6 +766,11 @@ def main():
     if want("at-once"):
         once.run(b.image("1T", preallocated("1T")))
 
+    checked = Checks(b)
+    if want("check"):
+        for what, whole in (("1T", preallocated("1T")), ("1T-random", b.gen("1024", "random", "100"))) if not a.quick else (("16G-random", b.gen("16", "random", "100")),):
+            checked.run(what, b.image(what, whole))
+
     copies = Copies(b)
     if want("copies"):
         copies.run()
@@ -773,6 +818,8 @@ def main():
         if nbd.rows:
             f.write("\nThe disk of a snapshot copied by nbdcopy, from `nbdkit qcow2snap` and from `qemu-nbd -l` (both run already; CPU "
                     "is the server's):\n\n" + "\n".join(nbd.table()) + "\n")
+        if checked.rows:
+            f.write("\nChecking (warm cache):\n\n" + "\n".join(checked.table()) + "\n")
         if flattened.rows:
             f.write("\nLetting go of a backing file (what is written is on the disk at the end):\n\n" + "\n".join(flattened.table()) + "\n")
         if copies.rows:

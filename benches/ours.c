@@ -2,7 +2,7 @@
 /*
  * One verb through the C API, for the benchmark: ours FILE open|create|goto|delete|list|read [NAME],
  * or ours FILE changes|compare|maps FROM TO (what changed, or both maps as far as one would need them)
- * or ours FILE usage|delete-many NAME...
+ * or ours FILE usage|delete-many NAME... or ours FILE check
  *
  * With OURS_STATS=FILE in the environment, the seconds from before the open to after the close and
  * the peak memory in KiB go there: the process around them costs more than a small verb, and what
@@ -104,9 +104,9 @@ int main(int argc, char **argv)
     QEMUSnapshotInfo sn, *tab;
     int reads = argc > 2 && (!strcmp(argv[2], "open") || !strcmp(argv[2], "list") || !strcmp(argv[2], "read") || !strcmp(argv[2], "usage") ||
                             (argc > 4 && strcmp(argv[2], "delete-many")));
-    int ret = -1;
+    int ret = -1, checks = argc > 2 && !strcmp(argv[2], "check");
 
-    if (argc < 3 || qcow2_open(argv[1], reads ? 0 : QCOW2_O_RDWR, &bs, &err) < 0) {
+    if (argc < 3 || qcow2_open(argv[1], checks ? QCOW2_O_CHECK : reads ? 0 : QCOW2_O_RDWR, &bs, &err) < 0) {
         fprintf(stderr, "%s\n", err ? qcow2_error_get_pretty(err) : "usage: ours FILE VERB [NAME]");
         return 1;
     }
@@ -128,6 +128,10 @@ int main(int argc, char **argv)
         Qcow2Usage u;
         ret = qcow2_snapshot_usage(bs, (const char *const *)argv + 3, (size_t)argc - 3, &u, NULL);
         printf("%llu bytes, %llu of them exclusive\n", (unsigned long long)u.referenced, (unsigned long long)u.exclusive);
+    } else if (checks) {
+        Qcow2CheckResult found;
+        ret = qcow2_check(bs, 0, &found, NULL, NULL, NULL);
+        ret = ret < 0 || found.corruptions + found.leaks + found.check_errors ? -1 : 0;
     } else if (!strcmp(argv[2], "flatten")) {
         ret = qcow2_flatten(bs, NULL);
     } else if (!strcmp(argv[2], "list")) {

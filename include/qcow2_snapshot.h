@@ -51,7 +51,8 @@
  *
  * Damaged images. qcow2_check() finds what "qemu-img check" finds, and mends it. An image with the
  *   dirty bit, the corrupt bit or a snapshot table that cannot be read is opened with
- *   QCOW2_O_CHECK for it; changing such a handle in any other way is -EPERM.
+ *   QCOW2_O_CHECK for it; changing such a handle in any other way is -EPERM. A snapshot that
+ *   cannot be read can be deleted, and a repair then gives back what it held.
  *
  * Ownership. Handles, error objects and lists belong to the caller and go back through
  *   qcow2_close(), qcow2_error_free() and qcow2_snapshot_list_free() or free(). Out-pointers
@@ -1192,6 +1193,10 @@ int qcow2_snapshot_goto(struct Qcow2Image *bs,
  * Delete a snapshot and free what only it uses. When it returns 0 the change is complete
  * and on stable storage.
  *
+ * Of a snapshot whose L1 table, or an L2 table that it names, cannot be read or is not where
+ * one can be, the entry goes and nothing is freed: what it holds is not known.
+ * qcow2_last_error() says so, and qcow2_check() with QCOW2_FIX_LEAKS gives the space back.
+ *
  * @param bs           the handle, opened with QCOW2_O_RDWR
  * @param snapshot_id  the ID, or NULL for any
  * @param name         the name, or NULL for any. Given both, one snapshot must have both;
@@ -1200,13 +1205,11 @@ int qcow2_snapshot_goto(struct Qcow2Image *bs,
  * @param errp         NULL, or where to put the error: must hold NULL on entry, set only on
  *                     failure, then owned by the caller (qcow2_error_free())
  * @return             0, or -errno; on failure see qcow2_last_outcome():
- *                     -EINVAL   bs is NULL; the snapshot's L1 table is not where one can be;
- *                               or a refcount contradicts its use
+ *                     -EINVAL   bs is NULL; or a refcount contradicts its use
  *                     -ENOENT   no such snapshot, or neither ID nor name given
  *                     -EACCES   the handle is read-only
- *                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit; or the image
- *                               file or its refcount table would exceed what QEMU allows, or
- *                               the file the process's limit
+ *                     -EFBIG    the image file or its refcount table would exceed what QEMU
+ *                               allows, or the file the process's limit
  *                     -ENOTSUP  the image has a feature that rules this out; the words
  *                               name it
  *                     -ENOSPC   the disk is full; the image is unchanged
@@ -1492,7 +1495,8 @@ int qcow2_snapshot_usage(struct Qcow2Image *bs,
 /**
  * Delete snapshots, all of them or none, in one verb: what several of them share is gone through
  * once. When it returns 0 the change is complete and on stable storage. Afterwards list,
- * disks and refcounts are what deleting them one after the other leaves.
+ * disks and refcounts are what deleting them one after the other leaves. Those that cannot be
+ * read go as by qcow2_snapshot_delete().
  *
  * @param bs         the handle, opened with QCOW2_O_RDWR
  * @param snapshots  `n` texts: for each the ID of a snapshot or, if none has this ID, its name
@@ -1504,8 +1508,7 @@ int qcow2_snapshot_usage(struct Qcow2Image *bs,
  *                   failure, then owned by the caller (qcow2_error_free())
  * @return           0, or -errno; on failure see qcow2_last_outcome():
  *                   -EINVAL   bs, or one of the texts, is NULL; snapshots is NULL and n is not
- *                             0; a snapshot's L1 table is not where one can be; or a refcount
- *                             contradicts its use
+ *                             0; or a refcount contradicts its use
  *                   -ENOENT   no such snapshot; the message names it, and none is deleted
  *                   -EACCES   the handle is read-only
  *                   -EFBIG, -ENOTSUP, -ENOSPC, -EIO, -ECANCELED  as qcow2_snapshot_delete()

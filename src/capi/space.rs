@@ -76,7 +76,8 @@ pub unsafe extern "C" fn qcow2_snapshot_usage(
 
 /// Delete snapshots, all of them or none, in one verb: what several of them share is gone through
 /// once. When it returns 0 the change is complete and on stable storage. Afterwards list,
-/// disks and refcounts are what deleting them one after the other leaves.
+/// disks and refcounts are what deleting them one after the other leaves. Those that cannot be
+/// read go as by qcow2_snapshot_delete().
 ///
 /// @param bs         the handle, opened with QCOW2_O_RDWR
 /// @param snapshots  `n` texts: for each the ID of a snapshot or, if none has this ID, its name
@@ -88,8 +89,7 @@ pub unsafe extern "C" fn qcow2_snapshot_usage(
 ///                   failure, then owned by the caller (qcow2_error_free())
 /// @return           0, or -errno; on failure see qcow2_last_outcome():
 ///                   -EINVAL   bs, or one of the texts, is NULL; snapshots is NULL and n is not
-///                             0; a snapshot's L1 table is not where one can be; or a refcount
-///                             contradicts its use
+///                             0; or a refcount contradicts its use
 ///                   -ENOENT   no such snapshot; the message names it, and none is deleted
 ///                   -EACCES   the handle is read-only
 ///                   -EFBIG, -ENOTSUP, -ENOSPC, -EIO, -ECANCELED  as qcow2_snapshot_delete()

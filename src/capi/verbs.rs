@@ -194,6 +194,10 @@ pub unsafe extern "C" fn qcow2_snapshot_goto(
 /// Delete a snapshot and free what only it uses. When it returns 0 the change is complete
 /// and on stable storage.
 ///
+/// Of a snapshot whose L1 table, or an L2 table that it names, cannot be read or is not where
+/// one can be, the entry goes and nothing is freed: what it holds is not known.
+/// qcow2_last_error() says so, and qcow2_check() with QCOW2_FIX_LEAKS gives the space back.
+///
 /// @param bs           the handle, opened with QCOW2_O_RDWR
 /// @param snapshot_id  the ID, or NULL for any
 /// @param name         the name, or NULL for any. Given both, one snapshot must have both;
@@ -202,13 +206,11 @@ pub unsafe extern "C" fn qcow2_snapshot_goto(
 /// @param errp         NULL, or where to put the error: must hold NULL on entry, set only on
 ///                     failure, then owned by the caller (qcow2_error_free())
 /// @return             0, or -errno; on failure see qcow2_last_outcome():
-///                     -EINVAL   bs is NULL; the snapshot's L1 table is not where one can be;
-///                               or a refcount contradicts its use
+///                     -EINVAL   bs is NULL; or a refcount contradicts its use
 ///                     -ENOENT   no such snapshot, or neither ID nor name given
 ///                     -EACCES   the handle is read-only
-///                     -EFBIG    the snapshot's L1 table exceeds QEMU's limit; or the image
-///                               file or its refcount table would exceed what QEMU allows, or
-///                               the file the process's limit
+///                     -EFBIG    the image file or its refcount table would exceed what QEMU
+///                               allows, or the file the process's limit
 ///                     -ENOTSUP  the image has a feature that rules this out; the words
 ///                               name it
 ///                     -ENOSPC   the disk is full; the image is unchanged

@@ -498,7 +498,14 @@ impl Image {
 
     /// The state that a verb replays on.
     pub(crate) fn replay(&mut self) -> Result<Replay> {
-        self.check_snapshots_inside()?;
+        self.replay_without(&[])
+    }
+
+    /// The same for a delete, after which the snapshots at these places of the list are `gone`. Others whose
+    /// L1 table is not where one can be are not in its way: they wait for theirs.
+    pub(crate) fn replay_without(&mut self, gone: &[usize]) -> Result<Replay> {
+        self.check_snapshots_inside(gone)?;
+        let placed = |s: &Snapshot| gone.is_empty() || s.has_a_place_for_l1(self.header.geometry);
         let h = &self.header;
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
@@ -517,7 +524,7 @@ impl Image {
             h.snapshots_offset,
             self.snapshots.size,
         )?;
-        for s in &self.snapshots.entries {
+        for s in self.snapshots.entries.iter().filter(|s| placed(s)) {
             overlap.protect(
                 Protected::InactiveL1,
                 s.l1_table_offset,

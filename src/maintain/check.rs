@@ -72,6 +72,8 @@ pub(super) struct Noticed {
     pub(super) wrong_flags: u64,
     /// A cluster of the active L1 table has another use.
     pub(super) l1_shared: bool,
+    /// A table lies in the header: what is written there would be read as entries.
+    pub(super) table_in_header: bool,
     /// Clusters behind the end of the file that something refers to.
     pub(super) behind_end: Vec<Range<u64>>,
 }
@@ -261,7 +263,7 @@ impl<'a, 'f> Check<'a, 'f> {
         }
         self.each_batch(&mut |check, batch| check.count_tables(batch))?;
         let h = self.it.header;
-        self.reference(h.snapshots_offset, self.it.table_bytes, 1)?;
+        self.refer_to_table(h.snapshots_offset, self.it.table_bytes, 1)?;
         if self.mode.structures {
             let table = u64::from(h.reftable_clusters) << self.g().cluster_bits;
             self.reference(h.reftable_offset, table, 1)?;
@@ -283,6 +285,12 @@ impl<'a, 'f> Check<'a, 'f> {
             );
         }
         Ok(())
+    }
+
+    /// [`Check::reference`] for a table, which is read.
+    fn refer_to_table(&mut self, offset: u64, bytes: u64, n: u64) -> Result<()> {
+        self.noticed.table_in_header |= bytes != 0 && offset < self.g().cluster_size();
+        self.reference(offset, bytes, n)
     }
 
     /// `n` references to the clusters of `bytes` at `offset` (`qcow2_inc_refcounts_imrt`).
@@ -329,16 +337,16 @@ impl<'a, 'f> Check<'a, 'f> {
         Ok(())
     }
 
-    /// Is this table wholly in the file?
+    /// Is this L1 table wholly in the file?
     fn in_file(&self, offset: u64, bytes: u64) -> bool {
-        offset.saturating_add(bytes) <= self.g().round_up(self.dev.length())
+        bytes == 0 || offset.saturating_add(bytes) <= self.dev.length()
     }
 
     /// The L1 tables: where they are, and what their entries say.
     fn l1_tables_refer(&mut self) -> Result<()> {
         let h = self.it.header;
         let bytes = u64::from(h.l1_size) * TABLE_ENTRY;
-        self.reference(h.l1_offset, bytes, 1)?;
+        self.refer_to_table(h.l1_offset, bytes, 1)?;
         self.noticed.blind |= !self.in_file(h.l1_offset, bytes);
         for (index, l1_entry) in self.it.l1.iter().enumerate() {
             self.refer(*l1_entry, 1)?;
@@ -358,7 +366,7 @@ impl<'a, 'f> Check<'a, 'f> {
             && (!self.it.snapshots.is_empty() || self.it.extensions.data_file.is_empty());
         for (offset, entries, n) in self.inactive_l1s()? {
             let bytes = u64::from(entries) * TABLE_ENTRY;
-            self.reference(offset, bytes, n)?;
+            self.refer_to_table(offset, bytes, n)?;
             self.noticed.blind |= !self.in_file(offset, bytes);
             for l1_entry in self.read_l1(offset, bytes)? {
                 self.refer(l1_entry, n)?;
@@ -526,7 +534,7 @@ impl<'a, 'f> Check<'a, 'f> {
             );
         }
         let offset = l1_entry & OFFSET_MASK;
-        self.reference(offset, g.cluster_size(), n)?;
+        self.refer_to_table(offset, g.cluster_size(), n)?;
         if g.in_cluster(offset) != 0 {
             self.found.corruption_once(
                 n,
@@ -536,7 +544,8 @@ impl<'a, 'f> Check<'a, 'f> {
             );
             self.noticed.blind = true;
         }
-        self.noticed.blind |= !self.in_file(offset, g.cluster_size()) || offset == 0;
+        // The file may end in its last table, where that ends in zeros.
+        self.noticed.blind |= offset >= self.dev.length() || offset == 0;
         Ok(())
     }
 
@@ -863,14 +872,14 @@ impl<'a, 'f> Check<'a, 'f> {
             return Ok(());
         };
         let g = self.g();
-        self.reference(offset, bytes, 1)?;
+        self.refer_to_table(offset, bytes, 1)?;
         let size = self.it.header.disk_size();
         let Some(tables) = bitmaps::tables(self.dev, g, self.it.extensions, size)? else {
             return self.broken_bitmaps();
         };
         for (offset, entries) in tables {
             let bytes = entries * TABLE_ENTRY;
-            self.reference(offset, bytes, 1)?;
+            self.refer_to_table(offset, bytes, 1)?;
             let table = self
                 .dev
                 .read_vec("Could not read a bitmap table", offset, bytes)?;

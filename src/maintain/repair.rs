@@ -87,16 +87,18 @@ impl Image {
         report: &mut dyn FnMut(&str),
     ) -> Result<CheckResult> {
         let left = |r: &CheckResult| r.corruptions + r.leaks + r.check_errors;
+        // A leak is better than an error: a new snapshot table leaves the old one behind.
+        let badness = |r: &CheckResult| (r.corruptions + r.check_errors, r.leaks);
         let found = first.0;
         let (mut table, mut looked, mut failures) = (table, first, 0);
         if left(&found) != 0 {
             for round in 0..ROUNDS {
                 let hindered = |l: &Looked| (l.1.blind, l.1.rebuild, l.1.l1_shared, l.2.len());
-                let before = (left(&looked.0), hindered(&looked));
+                let before = (badness(&looked.0), hindered(&looked));
                 failures = self.mend(table, fix, looked, round == 0, report)?;
                 (table, looked) = self.look_again(&mut |_| {}, true)?;
                 let same = hindered(&looked) == before.1;
-                if left(&looked.0) == 0 || (left(&looked.0) >= before.0 && same) {
+                if left(&looked.0) == 0 || (badness(&looked.0) >= before.0 && same) {
                     break;
                 }
             }
@@ -169,8 +171,15 @@ impl Image {
         let end = self.dev.length();
         let mut rebuild = noticed.rebuild && errors;
         let mut policy = policy;
-        if rebuild && self.overlaps(&table, false, strict)?.0 {
-            report("Refcount structures are left as they are: the active L1 table shares a cluster with something else");
+        let hinders = match rebuild {
+            true if noticed.table_in_header => Some("a table shares a cluster with the header"),
+            true if self.overlaps(&table, false, strict)?.0 => {
+                Some("the active L1 table shares a cluster with something else")
+            }
+            _ => None,
+        };
+        if let Some(why) = hinders {
+            report(&format!("Refcount structures are left as they are: {why}"));
             // Nor can counts be written in blocks that may be something else.
             rebuild = false;
             (policy.raise, policy.lower, policy.flags) = (false, false, false);
@@ -219,9 +228,10 @@ impl Image {
         self.dev.barrier()?;
         self.forget_reads();
 
-        if errors && table.changed != 0 {
+        // Where counts are not right a new table might land on anything.
+        if errors && table.changed != 0 && hinders.is_none() {
             self.dev.changed = false;
-            let written = self.write_mended_table(table);
+            let written = self.write_mended_table(table, false);
             let begun = std::mem::replace(&mut self.dev.changed, true);
             if let Err(e) = written {
                 if begun {
@@ -248,7 +258,12 @@ impl Image {
             }
             match table.changed {
                 0 => self.adopt(table),
-                _ => self.write_mended_table(table)?,
+                _ => {
+                    // Whoever asks for the table alone has mended the counts.
+                    let end = self.header.snapshots_offset.saturating_add(table.bytes);
+                    let frees = end <= self.dev.length();
+                    self.write_mended_table(table, frees)?;
+                }
             }
             (result.corruptions_fixed, result.corruptions) = (result.corruptions, 0);
         }
@@ -322,6 +337,7 @@ impl Image {
 
     /// Snapshots that cannot be listed go from the header, as by QEMU; what they hold is leaked by it.
     fn drop_snapshots(&mut self, table: &Table) -> Result<()> {
+        self.table_apart_from_header()?;
         let nb = table.entries.len() as u32;
         self.repairing(Outcome::Unknown);
         self.dev
@@ -329,6 +345,16 @@ impl Image {
         self.dev.barrier()?;
         self.repairing(Outcome::Unchanged);
         self.header.nb_snapshots = nb;
+        Ok(())
+    }
+
+    /// Not where the header is: each field that is written there would make other snapshots of it.
+    fn table_apart_from_header(&self) -> Result<()> {
+        if self.header.snapshots_offset < self.header.geometry.cluster_size() {
+            return Err(Error::Corrupt(
+                "The snapshot table shares a cluster with the header: it is left as it is".into(),
+            ));
+        }
         Ok(())
     }
 
@@ -346,13 +372,15 @@ impl Image {
         Ok(())
     }
 
-    /// Write the snapshot table anew, as the verbs do: completed, and without what was cut off.
-    pub(super) fn write_mended_table(&mut self, table: Table) -> Result<()> {
+    /// Write the snapshot table anew, as the verbs do: completed, and without what was cut off. A damaged
+    /// entry may make the old one as long as it likes.
+    pub(super) fn write_mended_table(&mut self, table: Table, frees: bool) -> Result<()> {
+        self.table_apart_from_header()?;
         self.adopt(table);
         // The progress of this repair is not that of a verb.
         let progress = std::mem::replace(&mut self.dev.progress, Progress::new(None));
         let unchecked = std::mem::replace(&mut self.unchecked, false);
-        let written = self.write_snapshots();
+        let written = self.rewrite_table(frees);
         self.unchecked = unchecked;
         self.dev.progress = progress;
         written
@@ -703,7 +731,7 @@ fn build(check: &mut Check<'_, '_>, windows: &[Range<u64>], blind: bool) -> Resu
     for index in 0..windows.len() {
         check.enter(windows, index)?;
         for (index, clusters) in check.blocks_of(check.window.clusters.clone()) {
-            let kept = blind && check.blocks.load(check.dev, index)? == Described::Here;
+            let kept = blind && check.blocks.load(check.dev, index)? != Described::Absent;
             if kept || !check.window.tally.is_empty(clusters) {
                 needed.insert(index);
             }
@@ -786,7 +814,8 @@ fn place(check: &mut Check<'_, '_>, needed: &mut BTreeSet<u64>) -> Result<(u64, 
     }
 }
 
-/// The contents of a refcount block; `new` are the clusters of the new structures.
+/// The contents of a refcount block; `new` are the clusters of the new structures. Where references may be
+/// missing no count falls, and a cluster whose count cannot be read has one.
 fn new_block(
     check: &mut Check<'_, '_>,
     index: u64,
@@ -796,14 +825,24 @@ fn new_block(
 ) -> Result<Vec<u8>> {
     let g = check.g();
     let mut bytes = device::zeroed(g.cluster_size())?;
-    let keep = blind && check.blocks.load(check.dev, index)? == Described::Here;
-    let (old, tally) = (check.blocks.bytes(), &check.window.tally);
+    let file = check.noticed.clusters;
+    let outside = g.cluster_of(check.blocks.offset(index)).0 >= file;
+    let old = match blind {
+        true if outside => Described::Bad(libc::EIO),
+        true => check.blocks.load(check.dev, index)?,
+        false => Described::Absent,
+    };
+    let (block, tally) = (check.blocks.bytes(), &check.window.tally);
     by_refcount_width!(g, W => {
         let w = with_width::<W>(g);
         for c in clusters {
             let i = w.refblock_index(HostCluster(c));
             let counted = if new.contains(&c) { 1 } else { tally.get(c).min(w.refcount_max()) };
-            let kept = if keep { refblock::get(w, old, i) } else { 0 };
+            let kept = match old {
+                Described::Absent => 0,
+                Described::Here => refblock::get(w, block, i),
+                Described::Bad(_) => u64::from(c < file),
+            };
             match counted.max(kept) {
                 0 => {}
                 count => refblock::set(w, &mut bytes, i, count),

@@ -515,8 +515,8 @@ impl Image {
         Ok((word.get(..8).map_or(0, BigEndian::read_u64), bitmap))
     }
 
-    /// The L1 table of a snapshot, checked as QEMU checks it (`qcow2_validate_table`), and whole.
-    pub(crate) fn snapshot_l1(&mut self, offset: u64, entries: u32) -> Result<Vec<u64>> {
+    /// Is this a place for a snapshot's L1 table, and wholly in the file?
+    pub(crate) fn check_snapshot_l1(&mut self, offset: u64, entries: u32) -> Result<()> {
         let g = self.header.geometry;
         validate_table(
             g,
@@ -528,7 +528,13 @@ impl Image {
         )?;
         let bytes = u64::from(entries) * TABLE_ENTRY;
         self.dev
-            .check_inside(format_args!("The snapshot's L1 table"), offset, bytes)?;
+            .check_inside(format_args!("The snapshot's L1 table"), offset, bytes)
+    }
+
+    /// The L1 table of a snapshot, checked as QEMU checks it (`qcow2_validate_table`), and whole.
+    pub(crate) fn snapshot_l1(&mut self, offset: u64, entries: u32) -> Result<Vec<u64>> {
+        self.check_snapshot_l1(offset, entries)?;
+        let bytes = u64::from(entries) * TABLE_ENTRY;
         let table = self
             .dev
             .read_vec("Failed to read l1 table for snapshot", offset, bytes)?;

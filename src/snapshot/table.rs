@@ -2,12 +2,13 @@
 
 use super::{copies, Snapshot};
 use crate::error::{Error, Result};
-use crate::format::geometry::{MAX_SNAPSHOT_TABLE_BYTES, TABLE_ENTRY};
-use crate::format::header::AT_SNAPSHOTS;
+use crate::format::geometry::{Geometry, MAX_L1_BYTES, MAX_SNAPSHOT_TABLE_BYTES, TABLE_ENTRY};
+use crate::format::header::{validate_table, AT_SNAPSHOTS};
 use crate::format::record;
 use crate::image::plan::Plan;
 use crate::image::progress::Stage;
 use crate::image::refcount::Freed;
+use crate::image::replay::overlap::Protected;
 use crate::image::replay::Replay;
 use crate::image::{device, room, Image, SnapshotList};
 use crate::words::printable;
@@ -42,6 +43,12 @@ impl Snapshot {
             entries: self.l1_size,
             disk_size: self.disk_size,
         }
+    }
+
+    /// Is the L1 table where one can be, and not too long?
+    pub(crate) fn has_a_place_for_l1(&self, g: Geometry) -> bool {
+        let (offset, entries) = (self.l1_table_offset, self.l1_size.into());
+        validate_table(g, offset, entries, TABLE_ENTRY, MAX_L1_BYTES, "").is_ok()
     }
 }
 
@@ -117,17 +124,25 @@ impl Image {
     }
 
     /// Are the L1 tables of all snapshots in the file? A verb may make it longer, and one that is cut
-    /// off would then look like a table of zeros.
-    pub(crate) fn check_snapshots_inside(&mut self) -> Result<()> {
-        for s in &self.snapshots.entries {
-            self.dev.check_inside(
-                format_args!(
-                    "The L1 table of snapshot '{}'",
-                    String::from_utf8_lossy(&s.id)
-                ),
-                s.l1_table_offset,
-                u64::from(s.l1_size).saturating_mul(TABLE_ENTRY),
-            )?;
+    /// off would then look like a table of zeros. Those that are about to be `gone` do not matter.
+    pub(crate) fn check_snapshots_inside(&mut self, gone: &[usize]) -> Result<()> {
+        let g = self.header.geometry;
+        for (i, s) in self.snapshots.entries.iter().enumerate() {
+            if gone.binary_search(&i).is_ok() || !(gone.is_empty() || s.has_a_place_for_l1(g)) {
+                continue;
+            }
+            let what = format_args!(
+                "The L1 table of snapshot '{}'",
+                String::from_utf8_lossy(&s.id)
+            );
+            let bytes = s.l1_table().bytes();
+            let inside = self.dev.check_inside(what, s.l1_table_offset, bytes);
+            inside.map_err(|e| match gone {
+                [] => e,
+                _ => Error::Corrupt(format!(
+                    "{e}; or delete that snapshot too, in the same call"
+                )),
+            })?;
         }
         Ok(())
     }
@@ -159,7 +174,7 @@ impl Image {
         // Else a damaged image could have one table read 65,536 times.
         match tables.windows(2).find(|w| w[1].offset < w[0].end()) {
             Some(w) => Err(Error::Corrupt(format!(
-                "The L1 tables of two snapshots overlap, at {:#x} and {:#x}; 'qemu-img check' tells more",
+                "The L1 tables of two snapshots overlap, at {:#x} and {:#x}; 'qcow2-snapshot check' tells more",
                 w[0].offset, w[1].offset
             ))),
             None => Ok(tables),
@@ -171,6 +186,12 @@ impl Image {
         let l1 = self.snapshot_l1(s.offset, s.entries)?;
         self.check_apart_from_active(s)?;
         Ok(l1)
+    }
+
+    /// Is the L1 table of a snapshot where one can be?
+    pub(super) fn check_l1_table(&mut self, s: L1Table) -> Result<()> {
+        self.check_snapshot_l1(s.offset, s.entries)?;
+        self.check_apart_from_active(s)
     }
 
     /// The places in the list of snapshots by their IDs, else their names, in order and each once; and
@@ -212,6 +233,21 @@ impl Image {
         plan: &mut Plan,
         list: &[Snapshot],
     ) -> Result<u64> {
+        let size = self.replay_new_table(replay, plan, list)?;
+        let (old_offset, old_size) = (self.header.snapshots_offset, self.snapshots.size);
+        let epoch = replay.refs.forgotten_now();
+        replay
+            .refs
+            .free(&mut self.dev, old_offset, old_size, Freed::Punched, epoch)?;
+        Ok(size)
+    }
+
+    fn replay_new_table(
+        &mut self,
+        replay: &mut Replay,
+        plan: &mut Plan,
+        list: &[Snapshot],
+    ) -> Result<u64> {
         let compat = self.compat_2_1();
         let mut size = 0u64;
         for s in list {
@@ -229,13 +265,8 @@ impl Image {
         replay.write_new(&mut self.dev, "snapshot table", offset, contents)?;
 
         plan.decisive = replay.refs.epoch();
-        let (old_offset, old_size) = (self.header.snapshots_offset, self.snapshots.size);
         replay.meaning.nb_snapshots = list.len() as u32;
         replay.meaning.snapshots_offset = offset;
-        let epoch = replay.refs.forgotten_now();
-        replay
-            .refs
-            .free(&mut self.dev, old_offset, old_size, Freed::Punched, epoch)?;
         Ok(size)
     }
 
@@ -308,12 +339,29 @@ impl Image {
     /// # Errors
     /// As the table part of [`Image::snapshot_delete`].
     pub fn write_snapshots(&mut self) -> Result<()> {
+        self.rewrite_table(true)
+    }
+
+    /// [`Image::write_snapshots`]; without `frees` for a table whose size is not to be believed, since it is
+    /// damaged. What of it nothing else uses a recount finds, and anything may lie in it. The new one goes
+    /// behind all of it: it is read to its end until then.
+    pub(crate) fn rewrite_table(&mut self, frees: bool) -> Result<()> {
         self.begin_change()?;
 
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
         self.dev.progress.begin(Stage::Check, || 0);
         let list = copies(&self.snapshots.entries)?;
-        let size = self.replay_table(&mut replay, &mut plan, &list)?;
+        let size = if frees {
+            self.replay_table(&mut replay, &mut plan, &list)?
+        } else {
+            let (g, old) = (replay.g, self.header.snapshots_offset);
+            replay.overlap.release(Protected::SnapshotTable, old);
+            let end = old.saturating_add(self.snapshots.size);
+            if end > self.dev.length() {
+                replay.refs.search_from(g.clusters_for(end));
+            }
+            self.replay_new_table(&mut replay, &mut plan, &list)?
+        };
 
         let list = self.as_written(list);
         self.commit(replay, plan, list, size)

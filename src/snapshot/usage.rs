@@ -57,7 +57,7 @@ impl Image {
         }
         if self.header.incompatible & features::DIRTY != 0 {
             return Err(Error::Unsupported(
-                "The refcounts of an image that was not closed properly (dirty bit set) say nothing; repair it first with 'qemu-img check -r all'"
+                "The refcounts of an image that was not closed properly (dirty bit set) say nothing; repair it first with 'qcow2-snapshot check -r all'"
                     .into(),
             ));
         }

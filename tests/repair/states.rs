@@ -13,7 +13,7 @@ const MANY: u64 = 1 << 16;
 pub struct Raw<'a>(pub &'a [u8]);
 
 impl Raw<'_> {
-    fn number(&self, at: u64, n: usize) -> u64 {
+    pub fn number(&self, at: u64, n: usize) -> u64 {
         let at = usize::try_from(at).unwrap_or(usize::MAX);
         let part = at.checked_add(n).and_then(|end| self.0.get(at..end));
         part.map_or(0, |p| p.iter().fold(0, |v, b| v << 8 | u64::from(*b)))
@@ -47,8 +47,19 @@ impl Raw<'_> {
         h.finish()
     }
 
+    /// Where the snapshot table ends.
+    pub fn table_end(&self) -> u64 {
+        let mut at = self.number(64, 8);
+        for _ in 0..self.number(60, 4).min(1000) {
+            let entry = at.next_multiple_of(8);
+            let names = self.number(entry + 12, 2) + self.number(entry + 14, 2);
+            at = entry + 40 + self.number(entry + 36, 4) + names;
+        }
+        at
+    }
+
     /// The active disk and the snapshots: a name, and where the L1 table is.
-    fn l1s(&self) -> Vec<(String, u64, u64)> {
+    pub fn l1s(&self) -> Vec<(String, u64, u64)> {
         let mut out = vec![("active".to_owned(), self.number(40, 8), self.number(36, 4))];
         let mut at = self.number(64, 8);
         for _ in 0..self.number(60, 4).min(1000) {
@@ -228,12 +239,16 @@ impl Raw<'_> {
         (refs, flags)
     }
 
-    fn count(&self, cluster: u64) -> u64 {
-        let order = if self.v3() {
+    pub fn order(&self) -> u64 {
+        if self.v3() {
             self.number(96, 4).min(6)
         } else {
             4
-        };
+        }
+    }
+
+    pub fn count(&self, cluster: u64) -> u64 {
+        let order = self.order();
         let cs = self.cs();
         let per_block = (cs * 8) >> order;
         let i = cluster / per_block;

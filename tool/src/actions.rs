@@ -49,7 +49,12 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
     drop(bar);
     match result {
         Ok(()) if request.json => print(done(&mut image, request.action)?.as_bytes()),
-        Ok(()) => Ok(()),
+        Ok(()) => {
+            if matches!(request.action, Action::Delete(_)) {
+                remarked(&image);
+            }
+            Ok(())
+        }
         Err((Some(Error::Cancelled(text)), _)) => Err(asked.stop(could_not(verb, name, &text))),
         // The locks go with the image, before another program wants them.
         Err((Some(Error::Unsupported(_)), lines))
@@ -83,6 +88,13 @@ pub(crate) fn told(what: &[(&str, Option<&Snapshot>)]) -> String {
     };
     let members: Vec<String> = what.iter().map(member).collect();
     format!("{{ {} }}\n", members.join(",\n  "))
+}
+
+/// What there is to know of a delete that succeeded.
+pub(crate) fn remarked(image: &Image) {
+    if let Some(text) = image.remark() {
+        say(cli::NAME, &[text.as_bytes().to_vec()]);
+    }
 }
 
 /// An error of the library, and the lines to print.

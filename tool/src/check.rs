@@ -7,10 +7,11 @@ use std::path::Path;
 use clap::ArgMatches;
 use qcow2_snapshot::{CheckResult, Error, Fix, Image, OpenFlags};
 
+use crate::cli;
 use crate::listing::quoted;
 use crate::progress::VerbBar;
 use crate::signals::Asked;
-use crate::stop::{print, strerror, Stop};
+use crate::stop::{print, say, strerror, Stop};
 
 /// Exit codes of `qemu-img check`.
 const FAILED: u8 = 1;
@@ -69,6 +70,24 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
         (0, _) => Err(Stop::Code(LEAKS, String::new())),
         _ => Err(Stop::Code(CORRUPT, String::new())),
     }
+}
+
+/// `--repair` of the subcommands that change an image. What cannot be opened, or is not good afterwards, is
+/// for them to refuse.
+pub(crate) fn repair_first(path: &Path, flags: OpenFlags, quiet: bool) -> Result<(), Stop> {
+    let Ok(mut image) = Image::open(path, flags | OpenFlags::CHECK) else {
+        return Ok(());
+    };
+    let r = look(&mut image, Fix::LEAKS | Fix::ERRORS, quiet)?;
+    image
+        .close()
+        .map_err(|e| Stop::failed(format!("Could not close '{}': {e}", path.display())))?;
+    if r.corruptions + r.leaks + r.check_errors != 0 {
+        let left =
+            "The repair could not mend all of the image; 'qcow2-snapshot check' says what is left";
+        say(cli::NAME, &[left.into()]);
+    }
+    Ok(())
 }
 
 /// Check, with a bar for whoever waits and findings on the standard error.

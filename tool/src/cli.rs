@@ -72,6 +72,15 @@ fn no_lock() -> Arg {
     )
 }
 
+/// Of the subcommands that change an image.
+fn repair() -> Arg {
+    flag(
+        "repair",
+        None,
+        "First repair the image, as 'check -r all' does: after a crash of its guest, or damage",
+    )
+}
+
 /// `--help` where clap may print its page at once.
 fn help() -> Arg {
     flag("help", Some('h'), "Print this help and exit").action(ArgAction::Help)
@@ -245,6 +254,7 @@ fn create_command() -> Command {
         .arg(output(
             "How to show what was made: human (nothing), or json",
         ))
+        .arg(repair())
         .arg(no_lock())
         .arg(quiet())
         .arg(image_operand())
@@ -268,6 +278,7 @@ fn revert_command() -> Command {
             .action(ArgAction::Set),
         )
         .arg(output("How to show what the disk is now: human (nothing), or json"))
+        .arg(repair())
         .arg(no_lock())
         .arg(quiet())
         .arg(image_operand())
@@ -279,6 +290,7 @@ fn rename_command() -> Command {
         .arg(output(
             "How to show what was renamed: human (nothing), or json",
         ))
+        .arg(repair())
         .arg(no_lock())
         .arg(quiet())
         .arg(image_operand())
@@ -341,6 +353,7 @@ fn delete_command() -> Command {
     .arg(output(
         "How to show what went: human (on a terminal), or json",
     ))
+    .arg(repair())
     .arg(no_lock())
     .arg(quiet())
     .arg(image_operand())
@@ -414,6 +427,7 @@ fn flatten_command() -> Command {
             None,
             "Only say how much would be copied at most",
         ))
+        .arg(repair())
         .arg(no_lock())
         .arg(flag("quiet", Some('q'), "Show no progress, only errors"))
         .arg(operand("IMAGE", "The qcow2 image", ValueHint::FilePath))
@@ -561,6 +575,8 @@ pub(crate) struct Request<'a> {
     pub(crate) object: bool,
     pub(crate) force_share: bool,
     pub(crate) no_lock: bool,
+    /// Before it is changed.
+    pub(crate) repair: bool,
     pub(crate) quiet: bool,
     pub(crate) json: bool,
 }
@@ -578,6 +594,7 @@ impl<'a> Request<'a> {
             object: false,
             force_share: flag("force-share"),
             no_lock: flag("no-lock"),
+            repair: flag("repair"),
             quiet: flag("quiet"),
             json: output.is_some_and(|o| o == "json"),
         }
@@ -608,6 +625,7 @@ impl<'a> Request<'a> {
             force_share: m.get_flag("force-share"),
             // Not an option under the name qemu-img.
             no_lock: m.try_get_one("no-lock").ok().flatten() == Some(&true),
+            repair: false,
             quiet: m.get_flag("quiet"),
             // It says how to list.
             json: matches!(action, Action::List)

@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use clap::ArgMatches;
 use qcow2_snapshot::{Error, Snapshot};
 
+use crate::actions::remarked;
 use crate::cli::{Action, Request};
 use crate::du;
 use crate::listing::{quoted, size, visible};
@@ -53,7 +54,12 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
             let states: Vec<Option<&[u8]>> = ids.iter().copied().map(Some).collect();
             let bar = VerbBar::new("Looking at the snapshots", request.quiet);
             bar.follow_part(&mut image, 0, 1);
-            du::usage(&mut image, &states)?.exclusive
+            match du::usage(&mut image, &states) {
+                Ok(usage) => usage.exclusive,
+                // Of a snapshot that cannot be read nothing is freed.
+                Err(_) if !dry => 0,
+                Err(e) => return Err(e),
+            }
         }
         _ => 0,
     };
@@ -74,6 +80,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
                 _ => Stop::Failed(explained(&e, &sentence, line.into())),
             }
         })?;
+        remarked(&image);
     }
     let text = match request.json {
         true => json(&gone, freed, dry),

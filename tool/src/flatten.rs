@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use clap::ArgMatches;
 use qcow2_snapshot::{printable, Error, Image, OpenFlags};
 
+use crate::check;
 use crate::listing::size;
 use crate::progress::VerbBar;
 use crate::signals::Asked;
@@ -24,6 +25,9 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
         true => flags | OpenFlags::NO_LOCK,
         false => flags,
     };
+    if m.get_flag("repair") && !dry {
+        check::repair_first(name.as_ref(), flags, m.get_flag("quiet"))?;
+    }
     let mut image = Image::open(name.as_ref(), flags).map_err(|e| {
         let words = open_words(&e, name.as_ref());
         Stop::Failed(explained(&e, &words, not_opened(name, &words)))

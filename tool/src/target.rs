@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use qcow2_snapshot::format::probe::{probe, PROBE_BYTES};
 use qcow2_snapshot::{printable, Error, Image, OpenFlags};
 
+use crate::check;
 use crate::cli::Request;
 use crate::stop::{explained, without_number, Stop};
 
@@ -22,6 +23,8 @@ pub(crate) struct Target {
     protocol: Option<Protocol>,
     force_share: bool,
     no_lock: bool,
+    /// How quietly, if first.
+    repair: Option<bool>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +91,7 @@ impl Target {
         };
         target.force_share |= request.force_share;
         target.no_lock |= request.no_lock;
+        target.repair = request.repair.then_some(request.quiet);
         Ok(target)
     }
 
@@ -109,6 +113,9 @@ impl Target {
             true => flags | OpenFlags::NO_LOCK,
             false => flags,
         };
+        if let (true, Some(quiet)) = (write, self.repair) {
+            check::repair_first(&self.path, flags, quiet)?;
+        }
         let error = match Image::open(&self.path, flags) {
             Ok(image) if self.driver != Some(Driver::Raw) => {
                 return Ok(Opened::Image(Box::new(image)))
@@ -227,6 +234,7 @@ fn from_name(name: &OsStr, format: Option<&OsStr>) -> Result<Target, Stop> {
         protocol,
         force_share: false,
         no_lock: false,
+        repair: None,
     })
 }
 
@@ -238,6 +246,7 @@ fn from_options(text: &OsStr) -> Result<Target, Stop> {
         protocol: None,
         force_share: false,
         no_lock: false,
+        repair: None,
     };
     for (key, value) in split_options(text.as_bytes()) {
         match (key.as_slice(), value.as_slice()) {

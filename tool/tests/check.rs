@@ -102,3 +102,79 @@ fn what_is_no_image_or_makes_no_sense_is_refused() {
     assert_eq!(ours(&["-U", "-r", "leaks"], &image).status.code(), Some(1));
     assert_eq!(ours(&["-r", "everything"], &image).status.code(), Some(1));
 }
+
+fn tool(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_qcow2-snapshot"))
+        .args(args)
+        .output()
+        .unwrap()
+}
+
+#[test]
+fn a_verb_on_an_image_that_is_to_be_repaired_names_the_command_and_does_it_when_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.qcow2");
+    let path = image.to_str().unwrap();
+    // Dirty, with the snapshot that the verbs are about.
+    let dirty = || {
+        unpacked("v3-4k/after-1", &image);
+        let mut bytes = std::fs::read(&image).unwrap();
+        bytes[79] |= 1;
+        std::fs::write(&image, bytes).unwrap();
+    };
+    let verbs: [&[&str]; 6] = [
+        &["create", path, "new"],
+        &["revert", path, "1"],
+        &["revert", "--save-as", "kept", path, "1"],
+        &["rename", path, "1", "other"],
+        &["delete", path, "1"],
+        &["flatten", path],
+    ];
+    for args in verbs {
+        dirty();
+        let before = std::fs::read(&image).unwrap();
+        let refused = tool(args);
+        let text = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(1), "{args:?}");
+        assert!(text.contains("'qcow2-snapshot check -r all'"), "{text}");
+        assert!(std::fs::read(&image).unwrap() == before, "{args:?}");
+        let done = tool(&[args, &["--repair"][..]].concat());
+        assert_eq!(done.status.code(), Some(0), "{args:?}: {done:?}");
+        assert_eq!(ours(&[], &image).status.code(), Some(0), "{args:?}");
+    }
+    dirty();
+    let before = std::fs::read(&image).unwrap();
+    let dry = tool(&["delete", "--dry-run", "--repair", path, "1"]);
+    assert!(std::fs::read(&image).unwrap() == before, "{dry:?}");
+}
+
+#[test]
+fn a_snapshot_that_cannot_be_read_is_deleted_and_the_way_to_its_space_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.qcow2");
+    let path = image.to_str().unwrap();
+    for args in [
+        &["delete", path, "1", "2"][..],
+        &["delete", "--output=json", "-y", path, "1", "2"],
+    ] {
+        unpacked("damaged-snapshot-l1/before", &image);
+        let out = tool(args);
+        let text = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(0), "{text}");
+        assert!(text.contains("'qcow2-snapshot check -r leaks'"), "{text}");
+        assert_eq!(ours(&["-r", "leaks"], &image).status.code(), Some(0));
+        assert_eq!(ours(&[], &image).status.code(), Some(0));
+    }
+    // As qemu-img would be called, and with a repair that cannot mend everything.
+    unpacked("damaged-snapshot-l1/before", &image);
+    let out = tool(&["-d", "one", path]);
+    assert!(
+        out.status.success() && String::from_utf8_lossy(&out.stderr).contains("check -r leaks")
+    );
+    let out = tool(&["delete", "--repair", path, "2"]);
+    let text = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(
+        out.status.success() && text.contains("could not mend all"),
+        "{text}"
+    );
+}

@@ -92,7 +92,8 @@ impl Image {
         ];
         let old = self.snapshots.entries.len();
         room::reserve(&mut needed, list.len())?;
-        for (i, s) in list.iter().enumerate() {
+        let placed = |(_, s): &(usize, &Snapshot)| s.has_a_place_for_l1(g);
+        for (i, s) in list.iter().enumerate().filter(placed) {
             let bytes = u64::from(s.l1_size) * TABLE_ENTRY;
             room::push(&mut needed, (s.l1_table_offset, bytes, i >= old))?;
         }
