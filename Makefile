@@ -147,6 +147,8 @@ bench: setup library tool
 SECONDS ?= 1800
 soak: setup
 	DIFF_SECONDS=$(SECONDS) $(CARGO) test --release --test differential --target-dir '$(TARGET)'
+	DIFF_SETS=12 DIFF_SECONDS=$(SECONDS) $(CARGO) test --release --test differential --target-dir '$(TARGET)'
+	READS_CHANGES=1 READS_SECONDS=$(SECONDS) $(CARGO) test --release --test reads --target-dir '$(TARGET)' disks -- --nocapture
 	EXPORT_SECONDS=$(SECONDS) $(CARGO) test --release -p qcow2-snapshot-tool --test chain --target-dir '$(TARGET)' -- --nocapture
 
 soak-crash: setup

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::flags::OpenFlags;
 use crate::image::Image;
 use crate::io::callbacks::{failure as callback_error, CallbackStorage, Callbacks};
-use crate::io::Discarded;
+use crate::io::DiscardKind;
 
 /// Open the image at a path. The descriptor is close-on-exec. Opening writes nothing.
 ///
@@ -296,7 +296,7 @@ impl Callbacks for CallerFunctions {
             .map(|discard| unsafe { discard(self.opaque, offset, bytes) })
     }
 
-    fn discard_kind(&mut self, offset: u64, bytes: u64, kind: Discarded) -> Option<i32> {
+    fn discard_kind(&mut self, offset: u64, bytes: u64, kind: DiscardKind) -> Option<i32> {
         // SAFETY: nothing but the caller's pointer is handed over.
         self.discard_kind
             .map(|discard| unsafe { discard(self.opaque, offset, bytes, kind as c_int) })

@@ -271,7 +271,7 @@ mod tests {
     use super::*;
     use crate::flags::OpenFlags;
     use crate::image::{Outcome, Stage};
-    use crate::io::Discarded;
+    use crate::io::DiscardKind;
 
     #[test]
     fn the_flags_of_the_header_are_those_of_the_library() {
@@ -292,8 +292,8 @@ mod tests {
 
     #[test]
     fn the_kinds_of_discards_of_the_header_are_those_of_the_library() {
-        assert_eq!(QCOW2_DISCARD_KIND_SNAPSHOT, Discarded::Snapshot as c_int);
-        assert_eq!(QCOW2_DISCARD_KIND_OTHER, Discarded::Other as c_int);
+        assert_eq!(QCOW2_DISCARD_KIND_SNAPSHOT, DiscardKind::Snapshot as c_int);
+        assert_eq!(QCOW2_DISCARD_KIND_OTHER, DiscardKind::Other as c_int);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::image::progress::Progress;
 use crate::image::room;
-pub(crate) use crate::io::{Discarded, MAX_REQUEST};
+pub(crate) use crate::io::{DiscardKind, MAX_REQUEST};
 use crate::io::{Run, Stamp, Storage};
 
 /// A [`Storage`] whose length is known and whose errors carry context. What changes it stands in

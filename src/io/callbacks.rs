@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::{Error, Result};
 
-use super::{discard_unsupported, Discarded, FlushState, Storage, MAX_REQUEST};
+use super::{discard_unsupported, DiscardKind, FlushState, Storage, MAX_REQUEST};
 
 /// A caller's functions. Each returns 0 (or a length) or a negative errno; anything else counts
 /// as `-EIO`. Requests are whole, and at most [`MAX_REQUEST`] bytes long.
@@ -22,7 +22,7 @@ pub trait Callbacks {
     fn discard(&mut self, offset: u64, bytes: u64) -> Option<i32>;
     /// The same, asked instead: a range of any length, and what it held. `None` when the caller has no
     /// such function.
-    fn discard_kind(&mut self, _offset: u64, _bytes: u64, _kind: Discarded) -> Option<i32> {
+    fn discard_kind(&mut self, _offset: u64, _bytes: u64, _kind: DiscardKind) -> Option<i32> {
         None
     }
     /// Open another file that the image names, for reading; `None` when the caller has no such
@@ -133,10 +133,10 @@ impl Storage for CallbackStorage {
     }
 
     fn discard(&mut self, offset: u64, bytes: u64) -> Result<()> {
-        self.discard_kind(offset, bytes, Discarded::Other)
+        self.discard_kind(offset, bytes, DiscardKind::Other)
     }
 
-    fn discard_kind(&mut self, offset: u64, bytes: u64, kind: Discarded) -> Result<()> {
+    fn discard_kind(&mut self, offset: u64, bytes: u64, kind: DiscardKind) -> Result<()> {
         check_range(offset, bytes)?;
         let end = offset + bytes;
         let mut at = offset;
@@ -235,7 +235,7 @@ mod tests {
             self.has_discard
                 .then(|| self.note(format!("discard {offset} {bytes}")))
         }
-        fn discard_kind(&mut self, offset: u64, bytes: u64, kind: Discarded) -> Option<i32> {
+        fn discard_kind(&mut self, offset: u64, bytes: u64, kind: DiscardKind) -> Option<i32> {
             self.has_kinds
                 .then(|| self.note(format!("discard {kind:?} {offset} {bytes}")))
         }
@@ -300,9 +300,9 @@ mod tests {
             calls: Rc::clone(&calls),
         };
         let mut s = CallbackStorage::new(Box::new(fake), false, false);
-        s.discard_kind(3, 1 << 40, Discarded::Snapshot).unwrap();
+        s.discard_kind(3, 1 << 40, DiscardKind::Snapshot).unwrap();
         s.discard(4, 1 << 30).unwrap();
-        s.discard_kind(5, 0, Discarded::Snapshot).unwrap();
+        s.discard_kind(5, 0, DiscardKind::Snapshot).unwrap();
         s.barrier().unwrap();
         assert_eq!(
             *calls.borrow(),

@@ -29,7 +29,7 @@ pub enum Run {
 /// What is given back by a discard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i32)]
-pub enum Discarded {
+pub enum DiscardKind {
     /// What snapshots or the disk held and a verb no longer needs, and old snapshot tables.
     Snapshot = 1,
     /// What a repair frees, refcount blocks that a shrinking goto drops, a temporary table.
@@ -93,7 +93,7 @@ pub trait Storage {
     fn discard(&mut self, offset: u64, bytes: u64) -> Result<()>;
 
     /// The same, for storages to which it matters what is given back.
-    fn discard_kind(&mut self, offset: u64, bytes: u64, _kind: Discarded) -> Result<()> {
+    fn discard_kind(&mut self, offset: u64, bytes: u64, _kind: DiscardKind) -> Result<()> {
         self.discard(offset, bytes)
     }
 

@@ -27,7 +27,7 @@ use crate::format::geometry::{Geometry, HostCluster, MAX_REFTABLE_BYTES, TABLE_E
 use crate::format::header::{AT_AUTOCLEAR, AT_INCOMPATIBLE, AT_REFTABLE, AT_SNAPSHOTS};
 use crate::format::refblock;
 use crate::format::refblock::with_width;
-use crate::image::device::{self, Device, Discarded};
+use crate::image::device::{self, Device, DiscardKind};
 use crate::image::progress::{Progress, Stage};
 use crate::image::{Image, Outcome, SnapshotList};
 
@@ -587,7 +587,7 @@ fn punch(dev: &mut Device, g: Geometry, freed: &[u64]) {
         let next = (*first..).zip(rest).take_while(|(want, c)| want == *c);
         let n = next.count();
         let offset = g.offset_of(HostCluster(*first));
-        dev.discard(offset, (n as u64) << g.cluster_bits, Discarded::Other);
+        dev.discard(offset, (n as u64) << g.cluster_bits, DiscardKind::Other);
         rest = rest.get(n..).unwrap_or_default();
     }
 }
@@ -867,7 +867,7 @@ fn punch_free(check: &mut Check<'_, '_>, windows: &[Range<u64>], end: u64) -> Re
                 (Some(first), true) => {
                     let from = g.offset_of(HostCluster(first));
                     let bytes = (c - first) << g.cluster_bits;
-                    check.dev.discard(from, bytes, Discarded::Other);
+                    check.dev.discard(from, bytes, DiscardKind::Other);
                     free = None;
                 }
                 _ => {}

@@ -8,7 +8,7 @@ use crate::format::geometry::HostCluster;
 use crate::image::device::{self, Device};
 use crate::image::refcount::Refcounts;
 use crate::image::Outcome;
-use crate::io::{Discarded, Run, MAX_REQUEST};
+use crate::io::{DiscardKind, Run, MAX_REQUEST};
 
 /// Carry the steps out. Returns what is true of the image then, which is also what is true should
 /// a step have failed.
@@ -59,7 +59,7 @@ fn carry_out(dev: &mut Device, refs: &mut Refcounts, holes: &mut Holes, step: &S
         Step::Done => {}
         Step::Stream(pass) => pass.run(dev, refs, holes)?,
         Step::Punch(ranges, share) => holes.punch(dev, g, ranges, share << g.cluster_bits)?,
-        Step::Discard(at, bytes) => dev.discard(*at, *bytes, Discarded::Other),
+        Step::Discard(at, bytes) => dev.discard(*at, *bytes, DiscardKind::Other),
         Step::GiveBack(temporary) => give_back(dev, temporary)?,
         Step::Truncate(length) => dev.truncate(*length)?,
         Step::Grow(length) if dev.length() < *length => dev.truncate(*length)?,
@@ -76,7 +76,7 @@ fn give_back(dev: &mut Device, temporary: &Temporary) -> Result<()> {
     let (at, old) = (temporary.offset, &temporary.old);
     if old.iter().all(|b| *b == 0) {
         let bytes = old.len() as u64;
-        dev.discard(at, bytes, Discarded::Other);
+        dev.discard(at, bytes, DiscardKind::Other);
         // Not every storage punches holes, and not every hole reads as zeros.
         if dev.read_vec("Could not read free clusters", at, bytes)? == *old {
             return Ok(());
@@ -160,7 +160,7 @@ impl Holes {
         for (first, n) in &ranges {
             dev.progress.step(share / ranges.len() as u64)?;
             let (at, bytes) = (g.offset_of(HostCluster(*first)), n << g.cluster_bits);
-            dev.discard(at, bytes, Discarded::Snapshot);
+            dev.discard(at, bytes, DiscardKind::Snapshot);
         }
         Ok(())
     }
@@ -227,7 +227,7 @@ impl Device {
     }
 
     /// Punch a hole; failures cost space only and are ignored, as QEMU does.
-    pub(crate) fn discard(&mut self, offset: u64, bytes: u64, kind: Discarded) {
+    pub(crate) fn discard(&mut self, offset: u64, bytes: u64, kind: DiscardKind) {
         let end = offset.saturating_add(bytes).min(self.length);
         if offset < end {
             self.changed = true;

@@ -116,9 +116,10 @@ impl Plan {
         autoclear: Option<u64>,
         replay: &mut Replay,
     ) -> (Outcome, Result<Vec<steps::Step>>) {
+        let file = (dev.length(), dev.length_in_sectors());
         let looked = check_blocks(replay)
             .and_then(|()| epoch::Epochs::of(replay, self.decisive))
-            .and_then(|epochs| steps::steps(was, autoclear, dev.length(), replay, epochs, self))
+            .and_then(|epochs| steps::steps(was, autoclear, file, replay, epochs, self))
             .and_then(|steps| dev.progress.end().map(|()| steps));
         let steps = match looked {
             Ok(steps) => steps,

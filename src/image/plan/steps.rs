@@ -86,11 +86,11 @@ pub(crate) enum Pass {
     Set(Vec<Marked>),
 }
 
-/// The steps of a verb; `file` is the file's length before them.
+/// The steps of a verb; `file` is the file's length before them, `rounded` if it may be less.
 pub(crate) fn steps(
     was: &Header,
     autoclear: Option<u64>,
-    file: u64,
+    (file, rounded): (u64, bool),
     replay: &Replay,
     epochs: Epochs,
     mut plan: Plan,
@@ -160,7 +160,15 @@ pub(crate) fn steps(
             }
         }
     }
-    out.reclaim(refs, plan, replay.final_length())?;
+    let (length, file) = (replay.final_length(), out.file);
+    out.reclaim(refs, plan, length)?;
+    if rounded && replay.truncated && length == file {
+        // It may be shorter than it was said to be, and as long it shall become.
+        let grow = |step: &&mut Step| matches!(step, Step::Grow(_));
+        if let Some(step) = out.list.iter_mut().rev().find(grow) {
+            *step = Step::Truncate(length);
+        }
+    }
     Ok(out.list)
 }
 

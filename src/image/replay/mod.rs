@@ -54,6 +54,8 @@ pub(crate) struct Replay {
     pub(crate) new_data: Vec<NewData>,
     /// The length that QEMU's writes and truncates give the file, up to this point.
     pub(crate) reach: u64,
+    /// QEMU has set the file's length.
+    pub(crate) truncated: bool,
     /// The image is of version 3.
     v3: bool,
     /// A backing file shows through unallocated clusters.
@@ -93,6 +95,7 @@ impl Replay {
             left_l1: None,
             new_data: Vec::new(),
             reach: length,
+            truncated: false,
             v3: header.version >= 3,
             has_backing,
         }
@@ -310,7 +313,7 @@ impl Replay {
 
     /// Set the length that QEMU's own truncate leaves.
     pub(crate) fn truncate(&mut self, length: u64) {
-        self.reach = length;
+        (self.reach, self.truncated) = (length, true);
         self.refs.forget_reach();
     }
 
