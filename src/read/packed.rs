@@ -224,7 +224,7 @@ impl PackedRun {
                 .get(n + 1)
                 .is_some_and(|next| last_sector.contains(&next.start));
             let cluster = PackedCluster {
-                range: range.clone(),
+                range: range.start..range.end,
                 zero: !shown || range.len() <= small || range.len() >= size,
             };
             room::push(&mut self.clusters, cluster)?;
@@ -235,7 +235,10 @@ impl PackedRun {
         let mut jobs = Vec::new();
         for cluster in self.clusters.iter().filter(|c| c.zero) {
             let job = Job {
-                packed: self.bytes.get(cluster.range.clone()).unwrap_or_default(),
+                packed: self
+                    .bytes
+                    .get(cluster.range.start..cluster.range.end)
+                    .unwrap_or_default(),
                 out: outs.next().unwrap_or_default(),
                 done: Err(Error::NoMemory(size as u64)),
             };
