@@ -150,9 +150,12 @@ soak: setup
 	DIFF_SETS=12 DIFF_SECONDS=$(SECONDS) $(CARGO) test --release --test differential --target-dir '$(TARGET)'
 	READS_CHANGES=1 READS_SECONDS=$(SECONDS) $(CARGO) test --release --test reads --target-dir '$(TARGET)' disks -- --nocapture
 	EXPORT_SECONDS=$(SECONDS) $(CARGO) test --release -p qcow2-snapshot-tool --test chain --target-dir '$(TARGET)' -- --nocapture
+	EXPORT_FUZZ_SECONDS=$(SECONDS) $(CARGO) test --release -p qcow2-snapshot-tool --test hostile --target-dir '$(TARGET)' -- --nocapture
+	FLATTEN_SECONDS=$(SECONDS) $(CARGO) test --release --test flatten every_state_of_random --target-dir '$(TARGET)' -- --nocapture
 
 soak-crash: setup
 	CRASH_ALL=1 $(CARGO) test --release --test crash --target-dir '$(TARGET)' -- --nocapture
+	CRASH_ALL=1 $(CARGO) test --release --test flatten crash:: --target-dir '$(TARGET)' -- --nocapture
 
 # A long run of one fuzz target (nightly Rust, cargo-fuzz); hostile images beside qemu-img; sanitizers.
 FUZZ_TARGET ?= verbs

@@ -1,6 +1,6 @@
 //! Where guest data is: extents, and reading the disk now seen.
 
-use super::packed::{unpack_all, Job, Portion, MOST_CLUSTERS};
+use super::packed::{unpack_all, Portion, ToUnpack, MOST_CLUSTERS};
 use crate::error::{Error, Result};
 use crate::format::compress;
 use crate::format::entry::{self, Cluster, OFFSET_MASK};
@@ -260,7 +260,7 @@ impl Image {
         portion.read(&mut self.dev, &mut packed)?;
         let places = portion.clusters.into_iter();
         let mut jobs = room::collected(places.zip(out.chunks_exact_mut(size as usize)).map(
-            |(place, out)| Job {
+            |(place, out)| ToUnpack {
                 packed: packed.get(place).unwrap_or_default(),
                 out,
                 done: Err(Error::NoMemory(size)),

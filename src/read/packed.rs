@@ -85,7 +85,7 @@ impl Portion {
 }
 
 /// A cluster to unpack.
-pub(super) struct Job<'a> {
+pub(super) struct ToUnpack<'a> {
     pub(super) packed: &'a [u8],
     pub(super) out: &'a mut [u8],
     /// How many bytes it takes.
@@ -93,7 +93,7 @@ pub(super) struct Job<'a> {
 }
 
 /// Unpack clusters, on all processors if they are worth it.
-pub(super) fn unpack_all(kind: Compression, jobs: &mut [Job]) {
+pub(super) fn unpack_all(kind: Compression, jobs: &mut [ToUnpack]) {
     let bytes: u64 = jobs.iter().map(|j| j.out.len() as u64).sum();
     let many = jobs.len() > 1 && bytes >= WORTH_A_THREAD;
     let left = Mutex::new(jobs.iter_mut());
@@ -224,7 +224,7 @@ impl PackedRun {
                 .get(n + 1)
                 .is_some_and(|next| last_sector.contains(&next.start));
             let cluster = PackedCluster {
-                range: range.clone(),
+                range: range.start..range.end,
                 zero: !shown || range.len() <= small || range.len() >= size,
             };
             room::push(&mut self.clusters, cluster)?;
@@ -234,8 +234,11 @@ impl PackedRun {
         let mut outs = data.chunks_exact_mut(size);
         let mut jobs = Vec::new();
         for cluster in self.clusters.iter().filter(|c| c.zero) {
-            let job = Job {
-                packed: self.bytes.get(cluster.range.clone()).unwrap_or_default(),
+            let job = ToUnpack {
+                packed: self
+                    .bytes
+                    .get(cluster.range.start..cluster.range.end)
+                    .unwrap_or_default(),
                 out: outs.next().unwrap_or_default(),
                 done: Err(Error::NoMemory(size as u64)),
             };

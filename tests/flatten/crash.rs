@@ -236,15 +236,19 @@ fn a_power_cut_at_any_moment_leaves_every_state_as_it_was() {
     assert!(judged > 500 && generations > 20);
 }
 
-/// Blocks of 64-bit counts for 32 KiB each, of which a cluster of the table names 64: it grows at 2 MiB, and
-/// again at 4. The generation is cut into epochs then.
+/// Blocks of 64-bit counts for 32 KiB each, of which a cluster of the table names 64: it grows at 2 MiB. The
+/// generation is cut into epochs then. Every other cluster behind is zeros, so that each new one stands by
+/// itself, and one takes the place of the old table.
 #[test]
 fn a_power_cut_while_the_refcount_table_grows_leaves_every_state_as_it_was() {
     if !super::toolbox() {
         return;
     }
-    let o = super::limits::overlay("cluster_size=512,refcount_bits=64", 2100 << 10, 2100 << 10);
-    io(o.dir.path(), "o.qcow2", &["write -P 1 0 1850k".into()]);
+    let size = 2300 << 10;
+    let o = super::limits::overlay("cluster_size=512,refcount_bits=64", size, size);
+    let every_other: Vec<u8> = (0..size).map(|n| (n / 512 % 2 * 9) as u8).collect();
+    std::fs::write(o.dir.path().join("base"), every_other).unwrap();
+    io(o.dir.path(), "o.qcow2", &["write -P 1 0 1900k".into()]);
     super::limits::snapshot(&o, "a");
     io(o.dir.path(), "o.qcow2", &["write -P 2 1800k 4k".into()]);
     let case = Case::of(&o);

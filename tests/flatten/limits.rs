@@ -94,6 +94,25 @@ fn counts_that_would_not_fit_are_an_error_before_anything_is_written() {
         refused(&o, libc::EINVAL, false);
         assert!(states(&o.path()) == before);
     }
+    // What would fit, and behind zeros what would not: nothing of the first is written either.
+    for bits in [1, 2] {
+        let o = overlay(
+            &format!("cluster_size=512,refcount_bits={bits}"),
+            48 << 10,
+            48 << 10,
+        );
+        let base = o.dir.path().join("base");
+        let mut bytes = std::fs::read(&base).unwrap();
+        bytes[16 << 10..32 << 10].fill(0);
+        std::fs::write(&base, bytes).unwrap();
+        for n in 1..1 << bits {
+            snapshot(&o, &format!("s{n}"));
+        }
+        io(o.dir.path(), "o.qcow2", &["write -P 1 0 16k".into()]);
+        refused(&o, libc::EINVAL, false);
+        io(o.dir.path(), "o.qcow2", &["write -P 1 32k 16k".into()]);
+        assert!(flattened(&o) > 0);
+    }
     println!("{fits:?} of 1 and 2 bits flattened, {overflows:?} refused");
     assert!(fits.iter().chain(&overflows).all(|n| *n > 3));
 }
