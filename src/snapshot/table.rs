@@ -375,7 +375,7 @@ impl Image {
         } else {
             let (g, old) = (replay.g, self.header.snapshots_offset);
             replay.overlap.release(Protected::SnapshotTable, old);
-            let end = old.saturating_add(self.snapshots.size);
+            let end = old.saturating_add(self.snapshots.size.min(MAX_SNAPSHOT_TABLE_BYTES));
             // Of one that begins behind the end of the file nothing can be lost.
             if old < self.dev.length() && end > self.dev.length() {
                 replay.refs.search_from(g.clusters_for(end));
