@@ -275,11 +275,15 @@ impl Image {
         report: &mut dyn FnMut(&str),
         overlaps: bool,
     ) -> Result<(Table, Looked)> {
-        // In a damaged image the L1 table may lie where something else was written.
+        // In a damaged image these tables may lie where something else was written.
         let bytes = self.l1.len() as u64 * TABLE_ENTRY;
         let op = "Could not read the L1 table";
         let l1 = self.dev.read_vec(op, self.header.l1_offset, bytes)?;
         self.l1 = device::words(&l1)?;
+        let bytes = u64::from(self.header.reftable_clusters) << self.header.geometry.cluster_bits;
+        let op = "Could not read the refcount table";
+        let reftable = self.dev.read_vec(op, self.header.reftable_offset, bytes)?;
+        self.reftable = device::words(&reftable)?;
         let mut found = Findings::new(report);
         let table = super::table::read(&mut self.dev, &self.header, false, &mut found)?;
         let mode = Mode {
