@@ -173,6 +173,8 @@ impl Image {
         let mut policy = policy;
         let hinders = match rebuild {
             true if noticed.table_in_header => Some("a table shares a cluster with the header"),
+            // What it names may be where the new ones would go.
+            true if noticed.unread => Some("reading a table fails"),
             true if self.overlaps(&table, false, strict)?.0 => {
                 Some("the active L1 table shares a cluster with something else")
             }
