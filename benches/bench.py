@@ -613,18 +613,18 @@ class Checks:
     def __init__(self, bench):
         self.b, self.rows = bench, []
 
-    def make(self, whole, snapshots):
+    def make(self, whole, gib, snapshots):
         def make(path):
             copy(whole, path)
             for n in range(snapshots):
                 sh(f"{self.b.build}/ours", path, "create", f"s{n}")
-                writes = [f"write -z {(n * 37 + k * 101) % 1024}G 64k" for k in range(8)]
+                writes = [f"write -z {(n * 37 + k * 101) % gib}G 64k" for k in range(8)]
                 subprocess.run(["qemu-io", path], input="\n".join(writes), text=True, check=True, stdout=subprocess.DEVNULL)
         return make
 
-    def run(self, what, whole):
+    def run(self, what, whole, gib):
         for snapshots in (1, 20):
-            path = self.b.image(f"check-{what}-{snapshots}", self.make(whole, snapshots))
+            path = self.b.image(f"check-{what}-{snapshots}", self.make(whole, gib, snapshots))
             options = f"driver=qcow2,refcount-cache-size={64 << 20},file.driver=file,file.filename={path}"
             ms = {"qemu-img": [], "ours": []}
             for r in range(self.b.rounds):
@@ -768,8 +768,9 @@ def main():
 
     checked = Checks(b)
     if want("check"):
-        for what, whole in (("1T", preallocated("1T")), ("1T-random", b.gen("1024", "random", "100"))) if not a.quick else (("16G-random", b.gen("16", "random", "100")),):
-            checked.run(what, b.image(what, whole))
+        large = ("1T", preallocated("1T"), 1024), ("1T-random", b.gen("1024", "random", "100"), 1024)
+        for what, make, gib in (("16G-random", b.gen("16", "random", "100"), 16),) if a.quick else large:
+            checked.run(what, b.image(what, make), gib)
 
     copies = Copies(b)
     if want("copies"):

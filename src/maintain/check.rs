@@ -58,6 +58,8 @@ pub(super) struct Subject<'a> {
 pub(super) struct Noticed {
     /// References may be missing: a table cannot be read. Then nothing may be freed.
     pub(super) blind: bool,
+    /// One of them is there, but reading it fails: it may name clusters behind the end of the file.
+    pub(super) unread: bool,
     /// The refcount structures cannot be mended where they are.
     pub(super) rebuild: bool,
     /// Clusters of the file; one more where something reaches past its end.
@@ -583,6 +585,7 @@ impl<'a, 'f> Check<'a, 'f> {
 
     fn unreadable(&mut self, place: &str, why: &str) {
         self.noticed.blind = true;
+        self.noticed.unread = true;
         self.found
             .error_once(format_args!("ERROR: I/O error in {place} ({why})"));
     }

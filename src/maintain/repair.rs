@@ -173,6 +173,8 @@ impl Image {
         let mut policy = policy;
         let hinders = match rebuild {
             true if noticed.table_in_header => Some("a table shares a cluster with the header"),
+            // What it names may be where the new ones would go.
+            true if noticed.unread => Some("reading a table fails"),
             true if self.overlaps(&table, false, strict)?.0 => {
                 Some("the active L1 table shares a cluster with something else")
             }
@@ -275,11 +277,15 @@ impl Image {
         report: &mut dyn FnMut(&str),
         overlaps: bool,
     ) -> Result<(Table, Looked)> {
-        // In a damaged image the L1 table may lie where something else was written.
+        // In a damaged image these tables may lie where something else was written.
         let bytes = self.l1.len() as u64 * TABLE_ENTRY;
         let op = "Could not read the L1 table";
         let l1 = self.dev.read_vec(op, self.header.l1_offset, bytes)?;
         self.l1 = device::words(&l1)?;
+        let bytes = u64::from(self.header.reftable_clusters) << self.header.geometry.cluster_bits;
+        let op = "Could not read the refcount table";
+        let reftable = self.dev.read_vec(op, self.header.reftable_offset, bytes)?;
+        self.reftable = device::words(&reftable)?;
         let mut found = Findings::new(report);
         let table = super::table::read(&mut self.dev, &self.header, false, &mut found)?;
         let mode = Mode {

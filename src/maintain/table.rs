@@ -44,7 +44,12 @@ impl Records<'_> {
                 let source = std::io::Error::from_raw_os_error(libc::EIO);
                 return Err(Error::Io { op, offset, source });
             }
-            self.buf = self.dev.read_vec(op, offset, want.max(bytes))?;
+            let read = self.dev.read_vec(op, offset, want.max(bytes));
+            // Something behind the table may be what cannot be read.
+            self.buf = match read {
+                Err(Error::Io { .. }) if want > bytes => self.dev.read_vec(op, offset, bytes)?,
+                other => other?,
+            };
             self.at = offset;
         }
         let from = offset.saturating_sub(self.at) as usize;

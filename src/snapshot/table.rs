@@ -15,6 +15,8 @@ use crate::words::printable;
 
 /// The table is read in requests of this size.
 const READ_AHEAD: u64 = 1 << 20;
+/// What is being done then.
+const TABLE_OP: &str = "Could not read the snapshot table";
 /// No entry is longer: fixed part, 1024 bytes of extra data, ID and name of 65535 bytes each.
 const LONGEST_ENTRY: u64 = 256 << 10;
 
@@ -85,9 +87,9 @@ impl Image {
                 let want = READ_AHEAD
                     .min(self.dev.length().saturating_sub(at))
                     .max(least);
-                window = self
-                    .dev
-                    .read_vec("Could not read the snapshot table", at, want)?;
+                let had = if window_at == at { window.len() } else { 0 };
+                let read = self.dev.read_vec(TABLE_OP, at, want);
+                window = read.or_else(|e| self.readable_part(at, want, had, e))?;
                 window_at = at;
             };
             self.dev.check_inside(
@@ -109,6 +111,26 @@ impl Image {
         self.snapshots = list;
         self.caches.compared = None;
         Ok(())
+    }
+
+    /// What can be read from `at` on, if it is more than `had`: something behind the table may be what cannot.
+    /// Where all of it can be read now, the read has failed for once: `error` stands.
+    fn readable_part(&mut self, at: u64, want: u64, had: usize, error: Error) -> Result<Vec<u8>> {
+        let mut part = Vec::new();
+        let mut sector = [0; 512];
+        if matches!(error, Error::Io { .. }) {
+            while (part.len() as u64) < want {
+                let next = at.saturating_add(part.len() as u64);
+                if self.dev.read(TABLE_OP, next, &mut sector).is_err() {
+                    break;
+                }
+                room::append(&mut part, &sector)?;
+            }
+        }
+        match part.len() > had && (part.len() as u64) < want {
+            true => Ok(part),
+            false => Err(error),
+        }
     }
 
     /// The first snapshot that matches: by ID and name together, or by the one that is given
@@ -356,8 +378,9 @@ impl Image {
         } else {
             let (g, old) = (replay.g, self.header.snapshots_offset);
             replay.overlap.release(Protected::SnapshotTable, old);
-            let end = old.saturating_add(self.snapshots.size);
-            if end > self.dev.length() {
+            let end = old.saturating_add(self.snapshots.size.min(MAX_SNAPSHOT_TABLE_BYTES));
+            // Of one that begins behind the end of the file nothing can be lost.
+            if old < self.dev.length() && end > self.dev.length() {
                 replay.refs.search_from(g.clusters_for(end));
             }
             self.replay_new_table(&mut replay, &mut plan, &list)?

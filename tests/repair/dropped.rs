@@ -167,6 +167,9 @@ fn cases() -> Vec<Case> {
         }
     }
     assert!(out.len() > 100, "{}", out.len());
+    for damage in ALL {
+        assert!(out.iter().any(|c| c.damage == damage), "{damage:?}");
+    }
     out
 }
 
@@ -238,7 +241,15 @@ fn while_a_snapshot_cannot_be_read_a_repair_frees_nothing_and_says_so() {
 #[test]
 fn a_snapshot_that_cannot_be_read_is_dropped_and_a_repair_of_leaks_frees_what_it_held() {
     let mut freed = 0;
-    for case in cases() {
+    // A sample, with each damage in it; all in a soak.
+    let soak = std::env::var_os("CHECK_SECONDS").is_some();
+    let all = cases();
+    println!(
+        "one of {} of {} damaged images",
+        if soak { 1 } else { 5 },
+        all.len()
+    );
+    for case in all.iter().step_by(if soak { 1 } else { 5 }) {
         let what = format!("{}, {:?}", case.name, case.damage);
         let bad = |e: String| -> ! { panic!("{what}: {e}") };
         let (mut image, trace) = case.open(&case.image, OpenFlags::read_only());
@@ -293,7 +304,7 @@ fn a_snapshot_that_cannot_be_read_is_dropped_and_a_repair_of_leaks_frees_what_it
         let opens = !text.contains("Could not open");
         assert!(code == Some(0) || !opens, "{what}: {text}");
     }
-    assert!(freed > 50, "{freed} clusters");
+    assert!(freed > 20, "{freed} clusters");
 }
 
 #[test]

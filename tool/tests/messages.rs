@@ -171,6 +171,13 @@ fn verbs_on_reference_images_end_as_by_qemu_img() {
                     assert_eq!(codes, (Some(0), Some(1)), "{name}: {call:?}");
                     continue;
                 }
+                // Agreed: what cannot be read can be deleted.
+                if name == "damaged-snapshot-l1" && call[0] == "-d" && call[1] == "one" {
+                    let codes = (expected.code, got.code);
+                    assert_eq!(codes, (Some(1), Some(0)), "{call:?}: {got:?}");
+                    assert!(got.err.contains("check -r leaks"), "{got:?}");
+                    continue;
+                }
                 assert_says(&got, &expected, "qcow2-snapshot: ", &(&name, packed, call));
                 compared += 1;
             }
