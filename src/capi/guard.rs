@@ -364,7 +364,7 @@ mod tests {
                 let ret = super::super::qcow2_snapshot_delete(bs, none, none, &mut err);
                 assert_eq!(ret, -libc::EBUSY);
                 super::super::qcow2_error_free(err);
-                assert_eq!((*bs).last_error(), BUSY.as_ptr());
+                assert_eq!(CStr::from_ptr((*bs).last_error()), BUSY);
                 assert_eq!(guard_close(bs), -libc::EBUSY);
                 Ok(7)
             });
