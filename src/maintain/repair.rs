@@ -475,7 +475,8 @@ impl Image {
         let (mut made, blind) = (None, noticed.blind);
         let stage = first.then_some(Stage::Prepare);
         // Where references may be missing, what the old structures say is kept.
-        self.phase(table, stage, (blind, !blind), |check, windows| {
+        // Every table must be read now: nothing is put where one of them leads.
+        self.phase(table, stage, (blind, true), |check, windows| {
             made = Some(build(check, windows, blind)?);
             Ok(Vec::new())
         })?;

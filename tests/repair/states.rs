@@ -234,8 +234,6 @@ impl Raw<'_> {
                 }
             });
         }
-        let last = self.0.len() as u64 / cs;
-        refs.retain(|c, _| *c <= last);
         (refs, flags)
     }
 
@@ -272,7 +270,10 @@ impl Raw<'_> {
     /// guest may write in place although another state has them.
     pub fn safety(&self) -> (BTreeMap<u64, u64>, BTreeSet<u64>) {
         let (refs, flags) = self.references();
-        let covered = refs.iter().map(|(c, n)| (*c, self.count(*c).min(*n)));
+        // Behind the end of the file nothing is counted, but flags say what they say.
+        let last = self.0.len() as u64 / self.cs();
+        let inside = refs.iter().filter(|(c, _)| **c <= last);
+        let covered = inside.map(|(c, n)| (*c, self.count(*c).min(*n)));
         let shared = |c: &u64| refs.get(c).is_some_and(|n| *n > 1);
         let exposed = flags.iter().filter(|(c, f)| *f != 0 && shared(c));
         (covered.collect(), exposed.map(|(c, _)| *c).collect())
