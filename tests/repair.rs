@@ -69,12 +69,15 @@ fn reference() -> Vec<(String, Vec<u8>)> {
     out
 }
 
+/// Seeds of soaks that found something, with the reference images of 2026-11-26.
+const FOUND: [u64; 2] = [534_105_872_184_377_572, 483_790_244_412_391_756];
+
 fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {
     if let Ok(seed) = std::env::var("CHECK_SEED") {
         return Box::new(std::iter::once(seed.parse().unwrap()));
     }
     let Ok(time) = std::env::var("CHECK_SECONDS") else {
-        return Box::new(1..=fixed);
+        return Box::new((1..=fixed).chain(FOUND));
     };
     let time = Duration::from_secs(time.parse().unwrap());
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
