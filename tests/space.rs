@@ -4,7 +4,7 @@
 
 use flate2::read::GzDecoder;
 use qcow2_snapshot::io::trace::TraceStorage;
-use qcow2_snapshot::{Error, Image, NewSnapshot, OpenFlags, Outcome, Stage};
+use qcow2_snapshot::{Error, Fix, Image, NewSnapshot, OpenFlags, Outcome, Stage};
 use std::io::Read as _;
 use std::path::Path;
 
@@ -70,14 +70,30 @@ fn refused(bytes: &[u8], set: &[&[u8]], errno: i32) {
     assert!(trace.events().is_empty());
 }
 
+/// Usage of the set is refused. A delete drops what cannot be followed, and nothing that others use suffers.
+fn dropped(bytes: &[u8], set: &[&[u8]]) {
+    let (mut image, trace) = open(bytes);
+    let states: Vec<Option<&[u8]>> = set.iter().copied().map(Some).collect();
+    let by_usage = image.snapshot_usage(&states).unwrap_err();
+    assert_eq!((by_usage.errno(), trace.events().len()), (libc::EIO, 0));
+    let before = image.snapshot_list().unwrap().len();
+    image.snapshot_delete_many(set).unwrap();
+    assert!(image
+        .remark()
+        .is_some_and(|r| r.contains("nothing of it was freed")));
+    assert_eq!(image.snapshot_list().unwrap().len(), before - set.len());
+    let found = image.check(Fix::NONE, &mut |_| ()).unwrap();
+    assert_eq!((found.corruptions, found.check_errors), (0, 0));
+}
+
 #[test]
 fn tables_that_lie_are_errors_and_nothing_underflows() {
     let good = image();
     let [one, two] = entries(&good);
     let mut active = good.clone();
     put(&mut active, one, word(&good, 40));
-    refused(&active, &[b"first"], libc::EIO);
-    refused(&active, &[b"second", b"first"], libc::EIO);
+    dropped(&active, &[b"first"]);
+    dropped(&active, &[b"second", b"first"]);
     let mut same = good.clone();
     put(&mut same, two, word(&good, one));
     refused(&same, &[b"first", b"second"], libc::EIO);
