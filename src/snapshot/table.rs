@@ -153,12 +153,13 @@ impl Image {
             if gone.binary_search(&i).is_ok() || !(gone.is_empty() || s.has_a_place_for_l1(g)) {
                 continue;
             }
-            let what = format_args!(
-                "The L1 table of snapshot '{}'",
-                String::from_utf8_lossy(&s.id)
-            );
+            let id = String::from_utf8_lossy(&s.id);
             let bytes = s.l1_table().bytes();
-            let inside = self.dev.check_inside(what, s.l1_table_offset, bytes);
+            let inside = self.dev.check_inside(
+                format_args!("The L1 table of snapshot '{id}'"),
+                s.l1_table_offset,
+                bytes,
+            );
             inside.map_err(|e| match gone {
                 [] => e,
                 _ => Error::Corrupt(format!(
