@@ -155,7 +155,7 @@ pub(crate) fn open_words(error: &Error, path: &Path) -> String {
     match error {
         Error::Os { context, source } if context.starts_with("Could not open '") => {
             if text.contains("Failed to lock byte") || text.contains("Failed to get ") {
-                format!("{text}\nUse --no-lock if nobody else uses the image")
+                format!("{text}\nUse 'qcow2-snapshot --no-lock' if nobody else uses the image")
             } else if text.starts_with("The device is not writable") {
                 text.to_owned()
             } else {
@@ -366,7 +366,7 @@ mod tests {
             source: std::io::Error::from_raw_os_error(errno),
         };
         let text = open_words(&error(libc::EACCES), &target.path);
-        assert!(text.ends_with("Permission denied\nUse --no-lock if nobody else uses the image"));
+        assert!(text.ends_with("Permission denied\nUse 'qcow2-snapshot --no-lock' if nobody else uses the image"));
     }
 
     #[test]
