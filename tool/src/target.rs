@@ -366,7 +366,9 @@ mod tests {
             source: std::io::Error::from_raw_os_error(errno),
         };
         let text = open_words(&error(libc::EACCES), &target.path);
-        assert!(text.ends_with("Permission denied\nUse 'qcow2-snapshot --no-lock' if nobody else uses the image"));
+        assert!(text.ends_with(
+            "Permission denied\nUse 'qcow2-snapshot --no-lock' if nobody else uses the image"
+        ));
     }
 
     #[test]
