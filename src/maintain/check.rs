@@ -76,6 +76,10 @@ pub(super) struct Noticed {
     pub(super) l1_shared: bool,
     /// A table lies in the header: what is written there would be read as entries.
     pub(super) table_in_header: bool,
+    /// The first cluster of what the end of the file cuts off: nothing of it is counted, all of it may be in use.
+    pub(super) cut_from: Option<u64>,
+    /// A refcount block lies there: a count that is written may be an entry of a table.
+    pub(super) block_in_cut: bool,
     /// Clusters behind the end of the file that something refers to.
     pub(super) behind_end: Vec<Range<u64>>,
 }
@@ -309,7 +313,12 @@ impl<'a, 'f> Check<'a, 'f> {
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x{offset:x} size 0x{bytes:x}"
             ));
             // What of it is in the file is not counted, but is in use.
-            self.noticed.blind |= offset < self.dev.length();
+            if offset < self.dev.length() {
+                let first = g.cluster_of(offset).0;
+                let before = self.noticed.cut_from.unwrap_or(first);
+                self.noticed.cut_from = Some(first.min(before));
+                self.noticed.blind = true;
+            }
             self.note_behind_end(g.cluster_of(offset).0..g.clusters_for(end))?;
             return Ok(());
         }
@@ -936,8 +945,10 @@ impl<'a, 'f> Check<'a, 'f> {
                 self.reference(offset, cs, 1)?;
                 self.found.first = first;
                 let references = self.window.tally.get(cluster);
+                let in_cut = self.noticed.cut_from.is_some_and(|from| cluster >= from);
+                self.noticed.block_in_cut |= in_cut;
                 // With counts of one bit two are not told from one, but count all the same.
-                self.noticed.rebuild |= references != 1;
+                self.noticed.rebuild |= references != 1 || in_cut;
                 let count = references.min(g.refcount_max());
                 if count != 1 {
                     self.found

@@ -23,7 +23,9 @@ use crate::by_refcount_width;
 use crate::error::{Error, Result};
 use crate::format::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use crate::format::features;
-use crate::format::geometry::{Geometry, HostCluster, MAX_REFTABLE_BYTES, TABLE_ENTRY};
+use crate::format::geometry::{
+    Geometry, HostCluster, MAX_REFTABLE_BYTES, MAX_SNAPSHOT_TABLE_BYTES, TABLE_ENTRY,
+};
 use crate::format::header::{AT_AUTOCLEAR, AT_INCOMPATIBLE, AT_REFTABLE, AT_SNAPSHOTS};
 use crate::format::refblock;
 use crate::format::refblock::with_width;
@@ -173,6 +175,9 @@ impl Image {
         let mut policy = policy;
         let hinders = match rebuild {
             true if noticed.table_in_header => Some("a table shares a cluster with the header"),
+            true if noticed.block_in_cut => {
+                Some("a refcount block may lie in a table that the end of the file cuts off")
+            }
             // What it names may be where the new ones would go.
             true if noticed.unread => Some("reading a table fails"),
             true if self.overlaps(&table, false, strict)?.0 => {
@@ -232,8 +237,12 @@ impl Image {
 
         // Where counts are not right a new table might land on anything.
         if errors && table.changed != 0 && hinders.is_none() {
+            let Some(from) = self.place_for(&table, &mut noticed.behind_end) else {
+                report("ERROR failed to update snapshot table: too much is referred to behind the end of the file");
+                return Ok(1);
+            };
             self.dev.changed = false;
-            let written = self.write_mended_table(table, false);
+            let written = self.write_mended_table(table, Some(from));
             let begun = std::mem::replace(&mut self.dev.changed, true);
             if let Err(e) = written {
                 if begun {
@@ -244,6 +253,27 @@ impl Image {
             }
         }
         Ok(0)
+    }
+
+    /// From which cluster on a new snapshot table hits nothing that is referred to behind the end of the file.
+    fn place_for(&self, table: &Table, behind: &mut Vec<Range<u64>>) -> Option<u64> {
+        let g = self.header.geometry;
+        if behind.is_empty() {
+            return Some(0);
+        }
+        merge_ranges(behind);
+        let file_end = g.clusters_for(self.dev.length());
+        // The table, whose entries may get all of their extra data, and refcount structures.
+        let longest = table.bytes.saturating_add(table.entries.len() as u64 * 64);
+        let most = g.clusters_for(longest).saturating_add(8);
+        let mut start = file_end;
+        let hit =
+            |r: &&Range<u64>, start: u64| r.start < start.saturating_add(most) && start < r.end;
+        while let Some(range) = behind.iter().find(|r| hit(r, start)) {
+            start = range.end;
+        }
+        let far = g.clusters_for(MAX_SNAPSHOT_TABLE_BYTES);
+        (behind.len() < MOST_BEHIND && start - file_end <= far).then_some(start)
     }
 
     /// The snapshot table and nothing else.
@@ -264,7 +294,7 @@ impl Image {
                     // Whoever asks for the table alone has mended the counts.
                     let end = self.header.snapshots_offset.saturating_add(table.bytes);
                     let frees = end <= self.dev.length();
-                    self.write_mended_table(table, frees)?;
+                    self.write_mended_table(table, (!frees).then_some(0))?;
                 }
             }
             (result.corruptions_fixed, result.corruptions) = (result.corruptions, 0);
@@ -380,13 +410,13 @@ impl Image {
 
     /// Write the snapshot table anew, as the verbs do: completed, and without what was cut off. A damaged
     /// entry may make the old one as long as it likes.
-    pub(super) fn write_mended_table(&mut self, table: Table, frees: bool) -> Result<()> {
+    pub(super) fn write_mended_table(&mut self, table: Table, from: Option<u64>) -> Result<()> {
         self.table_apart_from_header()?;
         self.adopt(table);
         // The progress of this repair is not that of a verb.
         let progress = std::mem::replace(&mut self.dev.progress, Progress::new(None));
         let unchecked = std::mem::replace(&mut self.unchecked, false);
-        let written = self.rewrite_table(frees);
+        let written = self.rewrite_table(from);
         self.unchecked = unchecked;
         self.dev.progress = progress;
         written

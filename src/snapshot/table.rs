@@ -362,29 +362,30 @@ impl Image {
     /// # Errors
     /// As the table part of [`Image::snapshot_delete`].
     pub fn write_snapshots(&mut self) -> Result<()> {
-        self.rewrite_table(true)
+        self.rewrite_table(None)
     }
 
-    /// [`Image::write_snapshots`]; without `frees` for a table whose size is not to be believed, since it is
+    /// [`Image::write_snapshots`]; with `from` for a table whose size is not to be believed, since it is
     /// damaged. What of it nothing else uses a recount finds, and anything may lie in it. The new one goes
-    /// behind all of it: it is read to its end until then.
-    pub(crate) fn rewrite_table(&mut self, frees: bool) -> Result<()> {
+    /// behind all of it, for it is read to its end until then, and not before the cluster `from`.
+    pub(crate) fn rewrite_table(&mut self, from: Option<u64>) -> Result<()> {
         self.begin_change()?;
 
         let (mut replay, mut plan) = (self.replay()?, Plan::new());
         self.dev.progress.begin(Stage::Check, || 0);
         let list = copies(&self.snapshots.entries)?;
-        let size = if frees {
-            self.replay_table(&mut replay, &mut plan, &list)?
-        } else {
+        let size = if let Some(mut from) = from {
             let (g, old) = (replay.g, self.header.snapshots_offset);
             replay.overlap.release(Protected::SnapshotTable, old);
             let end = old.saturating_add(self.snapshots.size.min(MAX_SNAPSHOT_TABLE_BYTES));
             // Of one that begins behind the end of the file nothing can be lost.
             if old < self.dev.length() && end > self.dev.length() {
-                replay.refs.search_from(g.clusters_for(end));
+                from = from.max(g.clusters_for(end));
             }
+            replay.refs.search_from(from);
             self.replay_new_table(&mut replay, &mut plan, &list)?
+        } else {
+            self.replay_table(&mut replay, &mut plan, &list)?
         };
 
         let list = self.as_written(list);

@@ -271,8 +271,8 @@ impl Raw<'_> {
     pub fn safety(&self) -> (BTreeMap<u64, u64>, BTreeSet<u64>) {
         let (refs, flags) = self.references();
         // Behind the end of the file nothing is counted, but flags say what they say.
-        let last = self.0.len() as u64 / self.cs();
-        let inside = refs.iter().filter(|(c, _)| **c <= last);
+        let end = (self.0.len() as u64).div_ceil(self.cs());
+        let inside = refs.iter().filter(|(c, _)| **c < end);
         let covered = inside.map(|(c, n)| (*c, self.count(*c).min(*n)));
         let shared = |c: &u64| refs.get(c).is_some_and(|n| *n > 1);
         let exposed = flags.iter().filter(|(c, f)| *f != 0 && shared(c));
