@@ -7,6 +7,7 @@
 //! then counts as often as the table is named.
 
 use byteorder::{BigEndian, ByteOrder};
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use super::blocks::{Blocks, Described, MAX_LENGTH};
@@ -76,9 +77,8 @@ pub(super) struct Noticed {
     pub(super) l1_shared: bool,
     /// A table lies in the header: what is written there would be read as entries.
     pub(super) table_in_header: bool,
-    /// The first cluster of what the end of the file cuts off: nothing of it is counted, all of it may be in use.
-    pub(super) cut_from: Option<u64>,
-    /// A refcount block lies there: a count that is written may be an entry of a table.
+    /// A refcount block lies where a table begins that the end of the file cuts off, of which nothing is
+    /// counted: a count that is written would be an entry.
     pub(super) block_in_cut: bool,
     /// Clusters behind the end of the file that something refers to.
     pub(super) behind_end: Vec<Range<u64>>,
@@ -313,12 +313,7 @@ impl<'a, 'f> Check<'a, 'f> {
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x{offset:x} size 0x{bytes:x}"
             ));
             // What of it is in the file is not counted, but is in use.
-            if offset < self.dev.length() {
-                let first = g.cluster_of(offset).0;
-                let before = self.noticed.cut_from.unwrap_or(first);
-                self.noticed.cut_from = Some(first.min(before));
-                self.noticed.blind = true;
-            }
+            self.noticed.blind |= offset < self.dev.length();
             self.note_behind_end(g.cluster_of(offset).0..g.clusters_for(end))?;
             return Ok(());
         }
@@ -920,6 +915,7 @@ impl<'a, 'f> Check<'a, 'f> {
     /// The refcount blocks themselves (`check_refblocks`): last, since each is to be alone in its cluster.
     fn refblocks(&mut self) -> Result<()> {
         let g = self.g();
+        let cut: BTreeSet<u64> = self.noticed.behind_end.iter().map(|r| r.start).collect();
         for (i, e) in self.blocks.reftable.iter().enumerate() {
             let offset = e & REFTABLE_OFFSET_MASK;
             let cluster = g.cluster_of(offset).0;
@@ -945,7 +941,7 @@ impl<'a, 'f> Check<'a, 'f> {
                 self.reference(offset, cs, 1)?;
                 self.found.first = first;
                 let references = self.window.tally.get(cluster);
-                let in_cut = self.noticed.cut_from.is_some_and(|from| cluster >= from);
+                let in_cut = cut.contains(&cluster);
                 self.noticed.block_in_cut |= in_cut;
                 // With counts of one bit two are not told from one, but count all the same.
                 self.noticed.rebuild |= references != 1 || in_cut;

@@ -176,7 +176,7 @@ impl Image {
         let hinders = match rebuild {
             true if noticed.table_in_header => Some("a table shares a cluster with the header"),
             true if noticed.block_in_cut => {
-                Some("a refcount block may lie in a table that the end of the file cuts off")
+                Some("a refcount block lies in a table that the end of the file cuts off")
             }
             // What it names may be where the new ones would go.
             true if noticed.unread => Some("reading a table fails"),
@@ -235,8 +235,8 @@ impl Image {
         self.dev.barrier()?;
         self.forget_reads();
 
-        // Where counts are not right a new table might land on anything.
-        if errors && table.changed != 0 && hinders.is_none() {
+        // Where counts are not right, or entries are not known, a new table might land on anything.
+        if errors && table.changed != 0 && hinders.is_none() && !noticed.unread {
             let Some(from) = self.place_for(&table, &mut noticed.behind_end) else {
                 report("ERROR failed to update snapshot table: too much is referred to behind the end of the file");
                 return Ok(1);
