@@ -191,6 +191,18 @@ fn qemu_img_check(path: &Path) -> (Option<i32>, String) {
     )
 }
 
+/// timeout(1) found no qemu-img: said once.
+fn is_missing(code: Option<i32>) -> bool {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    let missing = code == Some(127);
+    if missing {
+        ONCE.call_once(|| {
+            println!("SKIPPED: no qemu-img here: what it says of repaired images was not asked")
+        });
+    }
+    missing
+}
+
 /// One damaged image, repaired with `fix`.
 fn one(before: &[u8], fix: Fix, tally: &mut BTreeMap<&'static str, u64>) -> Result<(), String> {
     let (result, said, after) = match repaired(before.to_vec(), fix) {
@@ -247,12 +259,7 @@ fn one(before: &[u8], fix: Fix, tally: &mut BTreeMap<&'static str, u64>) -> Resu
             .unwrap();
         std::fs::write(path.path(), &after).unwrap();
         let (code, text) = qemu_img_check(path.path());
-        // timeout(1) found no qemu-img.
-        if code == Some(127) {
-            static ONCE: std::sync::Once = std::sync::Once::new();
-            ONCE.call_once(|| {
-                println!("SKIPPED: no qemu-img here: what it says of repaired images was not asked")
-            });
+        if is_missing(code) {
             return Ok(());
         }
         // Its own conditions for opening are not met by everything.

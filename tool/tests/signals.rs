@@ -33,12 +33,13 @@ fn disk(folder: &Path, what: &str) -> Option<PathBuf> {
 
 /// `qcow2-snapshot ARGS image.qcow2` on that disk: how it ended, and what it said.
 fn run(folder: &Path, disk: &Path, at: &str, what: &str, args: &[&str]) -> (ExitStatus, String) {
-    let mut command = Command::new(common::tool());
-    command.current_dir(folder).args(args).arg("image.qcow2");
-    command
-        .env("LD_PRELOAD", disk)
-        .env("AT", at)
-        .env("DO", what);
+    // A shell's job in the background, which the tests may be, has them ignored.
+    let mut command = Command::new("env");
+    command.arg("--default-signal=INT,TERM,HUP");
+    command.arg(format!("LD_PRELOAD={}", disk.display()));
+    command.args([format!("AT={at}"), format!("DO={what}")]);
+    command.arg(common::tool()).args(args).arg("image.qcow2");
+    command.current_dir(folder);
     let output = command.output().unwrap();
     let status = output.status;
     (status, Said::from(output).err)
