@@ -19,6 +19,8 @@ use targets::mutate::{self, Rng};
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
 
+mod reference;
+
 #[allow(dead_code)]
 #[path = "differential"]
 mod differential {
@@ -51,35 +53,6 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
-}
-
-/// The reference images, before and after.
-fn reference(most: usize) -> Vec<(String, Vec<u8>)> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("c-tests/images");
-    let mut out = Vec::new();
-    for entry in std::fs::read_dir(&root).unwrap().flatten() {
-        for file in std::fs::read_dir(entry.path())
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let name = file.file_name().to_string_lossy().into_owned();
-            if !name.ends_with("qcow2.gz") {
-                continue;
-            }
-            let packed = std::fs::read(file.path()).unwrap();
-            let mut image = Vec::new();
-            let mut unpacked = flate2::read::GzDecoder::new(&packed[..]).take(most as u64 + 1);
-            unpacked.read_to_end(&mut image).unwrap();
-            if image.len() <= most && image.starts_with(b"QFI\xfb") {
-                let folder = entry.file_name().to_string_lossy().into_owned();
-                out.push((format!("{folder}/{name}"), image));
-            }
-        }
-    }
-    out.sort();
-    assert!(out.len() > 100, "the reference images are not there");
-    out
 }
 
 /// What a check came to: the numbers, and how often each thing was said.
@@ -281,7 +254,7 @@ fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {
 fn reference_images_are_judged_as_by_qemu_img() {
     let scratch = Scratch::new("reference");
     let (mut tally, mut bad) = (Tally::default(), Vec::new());
-    for (name, image) in reference(64 << 20) {
+    for (name, image) in reference::images(64 << 20) {
         let path = scratch.0.join("image.qcow2");
         std::fs::write(&path, &image).unwrap();
         if let Err(e) = compare(&path, &mut tally) {
@@ -296,7 +269,7 @@ fn reference_images_are_judged_as_by_qemu_img() {
 #[test]
 fn damaged_images_are_judged_as_by_qemu_img() {
     let scratch = Scratch::new("damaged");
-    let images = reference(160 << 10);
+    let images = reference::images(160 << 10);
     let (mut tally, mut bad) = (Tally::default(), Vec::new());
     for seed in seeds(FIXED) {
         let mut rng = Rng::new(seed);

@@ -12,7 +12,6 @@ use qcow2_snapshot::io::trace::{FaultPlan, TraceStorage};
 use qcow2_snapshot::{CheckResult, Error, Fix, Image, OpenFlags};
 use states::{no_worse, Raw};
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +20,8 @@ use targets::mutate::{self, Rng};
 #[allow(dead_code, unreachable_pub, unused_imports)]
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
+
+mod reference;
 
 #[path = "repair/states.rs"]
 mod states;
@@ -42,31 +43,7 @@ fn all() -> Fix {
 
 /// The small reference images.
 fn reference() -> Vec<(String, Vec<u8>)> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("c-tests/images");
-    let mut out = Vec::new();
-    for entry in std::fs::read_dir(&root).unwrap().flatten() {
-        for file in std::fs::read_dir(entry.path())
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            let name = file.file_name().to_string_lossy().into_owned();
-            if !name.ends_with("qcow2.gz") {
-                continue;
-            }
-            let packed = std::fs::read(file.path()).unwrap();
-            let mut image = Vec::new();
-            let mut unpacked = flate2::read::GzDecoder::new(&packed[..]).take((160 << 10) + 1);
-            unpacked.read_to_end(&mut image).unwrap();
-            if image.len() <= 160 << 10 && image.starts_with(b"QFI\xfb") {
-                let folder = entry.file_name().to_string_lossy().into_owned();
-                out.push((format!("{folder}/{name}"), image));
-            }
-        }
-    }
-    out.sort();
-    assert!(out.len() > 100, "the reference images are not there");
-    out
+    reference::images(160 << 10)
 }
 
 /// Seeds of soaks that found something, with the reference images of 2026-11-26.
