@@ -47,13 +47,20 @@ fn reference() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Seeds of soaks that found something, with the reference images of 2026-11-26.
-const FOUND: [u64; 4] = [
+const FOUND: [u64; 7] = [
     534_105_872_184_377_572,
     483_790_244_412_391_756,
     // A new snapshot table where an L1 entry points behind the end of the file.
     1_396_303_226_663_339_808,
     // Counts written into a refcount block that lies in a table which the end of the file cuts off.
     1_396_303_226_663_340_590,
+    // A second repair could not write the snapshot table, and ended there.
+    3_037_846_556_192_538_727,
+    // An entry mended in an L2 table that shares its cluster with a snapshot table which the end of the
+    // file cuts off.
+    3_053_221_671_528_824_884,
+    // The same where a table was read once and could not be read again.
+    3_053_221_671_528_825_304,
 ];
 
 fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {

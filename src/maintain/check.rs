@@ -7,7 +7,6 @@
 //! then counts as often as the table is named.
 
 use byteorder::{BigEndian, ByteOrder};
-use std::collections::BTreeSet;
 use std::ops::Range;
 
 use super::blocks::{Blocks, Described, MAX_LENGTH};
@@ -77,11 +76,19 @@ pub(super) struct Noticed {
     pub(super) l1_shared: bool,
     /// A table lies in the header: what is written there would be read as entries.
     pub(super) table_in_header: bool,
-    /// A refcount block lies where a table begins that the end of the file cuts off, of which nothing is
-    /// counted: a count that is written would be an entry.
+    /// From this cluster on the file belongs to a table that its end cuts off: nothing of it is counted, but
+    /// what is written there would be its entries.
+    pub(super) cut_from: Option<u64>,
+    /// A refcount block lies there.
     pub(super) block_in_cut: bool,
     /// Clusters behind the end of the file that something refers to.
     pub(super) behind_end: Vec<Range<u64>>,
+}
+
+impl Noticed {
+    fn is_cut(&self, cluster: u64) -> bool {
+        self.cut_from.is_some_and(|from| from <= cluster)
+    }
 }
 
 /// An L2 table, and how often it is named.
@@ -313,8 +320,13 @@ impl<'a, 'f> Check<'a, 'f> {
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x{offset:x} size 0x{bytes:x}"
             ));
             // What of it is in the file is not counted, but is in use.
-            self.noticed.blind |= offset < self.dev.length();
-            self.note_behind_end(g.cluster_of(offset).0..g.clusters_for(end))?;
+            let first = g.cluster_of(offset).0;
+            if offset < self.dev.length() {
+                self.noticed.blind = true;
+                let before = self.noticed.cut_from.unwrap_or(first);
+                self.noticed.cut_from = Some(before.min(first));
+            }
+            self.note_behind_end(first..g.clusters_for(end))?;
             return Ok(());
         }
         let (first, last) = (g.cluster_of(offset).0, g.cluster_of(end - 1).0);
@@ -468,8 +480,9 @@ impl<'a, 'f> Check<'a, 'f> {
     fn is_shared(&self, offset: u64, bytes: u64) -> bool {
         let g = self.g();
         let last = g.cluster_of(offset.saturating_add(bytes - 1)).0;
-        (g.cluster_of(offset).0..=last)
-            .any(|c| self.judged_here(c) && self.window.tally.get(c) != 1)
+        (g.cluster_of(offset).0..=last).any(|c| {
+            self.judged_here(c) && (self.window.tally.get(c) != 1 || self.noticed.is_cut(c))
+        })
     }
 
     /// Note the L2 tables of the window whose clusters are referred to by something else as well.
@@ -478,8 +491,9 @@ impl<'a, 'f> Check<'a, 'f> {
             let g = check.g();
             for t in batch {
                 let cluster = g.cluster_of(t.offset).0;
-                let alone =
-                    g.in_cluster(t.offset) == 0 && check.window.tally.get(cluster) == t.total;
+                let alone = g.in_cluster(t.offset) == 0
+                    && check.window.tally.get(cluster) == t.total
+                    && !check.noticed.is_cut(cluster);
                 if check.judged_here(cluster) && !alone {
                     overlapped
                         .try_reserve(1)
@@ -915,7 +929,6 @@ impl<'a, 'f> Check<'a, 'f> {
     /// The refcount blocks themselves (`check_refblocks`): last, since each is to be alone in its cluster.
     fn refblocks(&mut self) -> Result<()> {
         let g = self.g();
-        let cut: BTreeSet<u64> = self.noticed.behind_end.iter().map(|r| r.start).collect();
         for (i, e) in self.blocks.reftable.iter().enumerate() {
             let offset = e & REFTABLE_OFFSET_MASK;
             let cluster = g.cluster_of(offset).0;
@@ -941,7 +954,7 @@ impl<'a, 'f> Check<'a, 'f> {
                 self.reference(offset, cs, 1)?;
                 self.found.first = first;
                 let references = self.window.tally.get(cluster);
-                let in_cut = cut.contains(&cluster);
+                let in_cut = self.noticed.is_cut(cluster);
                 self.noticed.block_in_cut |= in_cut;
                 // With counts of one bit two are not told from one, but count all the same.
                 self.noticed.rebuild |= references != 1 || in_cut;

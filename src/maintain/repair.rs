@@ -98,14 +98,14 @@ impl Image {
                 let hindered = |l: &Looked| (l.1.blind, l.1.rebuild, l.1.l1_shared, l.2.len());
                 let before = (badness(&looked.0), hindered(&looked));
                 failures = self.mend(table, fix, looked, round == 0, report)?;
-                (table, looked) = self.look_again(&mut |_| {}, true)?;
+                (table, looked) = self.look_again(&mut |_| {}, true, failures != 0)?;
                 let same = hindered(&looked) == before.1;
                 if left(&looked.0) == 0 || (badness(&looked.0) >= before.0 && same) {
                     break;
                 }
             }
             if left(&looked.0) != 0 {
-                (table, looked) = self.look_again(report, false)?;
+                (table, looked) = self.look_again(report, false, failures != 0)?;
             }
         } else {
             self.dev.progress.end()?;
@@ -142,14 +142,14 @@ impl Image {
             report("Nothing is freed: tables cannot be read, and what they refer to is not known");
         }
         // What cannot be read may be what shares a cluster with a table that would be written.
-        let unread = found.check_errors != 0;
+        let unread = found.check_errors != 0 || noticed.unread;
         let policy = Policy {
             raise: errors,
             lower: fix.has(Fix::LEAKS) && !noticed.blind && (errors || !noticed.rebuild),
             // Flags may follow the counts only where these are right.
             flags: (errors && !unread)
                 || (!noticed.rebuild
-                    && found.check_errors == 0
+                    && !unread
                     && found.corruptions == noticed.wrong_flags + table.changed + table.dropped),
             set: !noticed.blind,
         };
@@ -235,24 +235,39 @@ impl Image {
         self.dev.barrier()?;
         self.forget_reads();
 
-        // Where counts are not right, or entries are not known, a new table might land on anything.
-        if errors && table.changed != 0 && hinders.is_none() && !noticed.unread {
-            let Some(from) = self.place_for(&table, &mut noticed.behind_end) else {
-                report("ERROR failed to update snapshot table: too much is referred to behind the end of the file");
-                return Ok(1);
+        if errors && table.changed != 0 {
+            // Where counts are not right, or entries are not known, a new table might land on anything.
+            let why = match (hinders, noticed.unread) {
+                (Some(why), _) => why.to_owned(),
+                (None, true) => "reading a table fails".to_owned(),
+                (None, false) => match self.replace_table(table, &mut noticed.behind_end)? {
+                    None => return Ok(0),
+                    Some(why) => why,
+                },
             };
-            self.dev.changed = false;
-            let written = self.write_mended_table(table, Some(from));
-            let begun = std::mem::replace(&mut self.dev.changed, true);
-            if let Err(e) = written {
-                if begun {
-                    return Err(e);
-                }
-                report(&format!("ERROR failed to update snapshot table: {e}"));
-                return Ok(1);
-            }
+            report(&format!("ERROR failed to update snapshot table: {why}"));
+            return Ok(1);
         }
         Ok(0)
+    }
+
+    /// Write the snapshot table anew. What failed before anything was written is returned in words.
+    fn replace_table(
+        &mut self,
+        table: Table,
+        behind: &mut Vec<Range<u64>>,
+    ) -> Result<Option<String>> {
+        let Some(from) = self.place_for(&table, behind) else {
+            let why = "too much is referred to behind the end of the file";
+            return Ok(Some(why.to_owned()));
+        };
+        self.dev.changed = false;
+        let written = self.write_mended_table(table, Some(from));
+        let begun = std::mem::replace(&mut self.dev.changed, true);
+        match written {
+            Err(e) if !begun => Ok(Some(e.to_string())),
+            other => other.map(|()| None),
+        }
     }
 
     /// From which cluster on a new snapshot table hits nothing that is referred to behind the end of the file.
@@ -306,6 +321,7 @@ impl Image {
         &mut self,
         report: &mut dyn FnMut(&str),
         overlaps: bool,
+        table_left: bool,
     ) -> Result<(Table, Looked)> {
         // In a damaged image these tables may lie where something else was written.
         let bytes = self.l1.len() as u64 * TABLE_ENTRY;
@@ -317,7 +333,7 @@ impl Image {
         let reftable = self.dev.read_vec(op, self.header.reftable_offset, bytes)?;
         self.reftable = device::words(&reftable)?;
         let mut found = Findings::new(report);
-        let table = super::table::read(&mut self.dev, &self.header, false, &mut found)?;
+        let table = super::table::read(&mut self.dev, &self.header, table_left, &mut found)?;
         let mode = Mode {
             stage: None,
             structures: true,
