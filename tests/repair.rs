@@ -47,7 +47,7 @@ fn reference() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Seeds of soaks that found something, with the reference images of 2026-11-26.
-const FOUND: [u64; 7] = [
+const FOUND: [u64; 9] = [
     534_105_872_184_377_572,
     483_790_244_412_391_756,
     // A new snapshot table where an L1 entry points behind the end of the file.
@@ -61,6 +61,9 @@ const FOUND: [u64; 7] = [
     3_053_221_671_528_824_884,
     // The same where a table was read once and could not be read again.
     3_053_221_671_528_825_304,
+    // Counts raised in a refcount block that is an L2 table of a state whose L1 table could not be read.
+    2_882_238_722_827_354_145,
+    2_882_238_722_827_354_810,
 ];
 
 fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {

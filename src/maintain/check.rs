@@ -10,6 +10,7 @@ use byteorder::{BigEndian, ByteOrder};
 use std::ops::Range;
 
 use super::blocks::{Blocks, Described, MAX_LENGTH};
+use super::table::Table;
 use super::tally::{self, References};
 use super::{bitmaps, Findings};
 use crate::by_refcount_width;
@@ -23,7 +24,6 @@ use crate::format::{entry::REFTABLE_OFFSET_MASK, refblock};
 use crate::image::device::MAX_REQUEST;
 use crate::image::device::{self, Device};
 use crate::image::progress::Stage;
-use crate::snapshot::Snapshot;
 
 /// Reserved bits of an L1 entry, of a standard L2 entry, of a refcount table entry.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
@@ -48,9 +48,7 @@ pub(super) struct Subject<'a> {
     pub(super) header: &'a Header,
     pub(super) extensions: &'a Extensions,
     pub(super) l1: &'a [u64],
-    pub(super) snapshots: &'a [Snapshot],
-    /// Bytes of the snapshot table on disk.
-    pub(super) table_bytes: u64,
+    pub(super) table: &'a Table,
 }
 
 /// What has been noticed besides the numbers.
@@ -58,7 +56,7 @@ pub(super) struct Subject<'a> {
 pub(super) struct Noticed {
     /// References may be missing: a table cannot be read. Then nothing may be freed.
     pub(super) blind: bool,
-    /// One of them is there, but reading it fails: it may name clusters behind the end of the file.
+    /// Reading one of them fails, and it may name any cluster: nothing may be written.
     pub(super) unread: bool,
     /// The refcount structures cannot be mended where they are.
     pub(super) rebuild: bool,
@@ -76,9 +74,11 @@ pub(super) struct Noticed {
     pub(super) l1_shared: bool,
     /// A table lies in the header: what is written there would be read as entries.
     pub(super) table_in_header: bool,
-    /// From this cluster on the file belongs to a table that its end cuts off: nothing of it is counted, but
-    /// what is written there would be its entries.
+    /// From this cluster on the file belongs to an L1 table (or one of bitmaps) that its end cuts off: nothing of
+    /// it is counted, but what is written there would be its entries.
     pub(super) cut_from: Option<u64>,
+    /// Clusters of a snapshot table that the end of the file cuts off, as far as anything of it is kept.
+    pub(super) cut_snapshots: Range<u64>,
     /// A refcount block lies there.
     pub(super) block_in_cut: bool,
     /// Clusters behind the end of the file that something refers to.
@@ -87,7 +87,7 @@ pub(super) struct Noticed {
 
 impl Noticed {
     fn is_cut(&self, cluster: u64) -> bool {
-        self.cut_from.is_some_and(|from| from <= cluster)
+        self.cut_from.is_some_and(|from| from <= cluster) || self.cut_snapshots.contains(&cluster)
     }
 }
 
@@ -208,7 +208,7 @@ impl<'a, 'f> Check<'a, 'f> {
     }
 
     fn l1_tables(&self) -> u64 {
-        self.it.snapshots.len() as u64 + 1
+        self.it.table.entries.len() as u64 + 1
     }
 
     /// The parts of the file that `memory` bytes are enough for.
@@ -276,7 +276,7 @@ impl<'a, 'f> Check<'a, 'f> {
         }
         self.each_batch(&mut |check, batch| check.count_tables(batch))?;
         let h = self.it.header;
-        self.refer_to_table(h.snapshots_offset, self.it.table_bytes, 1)?;
+        self.refer_to_snapshots()?;
         if self.mode.structures {
             let table = u64::from(h.reftable_clusters) << self.g().cluster_bits;
             self.reference(h.reftable_offset, table, 1)?;
@@ -303,7 +303,30 @@ impl<'a, 'f> Check<'a, 'f> {
     /// [`Check::reference`] for a table, which is read.
     fn refer_to_table(&mut self, offset: u64, bytes: u64, n: u64) -> Result<()> {
         self.noticed.table_in_header |= bytes != 0 && offset < self.g().cluster_size();
+        if offset < self.dev.length() && self.exceeds(offset.saturating_add(bytes)) {
+            let first = self.g().cluster_of(offset).0;
+            let before = self.noticed.cut_from.unwrap_or(first);
+            self.noticed.cut_from = Some(before.min(first));
+        }
         self.reference(offset, bytes, n)
+    }
+
+    /// The snapshot table: a damaged entry may claim all of the file to be its extra data, which nobody keeps.
+    fn refer_to_snapshots(&mut self) -> Result<()> {
+        let (g, offset, table) = (self.g(), self.it.header.snapshots_offset, self.it.table);
+        self.noticed.table_in_header |= table.bytes != 0 && offset < g.cluster_size();
+        if self.exceeds(offset.saturating_add(table.bytes)) {
+            let kept = g.clusters_for(offset.saturating_add(table.kept));
+            self.noticed.cut_snapshots = g.cluster_of(offset).0..kept;
+        }
+        self.reference(offset, table.bytes, 1)
+    }
+
+    /// Does what ends here reach behind the end of the file by a cluster? The last cluster may be there in part.
+    fn exceeds(&self, end: u64) -> bool {
+        // QEMU sees a file in whole sectors.
+        let sectors = self.dev.length().next_multiple_of(512);
+        end > i64::MAX as u64 || end >= sectors.saturating_add(self.g().cluster_size())
     }
 
     /// `n` references to the clusters of `bytes` at `offset` (`qcow2_inc_refcounts_imrt`).
@@ -313,20 +336,13 @@ impl<'a, 'f> Check<'a, 'f> {
         }
         let g = self.g();
         let end = offset.saturating_add(bytes);
-        // The last cluster may be there in part. QEMU sees a file in whole sectors.
-        let sectors = self.dev.length().next_multiple_of(512);
-        if end > i64::MAX as u64 || end >= sectors.saturating_add(g.cluster_size()) {
+        if self.exceeds(end) {
             self.found.corruption_once(n, format_args!(
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset 0x{offset:x} size 0x{bytes:x}"
             ));
             // What of it is in the file is not counted, but is in use.
-            let first = g.cluster_of(offset).0;
-            if offset < self.dev.length() {
-                self.noticed.blind = true;
-                let before = self.noticed.cut_from.unwrap_or(first);
-                self.noticed.cut_from = Some(before.min(first));
-            }
-            self.note_behind_end(first..g.clusters_for(end))?;
+            self.noticed.blind |= offset < self.dev.length();
+            self.note_behind_end(g.cluster_of(offset).0..g.clusters_for(end))?;
             return Ok(());
         }
         let (first, last) = (g.cluster_of(offset).0, g.cluster_of(end - 1).0);
@@ -370,18 +386,18 @@ impl<'a, 'f> Check<'a, 'f> {
             self.refer(*l1_entry, 1)?;
             self.check_l1_flag(index, *l1_entry)?;
         }
-        if h.has_data_file() && !self.it.snapshots.is_empty() {
+        if h.has_data_file() && !self.it.table.entries.is_empty() {
             self.found.corruption_once(
                 1,
                 format_args!(
                     "ERROR {} snapshots in image with data file",
-                    self.it.snapshots.len()
+                    self.it.table.entries.len()
                 ),
             );
         }
         // One flipped bit of the header says this of an image whose data is in itself.
         self.noticed.blind |= h.has_data_file()
-            && (!self.it.snapshots.is_empty() || self.it.extensions.data_file.is_empty());
+            && (!self.it.table.entries.is_empty() || self.it.extensions.data_file.is_empty());
         for (offset, entries, n) in self.inactive_l1s()? {
             let bytes = u64::from(entries) * TABLE_ENTRY;
             self.refer_to_table(offset, bytes, n)?;
@@ -396,7 +412,10 @@ impl<'a, 'f> Check<'a, 'f> {
     /// A snapshot's L1 table, as far as it can be read.
     fn read_l1(&mut self, offset: u64, bytes: u64) -> Result<Vec<u64>> {
         if offset > MAX_LENGTH.saturating_sub(bytes) {
-            self.unreadable("check_refcounts_l1", "no such place in a file");
+            self.noticed.blind = true;
+            self.found.error_once(format_args!(
+                "ERROR: I/O error in check_refcounts_l1 (no such place in a file)"
+            ));
             return Ok(Vec::new());
         }
         let there = self.dev.length().saturating_sub(offset);
@@ -509,7 +528,7 @@ impl<'a, 'f> Check<'a, 'f> {
     fn inactive_l1s(&mut self) -> Result<Vec<(u64, u32, u64)>> {
         let g = self.g();
         let mut l1s: Vec<(u64, u32, u64)> = Vec::new();
-        for s in self.it.snapshots {
+        for s in &self.it.table.entries {
             let (offset, entries) = (s.l1_table_offset, s.l1_size);
             let who = (
                 String::from_utf8_lossy(&s.id),

@@ -226,8 +226,7 @@ impl Image {
             header: &self.header,
             extensions: &self.extensions,
             l1: &self.l1,
-            snapshots: &table.entries,
-            table_bytes: table.bytes,
+            table,
         };
         let mut check = Check::new(&mut self.dev, it, &self.reftable, found, mode)?;
         let windows = check.windows(self.refcount_memory);

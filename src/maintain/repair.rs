@@ -138,18 +138,26 @@ impl Image {
         if noticed.rebuild && !errors {
             report("ERROR need to rebuild refcount structures");
         }
+        if noticed.unread {
+            // What it names may be a refcount block, or where new structures would go.
+            report("Nothing is freed or mended: reading a table fails. Copy the image to a sound disk, or delete the snapshot that has it");
+            if first {
+                self.dev.progress.end()?;
+            }
+            return Ok(u64::from(errors && table.changed != 0));
+        }
         if noticed.blind {
             report("Nothing is freed: tables cannot be read, and what they refer to is not known");
         }
-        // What cannot be read may be what shares a cluster with a table that would be written.
-        let unread = found.check_errors != 0 || noticed.unread;
+        // What is not known may share a cluster with a table that would be written.
+        let unknown = found.check_errors != 0;
         let policy = Policy {
             raise: errors,
             lower: fix.has(Fix::LEAKS) && !noticed.blind && (errors || !noticed.rebuild),
             // Flags may follow the counts only where these are right.
-            flags: (errors && !unread)
+            flags: (errors && !unknown)
                 || (!noticed.rebuild
-                    && !unread
+                    && !unknown
                     && found.corruptions == noticed.wrong_flags + table.changed + table.dropped),
             set: !noticed.blind,
         };
@@ -163,7 +171,7 @@ impl Image {
         if errors && table.dropped != 0 {
             self.drop_snapshots(&table)?;
         }
-        let entries = errors && !unread && (noticed.misplaced | noticed.compressed_flags) != 0;
+        let entries = errors && !unknown && (noticed.misplaced | noticed.compressed_flags) != 0;
         if entries {
             self.phase(&table, None, (true, strict), |check, _| {
                 mend_entries(check, &overlapped).map(|()| Vec::new())
@@ -178,8 +186,6 @@ impl Image {
             true if noticed.block_in_cut => {
                 Some("a refcount block lies in a table that the end of the file cuts off")
             }
-            // What it names may be where the new ones would go.
-            true if noticed.unread => Some("reading a table fails"),
             true if self.overlaps(&table, false, strict)?.0 => {
                 Some("the active L1 table shares a cluster with something else")
             }
@@ -236,14 +242,13 @@ impl Image {
         self.forget_reads();
 
         if errors && table.changed != 0 {
-            // Where counts are not right, or entries are not known, a new table might land on anything.
-            let why = match (hinders, noticed.unread) {
-                (Some(why), _) => why.to_owned(),
-                (None, true) => "reading a table fails".to_owned(),
-                (None, false) => match self.replace_table(table, &mut noticed.behind_end)? {
-                    None => return Ok(0),
-                    Some(why) => why,
-                },
+            // Where counts are not right a new table might land on anything.
+            let failed = match hinders {
+                Some(why) => Some(why.to_owned()),
+                None => self.replace_table(table, &mut noticed.behind_end)?,
+            };
+            let Some(why) = failed else {
+                return Ok(0);
             };
             report(&format!("ERROR failed to update snapshot table: {why}"));
             return Ok(1);
@@ -454,8 +459,7 @@ impl Image {
             header: &self.header,
             extensions: &self.extensions,
             l1: &self.l1,
-            snapshots: &table.entries,
-            table_bytes: table.bytes,
+            table,
         };
         let mode = Mode {
             stage,

@@ -5,7 +5,7 @@ use super::Findings;
 use crate::error::{Error, Result};
 use crate::format::geometry::{MAX_EXTRA_DATA, MAX_SNAPSHOTS, MAX_SNAPSHOT_TABLE_BYTES};
 use crate::format::header::{validate_table, Header};
-use crate::format::record::{self, Lengths, FIXED_BYTES};
+use crate::format::record::{self, Lengths, FIXED_BYTES, KNOWN_EXTRA};
 use crate::image::device::Device;
 use crate::snapshot::Snapshot;
 
@@ -21,6 +21,8 @@ pub(super) struct Table {
     pub(super) entries: Vec<Snapshot>,
     /// Bytes of it on disk.
     pub(super) bytes: u64,
+    /// So far from its start on something of it is kept that is in the file.
+    pub(super) kept: u64,
     /// Snapshots at the end that a repair drops: the header is to name fewer.
     pub(super) dropped: u64,
     /// Entries that are to be written anew: with extra data cut off, or completed.
@@ -71,6 +73,7 @@ pub(super) fn read(
     let mut table = Table {
         entries: Vec::new(),
         bytes: 0,
+        kept: 0,
         dropped: 0,
         changed: 0,
     };
@@ -155,9 +158,15 @@ fn entries(
         .into_fixed(&fixed);
         at += FIXED_BYTES;
         bytes.extend_from_slice(reader.get(at, kept)?);
+        // Of what is cut off only what is known has a meaning.
+        let known = if cut { KNOWN_EXTRA.into() } else { kept };
+        table.kept = at + known - start;
         at += extra;
         let names = u64::from(lengths.id) + u64::from(lengths.name);
         bytes.extend_from_slice(reader.get(at, names)?);
+        if at < reader.dev.length() {
+            table.kept = at + names - start;
+        }
         at += names;
         size += bytes.len() as u64;
         if size > MAX_SNAPSHOT_TABLE_BYTES || at - start > INT_MAX {
