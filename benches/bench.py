@@ -295,7 +295,7 @@ class Copies:
     # The tool waits until the copy is on the disk. In memory there is nothing to wait for; elsewhere qemu-img does so
     # with -t writeback.
     MEMORY = (("copy", "qemu-img", "tool"), ("copy to qcow2", "qemu-img -O qcow2", "tool -O qcow2"),
-              ("read only", "qemu-img to null-co", "C API"))
+              ("read only", "qemu-img to null-co", "C API, two handles"))
     DISK = (("copy", "qemu-img -t writeback", "tool"),)
 
     def __init__(self, bench):
@@ -340,7 +340,7 @@ class Copies:
             "qemu-img to null-co": [*convert, "-n", "--target-is-zero", "--target-image-opts", path, f"driver=null-co,size={size}"],
             "tool": [*tool, path, "s", out],
             "tool -O qcow2": [*tool, "-O", "qcow2", path, "s", out],
-            "C API": [f"{self.b.build}/ours", path, "read", "s"],
+            "C API, two handles": [f"{self.b.build}/ours", path, "read", "s"],
             # As dd would, but for holes.
             "cp": ["sh", "-c", f"cp --sparse=auto {self.raw} {out} && sync -d {out}"],
         }[program]

@@ -10,31 +10,66 @@
  */
 #define _GNU_SOURCE
 #include <qcow2_snapshot.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-/* Read all that is not zero and do nothing with it: what examples/export-snapshot.c costs without its output. */
-static int read_all(BlockDriverState *bs)
+/* Two readers, a handle each, take turns of this many bytes. */
+#define TURN (16 << 20)
+struct reader { const char *path, *name; int number; };
+
+/* Read what is not zero in every second turn and do nothing with it. */
+static void *read_turns(void *opaque)
 {
-    static char buf[1 << 20];
-    int64_t len = qcow2_getlength(bs), at = 0;
-    while (at < len) {
-        Qcow2Extent e;
-        if (qcow2_block_status(bs, at, INT64_MAX, &e, NULL) < 0) {
-            return -1;
-        }
-        int64_t end = at + (int64_t)e.length;
-        for (at = e.flags & QCOW2_BLOCK_ZERO ? end : at; at < end;) {
-            size_t n = (size_t)(end - at) < sizeof(buf) ? (size_t)(end - at) : sizeof(buf);
-            if (qcow2_pread(bs, at, buf, n, NULL) < 0) {
-                return -1;
+    struct reader *r = opaque;
+    BlockDriverState *bs;
+    char *buf = malloc(1 << 20);
+    int64_t at, end, length;
+    void *failed = r;
+    if (!buf || qcow2_open(r->path, 0, &bs, NULL) < 0) {
+        return failed;
+    }
+    if (qcow2_snapshot_load_tmp(bs, NULL, r->name, NULL) < 0) {
+        goto out;
+    }
+    length = qcow2_getlength(bs);
+    for (int64_t turn = (int64_t)r->number * TURN; turn < length; turn += 2 * TURN) {
+        int64_t until = turn + TURN < length ? turn + TURN : length;
+        for (at = turn; at < until; at = end) {
+            Qcow2Extent e;
+            if (qcow2_block_status(bs, at, until - at, &e, NULL) < 0) {
+                goto out;
             }
-            at += (int64_t)n;
+            end = at + (int64_t)e.length;
+            for (at = e.flags & QCOW2_BLOCK_ZERO ? end : at; at < end;) {
+                size_t n = end - at < 1 << 20 ? (size_t)(end - at) : 1 << 20;
+                if (qcow2_pread(bs, at, buf, n, NULL) < 0) {
+                    goto out;
+                }
+                at += (int64_t)n;
+            }
         }
     }
-    return 0;
+    failed = NULL;
+out:
+    free(buf);
+    return qcow2_close(bs) < 0 ? r : failed;
+}
+
+/* All that is not zero, as the header says that one reads in parallel. */
+static int read_all(const char *path, const char *name)
+{
+    struct reader first = { path, name, 0 }, second = { path, name, 1 };
+    pthread_t thread;
+    void *failed;
+    if (pthread_create(&thread, NULL, read_turns, &second)) {
+        return -1;
+    }
+    int ret = read_turns(&first) ? -1 : 0;
+    pthread_join(thread, &failed);
+    return failed ? -1 : ret;
 }
 
 static int all_changes(BlockDriverState *bs, const char *from, const char *to, int flags)
@@ -141,8 +176,7 @@ int main(int argc, char **argv)
         }
         qcow2_snapshot_list_free(tab);
     } else if (!strcmp(argv[2], "read")) {
-        ret = qcow2_snapshot_load_tmp(bs, NULL, name, NULL);
-        ret = ret < 0 ? ret : read_all(bs);
+        ret = read_all(argv[1], name);
     } else if (argc > 4 && !strcmp(argv[2], "maps")) {
         ret = whole_map(bs, argv[3]) < 0 || whole_map(bs, argv[4]) < 0 ? -1 : 0;
     } else if (argc > 4) {
