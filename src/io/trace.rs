@@ -29,8 +29,8 @@ use super::{Run, Storage};
 mod crash;
 
 pub use crash::{
-    crash_images, groups, image_after, prefixes, random_subset, Apply, CrashImage, CrashPlan,
-    SplitMix64,
+    crash_images, digest, groups, image_after, prefixes, random_subset, Apply, CrashImage,
+    CrashPlan, SplitMix64,
 };
 
 /// What a disk writes whole or not at all, in bytes.

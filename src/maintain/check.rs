@@ -68,6 +68,8 @@ pub(super) struct Noticed {
     pub(super) misplaced: u64,
     /// Compressed clusters with COPIED.
     pub(super) compressed_flags: u64,
+    /// Clusters whose count is lower than the references to them.
+    pub(super) too_low: u64,
     /// Entries of the active disk whose COPIED is not as counted.
     pub(super) wrong_flags: u64,
     /// A cluster of the active L1 table has another use.
@@ -86,6 +88,11 @@ pub(super) struct Noticed {
 }
 
 impl Noticed {
+    /// Every reference that is known is counted, and flags are as counted.
+    pub(super) fn counts_hold(&self) -> bool {
+        !self.unread && !self.rebuild && self.too_low == 0 && self.wrong_flags == 0
+    }
+
     fn is_cut(&self, cluster: u64) -> bool {
         self.cut_from.is_some_and(|from| from <= cluster) || self.cut_snapshots.contains(&cluster)
     }
@@ -1107,6 +1114,7 @@ impl<'a, 'f> Check<'a, 'f> {
         }
         self.noticed.highest = self.noticed.highest.max(c);
         if count < references {
+            self.noticed.too_low += 1;
             self.found.corruption(
                 1,
                 format_args!("ERROR cluster {c} refcount={count} reference={references}"),

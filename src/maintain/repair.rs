@@ -110,13 +110,17 @@ impl Image {
         } else {
             self.dev.progress.end()?;
         }
-        let mut result = looked.0;
+        let (mut result, noticed, _) = looked;
         result.check_errors += failures;
         result.corruptions_fixed = found.corruptions.saturating_sub(result.corruptions);
         result.leaks_fixed = found.leaks.saturating_sub(result.leaks);
         self.adopt(table);
         if result.corruptions == 0 && result.check_errors == 0 {
-            self.mark_good()?;
+            self.clear_marks(features::DIRTY | features::CORRUPT)?;
+            self.found_good();
+        } else if fix.has(Fix::ERRORS) && noticed.counts_hold() {
+            // That counts may be too low is what the bit says. Now the snapshot that cannot be read can be deleted.
+            self.clear_marks(features::DIRTY)?;
         }
         if left(&found) != 0 {
             self.dev.progress.end()?;
@@ -415,9 +419,9 @@ impl Image {
         Ok(())
     }
 
-    /// The image has been found good: it says so itself.
-    fn mark_good(&mut self) -> Result<()> {
-        let bits = self.header.incompatible & !(features::DIRTY | features::CORRUPT);
+    /// What the image says of itself is not so any more.
+    fn clear_marks(&mut self, marks: u64) -> Result<()> {
+        let bits = self.header.incompatible & !marks;
         if bits != self.header.incompatible {
             let label = "header: incompatible features";
             self.dev
@@ -425,7 +429,6 @@ impl Image {
             self.dev.barrier()?;
             self.header.incompatible = bits;
         }
-        self.found_good();
         Ok(())
     }
 

@@ -100,22 +100,7 @@ fn be16(b: &[u8], at: usize) -> u16 {
     (be64(b, at) >> 48) as u16
 }
 
-/// 64 bits that differ when the data differ (not against an adversary).
-pub fn hash(data: &[u8], seed: u64) -> u64 {
-    let mut h = seed ^ 0x9e37_79b9_7f4a_7c15 ^ (data.len() as u64);
-    let mix = |h: u64, w: u64| (h ^ w).wrapping_mul(0x2127_599b_f432_5c37).rotate_left(29);
-    let mut chunks = data.chunks_exact(8);
-    for c in &mut chunks {
-        let mut w = [0u8; 8];
-        w.copy_from_slice(c);
-        h = mix(h, u64::from_be_bytes(w));
-    }
-    for &b in chunks.remainder() {
-        h = mix(h, u64::from(b) + 1);
-    }
-    let h = (h ^ (h >> 32)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    h ^ (h >> 29)
-}
+pub use qcow2_snapshot::io::trace::digest as hash;
 
 /// What one L2 entry says.
 enum Entry {
