@@ -695,7 +695,7 @@ typedef struct Qcow2ImageLayout {
      */
     uint64_t size;
     /**
-     * Where the active L1 table is.
+     * Where the active L1 table is; after qcow2_snapshot_load_tmp() that of the snapshot.
      */
     uint64_t l1_table_offset;
     /**
@@ -707,7 +707,7 @@ typedef struct Qcow2ImageLayout {
      */
     uint64_t snapshots_offset;
     /**
-     * Entries of the active L1 table.
+     * Entries of that L1 table.
      */
     uint32_t l1_size;
     /**
@@ -723,9 +723,9 @@ typedef struct Qcow2ImageLayout {
      */
     uint32_t reserved32;
     /**
-     * The active L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
-     * lives until the next changing verb, qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until
-     * the next call.
+     * That L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
+     * lives until the next changing verb, qcow2_snapshot_load_tmp(), qcow2_reload() or qcow2_close(); with
+     * QCOW2_O_FORCE_SHARE until the next call.
      */
     const uint64_t *l1_table;
     /**
@@ -733,9 +733,14 @@ typedef struct Qcow2ImageLayout {
      */
     uint64_t snapshots_size;
     /**
+     * The refcount table: `refcount_table_clusters` clusters of entries of 8 bytes in the byte order of
+     * the host. Lives as long as `l1_table`.
+     */
+    const uint64_t *refcount_table;
+    /**
      * Zeros. Later versions of the library may tell more here.
      */
-    uint64_t reserved[3];
+    uint64_t reserved[2];
 } Qcow2ImageLayout;
 
 /**
