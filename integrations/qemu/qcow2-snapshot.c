@@ -165,19 +165,16 @@ static int take(Call *call, uint32_t what)
     return ret;
 }
 
-/* After a change. If the state of the image is not known the node is dropped; requests that wait go by the file. */
+/* After a change. One that failed may have left other flags and counts: QEMU goes on by what the image reads as now. */
 static int GRAPH_RDLOCK end(Call *call, int ret, Error **errp)
 {
     Call again = { .bs = call->bs };
-    told(call, ret, errp);              /* first: the next call brings others */
-    int left = take(call, 0);
-    if (left < 0) {
-        error_report("The image has to be opened again: its state is not known");
-        call->bs->drv = NULL;
-        api->open_io(&io, &again, QCOW2_O_CHECK, &again.image, NULL);
-        take(&again, ~0);
-        api->close(again.image);
-    }
+    int left = told(call, ret, errp) < 0 ? api->open_io(&io, &again, QCOW2_O_CHECK, &again.image, NULL) : 0;
+    if (left >= 0)
+        left = again.image ? take(&again, ~0) : take(call, 0);
+    api->close(again.image);
+    if (left < 0)
+        error_report("The image has to be opened again: its state is not known"), call->bs->drv = NULL;
     return done(call, ret < 0 ? ret : left);
 }
 
