@@ -19,6 +19,7 @@ typedef struct Call {                   /* a handle of the library, for one call
     BlockDriverState *bs;
     Qcow2Image *image;
     Coroutine *holder;                  /* has the lock of QEMU's driver for this call */
+    bool wrote;
     bool published;                     /* what the verb is for has been written: what comes now frees */
 } Call;
 
@@ -42,6 +43,7 @@ IO(int64_t) io_backing_length(void *o) { return BS(o)->backing ? bdrv_getlength(
 static void GRAPH_RDLOCK io_event(void *o, const char *label)
 {
     Call *call = o;
+    call->wrote = true;
     if (call->published && strcmp(label, "barrier"))
         BLKDBG_EVENT(BS(o)->file, BLKDBG_CLUSTER_FREE);
     call->published |= !strcmp(label, "header") || !strcmp(label, "L1 table");
@@ -165,13 +167,14 @@ static int take(Call *call, uint32_t what)
     return ret;
 }
 
-/* After a change. One that failed may have left other flags and counts: QEMU goes on by what the image reads as now. */
+/* After a change. One that failed halfway may have left other flags and counts: QEMU goes on by what is in the file. */
 static int GRAPH_RDLOCK end(Call *call, int ret, Error **errp)
 {
+    bool look = told(call, ret, errp) < 0 && call->wrote;
     Call again = { .bs = call->bs };
-    int left = told(call, ret, errp) < 0 ? api->open_io(&io, &again, QCOW2_O_CHECK, &again.image, NULL) : 0;
-    if (left >= 0)
-        left = again.image ? take(&again, ~0) : take(call, 0);
+    int left = look ? api->open_io(&io, &again, QCOW2_O_CHECK, &again.image, NULL) : take(call, 0);
+    if (look && left >= 0)
+        left = take(&again, ~0);
     api->close(again.image);
     if (left < 0)
         error_report("The image has to be opened again: its state is not known"), call->bs->drv = NULL;
