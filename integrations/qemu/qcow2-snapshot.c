@@ -19,8 +19,7 @@ typedef struct Call {                   /* a handle of the library, for one call
     BlockDriverState *bs;
     Qcow2Image *image;
     Coroutine *holder;                  /* has the lock of QEMU's driver for this call */
-    bool wrote;
-    bool published;                     /* what the verb is for has been written: what comes now frees */
+    bool wrote, published;              /* anything; what the verb is for: what comes now frees */
 } Call;
 
 /* The library's I/O is the node below. */
@@ -36,7 +35,6 @@ IO(int) io_discard_kind(void *o, uint64_t at, uint64_t n, int kind)     /* as pa
     return pass || kind != QCOW2_DISCARD_KIND_SNAPSHOT ? bdrv_pdiscard(BS(o)->file, at, n) : 0;
 }
 IO(int64_t) io_getlength(void *o) { return bdrv_getlength(BS(o)->file->bs); }
-/* QEMU may have been told to do without a backing node: then nothing shows through. */
 IO(int64_t) io_backing_length(void *o) { return BS(o)->backing ? bdrv_getlength(BS(o)->backing->bs) : 0; }
 
 /* blkdebug's events: those of QEMU's that are most like the library's. */
@@ -56,10 +54,8 @@ static const Qcow2IoOps io = {
     .truncate = io_truncate, .event = io_event, .backing_length = io_backing_length, .discard_kind = io_discard_kind,
 };
 
-/*
- * A request looks at tables under s->lock, then goes on by what it saw. So a call waits until none is under way and has
- * the lock to its end: QEMU drains the node, but not an NBD client that connects then. Only a coroutine can have it.
- */
+/* A request looks at tables under s->lock, then goes on by what it saw. So a call waits until none is under way and has
+ * the lock to its end: QEMU drains the node, but not an NBD client that connects then. Only a coroutine can have it. */
 static void coroutine_fn hold(void *opaque)
 {
     Call *call = opaque;
@@ -73,19 +69,26 @@ static void coroutine_fn hold(void *opaque)
     qemu_co_mutex_unlock(&s->lock);
 }
 
-static int done(Call *call, int ret)
+static int done(Call *call, int ret, Error **errp)
 {
+    if (ret < 0 && errp && !*errp)
+        error_setg(errp, "%s", api->last_error(call->image));
     api->close(call->image);
     if (call->holder)
         qemu_coroutine_enter(call->holder);
     return ret;
 }
 
-static int told(Call *call, int ret, Error **errp)      /* the library's words, of its last call */
+/* A guest's write that has failed may have reached the file: QEMU's memory has what was there before. */
+static bool as_in_memory(Call *call)
 {
-    if (ret < 0 && errp && !*errp)
-        error_setg(errp, "%s", api->last_error(call->image));
-    return ret;
+    BDRVQcow2State *s = call->bs->opaque;
+    Qcow2ImageLayout image;
+    return !api->image_layout(call->image, &image) && image.l1_table_offset == s->l1_table_offset &&
+           image.refcount_table_offset == s->refcount_table_offset && image.l1_size == s->l1_size &&
+           image.refcount_table_clusters << (s->cluster_bits - 3) >= s->refcount_table_size &&
+           !memcmp(image.l1_table, s->l1_table, s->l1_size * 8) &&
+           !memcmp(image.refcount_table, s->refcount_table, s->refcount_table_size * 8);
 }
 
 static int GRAPH_RDLOCK begin(Call *call, BlockDriverState *bs, int flags, Error **errp)
@@ -114,8 +117,10 @@ static int GRAPH_RDLOCK begin(Call *call, BlockDriverState *bs, int flags, Error
         error_setg_errno(errp, -ret, "Could not write back the tables in memory");
     else if ((ret = api->open_io(&io, call, flags, &call->image, &err)) < 0)
         error_setg(errp, "%s", api->error_get_pretty(err));
+    else if (flags == QCOW2_O_RDWR && !as_in_memory(call))
+        error_setg(errp, "A write has failed: tables in the file are not those in memory"), ret = -EIO;
     api->error_free(err);
-    return ret < 0 ? done(call, ret) : ret;
+    return ret < 0 ? done(call, ret, NULL) : ret;
 }
 
 /* QEMU's memory becomes what the library knows, in what the verb has changed and in `what`. */
@@ -170,15 +175,14 @@ static int take(Call *call, uint32_t what)
 /* After a change. One that failed halfway may have left other flags and counts: QEMU goes on by what is in the file. */
 static int GRAPH_RDLOCK end(Call *call, int ret, Error **errp)
 {
-    bool look = told(call, ret, errp) < 0 && call->wrote;
     Call again = { .bs = call->bs };
-    int left = look ? api->open_io(&io, &again, QCOW2_O_CHECK, &again.image, NULL) : take(call, 0);
-    if (look && left >= 0)
+    int left = ret >= 0 ? take(call, 0) : 0;
+    if (ret < 0 && call->wrote && (left = api->open_io(&io, &again, QCOW2_O_CHECK, &again.image, NULL)) >= 0)
         left = take(&again, ~0);
     api->close(again.image);
     if (left < 0)
         error_report("The image has to be opened again: its state is not known"), call->bs->drv = NULL;
-    return done(call, ret < 0 ? ret : left);
+    return done(call, ret < 0 ? ret : left, errp);
 }
 
 /* A change: `expr` calls the library. */
@@ -203,7 +207,7 @@ int coroutine_fn qcow2_read_snapshots(BlockDriverState *bs, Error **errp)
     s->nb_snapshots = 0;
     if (!ret || (ret = begin(&call, bs, QCOW2_O_CHECK, errp)) < 0)
         return ret;
-    return done(&call, told(&call, take(&call, QCOW2_CHANGED_SNAPSHOTS), errp));
+    return done(&call, take(&call, QCOW2_CHANGED_SNAPSHOTS), errp);
 }
 
 int coroutine_fn qcow2_check_fix_snapshot_table(BlockDriverState *bs, BdrvCheckResult *r, BdrvCheckMode f) { return 0; }
@@ -222,21 +226,13 @@ int coroutine_fn qcow2_check_read_snapshot_table(BlockDriverState *bs, BdrvCheck
         if (mend && (found.corruptions || ret == -EFBIG))
             ret = end(&call, api->check(call.image, (int)fix, &found, tell, NULL, NULL), NULL);
         else
-            ret = done(&call, ret < 0 ? ret : take(&call, QCOW2_CHANGED_SNAPSHOTS));
+            ret = done(&call, ret < 0 ? ret : take(&call, QCOW2_CHANGED_SNAPSHOTS), NULL);
     }
     result->corruptions += found.corruptions;
     result->corruptions_fixed += found.corruptions_fixed;
     result->leaks_fixed += found.leaks_fixed;
     result->check_errors += ret < 0;
     return ret;
-}
-
-static QCowSnapshot *find(BDRVQcow2State *s, const char *id, const char *name)
-{
-    for (QCowSnapshot *sn = s->snapshots; sn < s->snapshots + s->nb_snapshots; sn++)
-        if ((!id || !strcmp(sn->id_str, id)) && (!name || !strcmp(sn->name, name)))
-            return sn;
-    return NULL;
 }
 
 int qcow2_snapshot_create(BlockDriverState *bs, QEMUSnapshotInfo *sn)
@@ -246,10 +242,14 @@ int qcow2_snapshot_create(BlockDriverState *bs, QEMUSnapshotInfo *sn)
 
 int qcow2_snapshot_goto(BlockDriverState *bs, const char *snapshot_id)
 {
-    QCowSnapshot *sn = find(bs->opaque, snapshot_id, NULL) ?: find(bs->opaque, NULL, snapshot_id);
+    BDRVQcow2State *s = bs->opaque;
+    QCowSnapshot *sn = NULL, *at = s->snapshots;
     BlockBackend *blk = NULL;
     Error *err = NULL;
     int ret;
+    for (; at < s->snapshots + s->nb_snapshots && !(sn && !strcmp(sn->id_str, snapshot_id)); at++)
+        if (!strcmp(at->id_str, snapshot_id) || (!sn && !strcmp(at->name, snapshot_id)))
+            sn = at;                    /* the first of that ID, or of that name */
     if (!sn)
         return -ENOENT;
     if (sn->disk_size != bs->total_sectors * BDRV_SECTOR_SIZE)      /* may it be resized? */
@@ -295,6 +295,6 @@ int qcow2_snapshot_load_tmp(BlockDriverState *bs, const char *snapshot_id, const
     int ret = begin(&call, bs, 0, errp);
     if (ret < 0)
         return ret;
-    ret = told(&call, api->snapshot_load_tmp(call.image, snapshot_id, name, NULL), errp);
-    return done(&call, ret < 0 ? ret : take(&call, QCOW2_CHANGED_L1));
+    ret = api->snapshot_load_tmp(call.image, snapshot_id, name, NULL) ?: take(&call, QCOW2_CHANGED_L1);
+    return done(&call, ret, errp);
 }

@@ -168,6 +168,10 @@ pub unsafe extern "C" fn qcow2_snapshot_layout(
 /// bit if it has set it (an image with it is refused). What it has changed itself it tells by
 /// qcow2_reload() before the call. After it, it asks here, and looks nothing up that it knew before.
 ///
+/// After a verb that failed `changed` may be 0 and yet flags in tables and refcounts in the file be
+/// others than before it, which harms nothing but what goes by a copy of them: such a program then
+/// opens a new handle and takes all from there.
+///
 /// @param bs      the handle
 /// @param layout  where to put the answer; cleared if the call fails
 /// @return        0, or -errno with the words in qcow2_last_error():

@@ -41,8 +41,8 @@ impl Image {
     pub fn layout(&mut self) -> Result<ImageLayout<'_>> {
         self.begin_look()?;
         let active = (self.header.l1_offset, self.l1.as_slice());
-        let (l1_offset, l1) = (self.view.as_ref())
-            .map_or(active, |v| (v.of.l1_table_offset, v.l1.as_slice()));
+        let (l1_offset, l1) =
+            (self.view.as_ref()).map_or(active, |v| (v.of.l1_table_offset, v.l1.as_slice()));
         Ok(ImageLayout {
             header: &self.header,
             l1_offset,
