@@ -35,6 +35,8 @@ static void matches_file(Qcow2Image *bs, uint32_t changed)
     CHECK_U64(l.refcount_order, be(f, 96, 4));
     for (uint32_t i = 0; i < l.l1_size; i++)
         CHECK_U64(l.l1_table[i], be(f, l.l1_table_offset + 8 * i, 8));
+    for (uint64_t i = 0; i < (uint64_t)l.refcount_table_clusters << l.cluster_bits >> 3; i++)
+        CHECK_U64(l.refcount_table[i], be(f, l.refcount_table_offset + 8 * i, 8));
     CHECK_U64(l.snapshots_size, table_bytes(f));
     CHECK_U64(l.changed, changed);
     drop(&f);
@@ -61,6 +63,21 @@ int main(void)
     matches_file(bs, QCOW2_CHANGED_SNAPSHOTS);
     CHECK_RET(qcow2_image_layout(bs, NULL), -EINVAL);
     CHECK_RET(qcow2_image_layout(NULL, &l), -EINVAL);
+    CHECK_RET(qcow2_close(bs), 0);
+
+    /* A handle that shows a snapshot tells its L1 table. */
+    Qcow2SnapshotLayout of;
+    Bytes f = slurp("image.qcow2");
+    bs = must_open("image.qcow2", 0);
+    CHECK_RET(qcow2_snapshot_layout(bs, 0, &of, NULL), 0);
+    CHECK_RET(qcow2_snapshot_load_tmp(bs, of.id, NULL, NULL), 0);
+    CHECK_RET(qcow2_image_layout(bs, &l), 0);
+    CHECK(l.l1_table_offset != be(f, 40, 8));
+    CHECK_U64(l.l1_table_offset, of.l1_table_offset);
+    CHECK_U64(l.l1_size, of.l1_size);
+    for (uint32_t i = 0; i < l.l1_size; i++)
+        CHECK_U64(l.l1_table[i], be(f, l.l1_table_offset + 8 * i, 8));
+    drop(&f);
     CHECK_RET(qcow2_close(bs), 0);
     return done();
 }

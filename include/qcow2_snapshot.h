@@ -695,7 +695,7 @@ typedef struct Qcow2ImageLayout {
      */
     uint64_t size;
     /**
-     * Where the active L1 table is.
+     * Where the active L1 table is; after qcow2_snapshot_load_tmp() that of the snapshot.
      */
     uint64_t l1_table_offset;
     /**
@@ -707,7 +707,7 @@ typedef struct Qcow2ImageLayout {
      */
     uint64_t snapshots_offset;
     /**
-     * Entries of the active L1 table.
+     * Entries of that L1 table.
      */
     uint32_t l1_size;
     /**
@@ -723,9 +723,9 @@ typedef struct Qcow2ImageLayout {
      */
     uint32_t reserved32;
     /**
-     * The active L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
-     * lives until the next changing verb, qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until
-     * the next call.
+     * That L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
+     * lives until the next changing verb, qcow2_snapshot_load_tmp(), qcow2_reload() or qcow2_close(); with
+     * QCOW2_O_FORCE_SHARE until the next call.
      */
     const uint64_t *l1_table;
     /**
@@ -733,9 +733,14 @@ typedef struct Qcow2ImageLayout {
      */
     uint64_t snapshots_size;
     /**
+     * The refcount table: `refcount_table_clusters` clusters of entries of 8 bytes in the byte order of
+     * the host. Lives as long as `l1_table`.
+     */
+    const uint64_t *refcount_table;
+    /**
      * Zeros. Later versions of the library may tell more here.
      */
-    uint64_t reserved[3];
+    uint64_t reserved[2];
 } Qcow2ImageLayout;
 
 /**
@@ -1732,6 +1737,10 @@ int qcow2_snapshot_layout(const struct Qcow2Image *bs,
  * empties them (a table in them would be written over the new one later), and clears the dirty
  * bit if it has set it (an image with it is refused). What it has changed itself it tells by
  * qcow2_reload() before the call. After it, it asks here, and looks nothing up that it knew before.
+ *
+ * After a verb that failed `changed` may be 0 and yet flags in tables and refcounts in the file be
+ * others than before it, which harms nothing but what goes by a copy of them: such a program then
+ * opens a new handle and takes all from there.
  *
  * @param bs      the handle
  * @param layout  where to put the answer; cleared if the call fails

@@ -238,6 +238,7 @@ int main(void)
     MEMBER(Qcow2ImageLayout, reserved32);
     MEMBER(Qcow2ImageLayout, l1_table);
     MEMBER(Qcow2ImageLayout, snapshots_size);
+    MEMBER(Qcow2ImageLayout, refcount_table);
     MEMBER(Qcow2ImageLayout, reserved);
     SIZE(Qcow2Change);
     MEMBER(Qcow2Change, start);

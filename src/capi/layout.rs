@@ -65,13 +65,13 @@ pub struct Qcow2ImageLayout {
     pub autoclear_features: u64,
     /// Size of the active disk in bytes, as in the header.
     pub size: u64,
-    /// Where the active L1 table is.
+    /// Where the active L1 table is; after qcow2_snapshot_load_tmp() that of the snapshot.
     pub l1_table_offset: u64,
     /// Where the refcount table is.
     pub refcount_table_offset: u64,
     /// Where the snapshot table is; 0 or anything if there are no snapshots.
     pub snapshots_offset: u64,
-    /// Entries of the active L1 table.
+    /// Entries of that L1 table.
     pub l1_size: u32,
     /// Clusters of the refcount table.
     pub refcount_table_clusters: u32,
@@ -79,14 +79,17 @@ pub struct Qcow2ImageLayout {
     pub nb_snapshots: u32,
     /// Zero.
     pub reserved32: u32,
-    /// The active L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
-    /// lives until the next changing verb, qcow2_reload() or qcow2_close(); with QCOW2_O_FORCE_SHARE until
-    /// the next call.
+    /// That L1 table: `l1_size` entries in the byte order of the host. Belongs to the handle,
+    /// lives until the next changing verb, qcow2_snapshot_load_tmp(), qcow2_reload() or qcow2_close(); with
+    /// QCOW2_O_FORCE_SHARE until the next call.
     pub l1_table: *const u64,
     /// Bytes of the snapshot table in the image; 0 without snapshots, or where it cannot be read.
     pub snapshots_size: u64,
+    /// The refcount table: `refcount_table_clusters` clusters of entries of 8 bytes in the byte order of
+    /// the host. Lives as long as `l1_table`.
+    pub refcount_table: *const u64,
     /// Zeros. Later versions of the library may tell more here.
-    pub reserved: [u64; 3],
+    pub reserved: [u64; 2],
 }
 
 /// One snapshot in full: what QEMUSnapshotInfo has no room for.
@@ -165,6 +168,10 @@ pub unsafe extern "C" fn qcow2_snapshot_layout(
 /// bit if it has set it (an image with it is refused). What it has changed itself it tells by
 /// qcow2_reload() before the call. After it, it asks here, and looks nothing up that it knew before.
 ///
+/// After a verb that failed `changed` may be 0 and yet flags in tables and refcounts in the file be
+/// others than before it, which harms nothing but what goes by a copy of them: such a program then
+/// opens a new handle and takes all from there.
+///
 /// @param bs      the handle
 /// @param layout  where to put the answer; cleared if the call fails
 /// @return        0, or -errno with the words in qcow2_last_error():
@@ -202,16 +209,17 @@ pub unsafe extern "C" fn qcow2_image_layout(
                 compatible_features: h.compatible,
                 autoclear_features: h.autoclear,
                 size: h.size,
-                l1_table_offset: h.l1_offset,
+                l1_table_offset: now.l1_offset,
                 refcount_table_offset: h.reftable_offset,
                 snapshots_offset: h.snapshots_offset,
-                l1_size: h.l1_size,
+                l1_size: now.l1.len() as u32,
                 refcount_table_clusters: h.reftable_clusters,
                 nb_snapshots: h.nb_snapshots,
                 reserved32: 0,
                 l1_table: now.l1.as_ptr(),
                 snapshots_size: now.snapshots_size,
-                reserved: [0; 3],
+                refcount_table: now.reftable.as_ptr(),
+                reserved: [0; 2],
             });
             Ok(0)
         })

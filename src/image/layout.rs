@@ -21,8 +21,12 @@ pub struct Changed {
 #[derive(Clone, Copy, Debug)]
 pub struct ImageLayout<'a> {
     pub(crate) header: &'a Header,
-    /// The active L1 table's entries.
+    /// Where the L1 table of the disk that the handle shows is.
+    pub l1_offset: u64,
+    /// Its entries: those of the active one, or of the snapshot that `snapshot_load_tmp` put before it.
     pub l1: &'a [u64],
+    /// The refcount table's entries.
+    pub reftable: &'a [u64],
     /// Bytes of the snapshot table in the image.
     pub snapshots_size: u64,
     /// What the last changing verb has changed.
@@ -36,9 +40,14 @@ impl Image {
     /// `Spent` when an earlier failure left the state of the image unknown.
     pub fn layout(&mut self) -> Result<ImageLayout<'_>> {
         self.begin_look()?;
+        let active = (self.header.l1_offset, self.l1.as_slice());
+        let (l1_offset, l1) =
+            (self.view.as_ref()).map_or(active, |v| (v.of.l1_table_offset, v.l1.as_slice()));
         Ok(ImageLayout {
             header: &self.header,
-            l1: &self.l1,
+            l1_offset,
+            l1,
+            reftable: &self.reftable,
             snapshots_size: self.snapshots.size,
             changed: self.last.changed,
         })
