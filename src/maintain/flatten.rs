@@ -261,7 +261,7 @@ impl Image {
 
     /// The last step: nothing is read through the backing file any more.
     fn stop_naming_backing(&mut self, marker: Option<(u64, u64)>) -> Result<()> {
-        let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::default());
         if let Some((offset, bytes)) = marker {
             // An empty name until the header names none.
             let data = NewData {

@@ -35,7 +35,7 @@ impl Image {
         self.begin_change()?;
         let id = self.check_new_snapshot(new)?;
 
-        let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::default());
         let tables = || table_bytes(replay.g, &[&self.l1]);
         self.dev.progress.begin(Stage::Check, tables);
         let l1_bytes = self.l1.len() as u64 * TABLE_ENTRY;

@@ -120,7 +120,7 @@ impl Image {
         }
         let named = alone.map_or_else(|| naming.named(), Ok)?;
 
-        let (mut replay, mut plan) = (self.replay_without(gone)?, Plan::new());
+        let (mut replay, mut plan) = (self.replay_without(gone)?, Plan::default());
         let tables = || table_bytes(replay.g, &[named.tables().words, &self.l1]);
         self.dev.progress.begin(Stage::Check, tables);
         let entries = gone.iter().filter_map(|i| self.snapshots.entries.get(*i));

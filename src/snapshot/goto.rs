@@ -344,7 +344,7 @@ impl Chosen<'_> {
         };
         replay.l1 = last.l1;
 
-        let mut plan = Plan::new();
+        let mut plan = Plan::default();
         plan.decisive = replay.refs.epoch();
         (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables)?);
         if !ones {

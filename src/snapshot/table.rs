@@ -371,7 +371,7 @@ impl Image {
     pub(crate) fn rewrite_table(&mut self, from: Option<u64>) -> Result<()> {
         self.begin_change()?;
 
-        let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::default());
         self.dev.progress.begin(Stage::Check, || 0);
         let list = copies(&self.snapshots.entries)?;
         let size = if let Some(mut from) = from {

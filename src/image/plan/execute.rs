@@ -17,20 +17,14 @@ pub(super) fn execute(
     refs: &mut Refcounts,
     steps: &[Step],
 ) -> (Outcome, Result<()>) {
-    // What is true now, and what was before a publish whose barrier is still to come.
-    let (mut outcome, mut settled) = (Outcome::Unchanged, Outcome::Unchanged);
-    let mut holes = Holes::default();
+    let (mut outcome, mut holes) = (Outcome::Unchanged, Holes::default());
     for step in steps {
-        match step {
-            Step::Publish(_) if settled != Outcome::Done => outcome = Outcome::Unknown,
-            Step::Done => (outcome, settled) = (Outcome::Done, Outcome::Done),
-            _ => {}
-        }
         if let Err(e) = carry_out(dev, refs, &mut holes, step) {
-            return (outcome, Err(e));
+            let unknown = matches!(step, Step::Publish(_)) && outcome != Outcome::Done;
+            return (if unknown { Outcome::Unknown } else { outcome }, Err(e));
         }
-        if matches!(step, Step::Barrier) {
-            outcome = settled;
+        if matches!(step, Step::Done) {
+            outcome = Outcome::Done;
         }
     }
     (outcome, Ok(()))
@@ -53,7 +47,8 @@ fn carry_out(dev: &mut Device, refs: &mut Refcounts, holes: &mut Holes, step: &S
         }
         Step::Fill(at, bytes) => dev.fill_holes(*at, *bytes)?,
         Step::Publish(writes) | Step::Entries(writes) => {
-            writes.iter().try_for_each(|write| emit(dev, refs, write))?
+            writes.iter().try_for_each(|write| emit(dev, refs, write))?;
+            dev.barrier()?;
         }
         Step::Barrier => dev.barrier()?,
         Step::Done => {}

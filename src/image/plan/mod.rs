@@ -52,8 +52,10 @@ pub(crate) use rules::text;
 pub(crate) use steps::{What, Write};
 
 /// How the active L1 table gets new contents.
+#[derive(Default)]
 pub(crate) enum ActiveL1 {
     /// It does not change, or only in bit 63 of its entries.
+    #[default]
     Kept,
     /// Its changed entries lie in one sector: written in place, which publishes them.
     OneSector(Rc<Edit>),
@@ -69,6 +71,7 @@ pub(crate) enum ActiveL1 {
 }
 
 /// What a verb wants written, besides what its replay holds.
+#[derive(Default)]
 pub(crate) struct Plan {
     /// The epoch whose publish is the verb's own.
     pub(crate) decisive: usize,
@@ -93,20 +96,6 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    pub(crate) fn new() -> Plan {
-        Plan {
-            decisive: 0,
-            clear: Vec::new(),
-            set: Vec::new(),
-            copied: Vec::new(),
-            left: None,
-            l1: ActiveL1::Kept,
-            entries: Vec::new(),
-            flags: Vec::new(),
-            let_go: false,
-        }
-    }
-
     /// Write it all, in order. `autoclear`: what is left of these bits, where some are not known.
     /// Returns what is true of the image now, besides.
     pub(crate) fn carry_out(

@@ -28,9 +28,9 @@ pub(crate) enum Step {
     Fill(u64, u64),
     /// Everything before is stable before anything behind it is written.
     Barrier,
-    /// Until the barrier behind it, whether the image means what it meant is not known.
+    /// These and a barrier. Until that, whether the image means what it meant is not known.
     Publish(Vec<Write>),
-    /// Entries of tables, each of which may reach the disk or not: the image reads the same.
+    /// Entries of tables, each of which may reach the disk or not: the image reads the same. And a barrier.
     Entries(Vec<Write>),
     /// The verb has taken effect.
     Done,
@@ -154,21 +154,10 @@ pub(crate) fn steps(
                 out.edit(edit, At::Before, At::After)?;
                 out.push(Step::Barrier)?;
             }
-            if !plan.entries.is_empty() {
-                out.push(Step::Entries(std::mem::take(&mut plan.entries)))?;
-                out.push(Step::Barrier)?;
-            }
+            out.push(Step::Entries(std::mem::take(&mut plan.entries)))?;
         }
     }
-    let (length, file) = (replay.final_length(), out.file);
-    out.reclaim(refs, plan, length)?;
-    if rounded && replay.truncated && length == file {
-        // It may be shorter than it was said to be, and as long it shall become.
-        let grow = |step: &&mut Step| matches!(step, Step::Grow(_));
-        if let Some(step) = out.list.iter_mut().rev().find(grow) {
-            *step = Step::Truncate(length);
-        }
-    }
+    out.reclaim(replay, plan, rounded)?;
     Ok(out.list)
 }
 
@@ -193,6 +182,7 @@ impl Steps {
     fn push(&mut self, step: Step) -> Result<()> {
         match &step {
             Step::Stream(Pass::Clear(list) | Pass::Set(list)) if list.is_empty() => Ok(()),
+            Step::Publish(list) | Step::Entries(list) if list.is_empty() => Ok(()),
             _ => room::push(&mut self.list, step),
         }
     }
@@ -296,7 +286,7 @@ impl Steps {
         self.writes(writes)
     }
 
-    /// One write within the header's first sector, and a barrier. Nothing if nothing changes.
+    /// One write within the header's first sector. Nothing if nothing changes.
     fn publish_header(&mut self, places: Places, meaning: Meaning) -> Result<()> {
         let target = encode_switched(places, meaning, self.crypt_method);
         let differs = |i: &usize| self.header.get(*i) != target.get(*i);
@@ -305,17 +295,12 @@ impl Steps {
         let (Some(first), Some(last)) = (first, last) else {
             return Ok(());
         };
-        let write = Write {
+        self.header = target;
+        self.push(Step::Publish(vec![Write {
             label: "header",
             at: AT_SIZE + first as u64,
             what: What::bytes(target.get(first..=last).unwrap_or_default())?,
-        };
-        let mut writes = Vec::new();
-        room::push(&mut writes, write)?;
-        self.push(Step::Publish(writes))?;
-        self.push(Step::Barrier)?;
-        self.header = target;
-        Ok(())
+        }]))
     }
 
     /// What makes the old state the new one.
@@ -337,26 +322,19 @@ impl Steps {
                 let torn = matches!(l1, ActiveL1::InPlace(_));
                 debug_assert!(torn || edit.sectors_published().count() <= 1);
                 self.publish_header(places, meaning)?;
+                // Nothing, if only bit 63 changes: later.
                 let writes = changes(edit, At::Before, edit, At::Published)?;
-                // Else only bit 63 changes, later.
-                if !writes.is_empty() {
-                    self.push(Step::Publish(writes))?;
-                    self.push(Step::Barrier)?;
-                }
+                self.push(Step::Publish(writes))?;
                 self.push(Step::Done)?;
             }
             ActiveL1::Kept | ActiveL1::Moved(_) | ActiveL1::EachEntry(_) => {
                 self.publish_header(places, meaning)?;
                 if plan.let_go {
-                    let write = Write {
+                    self.push(Step::Publish(vec![Write {
                         label: "header: backing file",
                         at: AT_BACKING,
                         what: What::bytes(&[0; 12])?,
-                    };
-                    let mut writes = Vec::new();
-                    room::push(&mut writes, write)?;
-                    self.push(Step::Publish(writes))?;
-                    self.push(Step::Barrier)?;
+                    }]))?;
                 }
                 self.push(Step::Done)?;
             }
@@ -365,8 +343,8 @@ impl Steps {
     }
 
     /// Counts down, COPIED set, holes. Nothing that is referred to changes its meaning.
-    fn reclaim(&mut self, refs: &Refcounts, plan: Plan, length: u64) -> Result<()> {
-        let g = self.g;
+    fn reclaim(&mut self, replay: &Replay, plan: Plan, rounded: bool) -> Result<()> {
+        let (g, refs, length) = (self.g, &replay.refs, replay.final_length());
         let lowered = blocks(refs, Block::is_lowered)?;
         let freed = refs.loaded().filter(|(_, b)| b.frees()).count() as u64;
         let work = lowered.len() as u64 + plan.set.len() as u64 + freed;
@@ -395,7 +373,10 @@ impl Steps {
             let last = match &plan.l1 {
                 // Entries published one by one are on the disk already, and stay: pieces are
                 // written whole.
-                ActiveL1::EachEntry(last) if last.offset == edit.offset && flags_to_set(edit)? => {
+                ActiveL1::EachEntry(last)
+                    if last.offset == edit.offset
+                        && !edit.changes(At::Published, edit, At::After)?.is_empty() =>
+                {
                     last
                 }
                 _ => edit,
@@ -418,7 +399,12 @@ impl Steps {
             self.push(Step::GiveBack(another(temporary)))?;
         }
         self.push(Step::Punch(explicit_holes(g, refs)?, freed))?;
-        self.push(Step::Grow(length))?;
+        self.push(if rounded && replay.truncated && length == self.file {
+            // It may be shorter than it was said to be, and as long it shall become.
+            Step::Truncate(length)
+        } else {
+            Step::Grow(length)
+        })?;
         // Unless something that lying counts called free is in a dropped block's cluster.
         for dropped in refs.dropped() {
             if refs.count_after(g.cluster_of(dropped.offset))? == 0 {
@@ -442,11 +428,6 @@ impl What {
 #[allow(clippy::disallowed_methods)] // an Rc
 fn another<T>(shared: &Rc<T>) -> Rc<T> {
     Rc::clone(shared)
-}
-
-/// Does reclaim have flags to set in this table?
-fn flags_to_set(edit: &Edit) -> Result<bool> {
-    Ok(!edit.changes(At::Published, edit, At::After)?.is_empty())
 }
 
 /// The writes that make a table, which is as `edit` is at `from`, what `last` is at `to`.

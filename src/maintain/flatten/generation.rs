@@ -125,7 +125,7 @@ impl Flatten<'_> {
                 replay.refs.bump(dev, cluster, false)?;
             }
         }
-        let mut plan = Plan::new();
+        let mut plan = Plan::default();
         plan.decisive = replay.refs.epoch();
         plan.entries = writes(generation.patches)?;
         plan.flags = writes(generation.flags)?;
