@@ -22,7 +22,6 @@ use replay::Replay;
 pub(crate) mod device;
 pub(crate) mod held;
 mod layout;
-pub(crate) mod named;
 pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod reading;
@@ -108,8 +107,6 @@ pub struct Image {
     last: Last,
     /// Bytes that refcounts may take in memory.
     pub(crate) refcount_memory: u64,
-    /// Opened to be checked, and not found good yet: no verb may change it.
-    pub(crate) unchecked: bool,
     /// The steps of the last verb, as text.
     #[cfg(test)]
     steps: String,
@@ -243,12 +240,10 @@ impl Image {
                 remark: None,
             },
             refcount_memory: refcount::packed::MOST,
-            unchecked: flags.has(OpenFlags::CHECK),
             #[cfg(test)]
             steps: String::new(),
         };
         image.load_what_is_good()?;
-        image.refuse_dirty()?;
         Ok(image)
     }
 
@@ -267,25 +262,24 @@ impl Image {
         (self.view, self.behind.chain, self.behind.data_file) = (None, None, None);
         self.load_what_is_good()?;
         self.seen = stamp.filter(Stamp::is_settled);
-        self.refuse_dirty()
+        Ok(())
+    }
+
+    /// Opened to be checked, and not found good yet: no verb may change it.
+    pub(crate) fn unchecked(&self) -> bool {
+        self.flags.has(OpenFlags::CHECK)
     }
 
     /// Load the snapshot table; of an image that is going to be checked it may be damaged.
     fn load_what_is_good(&mut self) -> Result<()> {
         match self.load_snapshots() {
-            Err(Error::TooBig(_) | Error::Invalid(_) | Error::Corrupt(_)) if self.unchecked => {
+            Err(Error::TooBig(_) | Error::Invalid(_) | Error::Corrupt(_)) if self.unchecked() => {
                 self.snapshots = SnapshotList::default();
-                Ok(())
             }
-            other => other,
+            loaded => loaded?,
         }
-    }
-
-    fn refuse_dirty(&self) -> Result<()> {
-        if self.unchecked {
-            return Ok(());
-        }
-        if self.flags.has(OpenFlags::RDWR) && self.header.incompatible & features::DIRTY != 0 {
+        let dirty = self.header.incompatible & features::DIRTY != 0;
+        if dirty && self.flags.has(OpenFlags::RDWR) && !self.unchecked() {
             return Err(Error::Unsupported(
                 "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qcow2-snapshot check -r all'"
                     .into(),
@@ -441,7 +435,7 @@ impl Image {
     /// Begin a verb: the image must be good.
     pub(crate) fn begin_change(&mut self) -> Result<()> {
         self.begin_repair()?;
-        if self.unchecked {
+        if self.unchecked() {
             return Err(Error::NotPermitted(
                 "The image is opened to be checked; repair it first, or open it without that flag"
                     .into(),
@@ -465,7 +459,6 @@ impl Image {
 
     /// Nothing is wrong any more: the handle is as any other from now on.
     pub(crate) fn found_good(&mut self) {
-        self.unchecked = false;
         self.flags = self.flags.without(OpenFlags::CHECK);
     }
 
@@ -539,7 +532,6 @@ impl Image {
             room::copy_of(&self.l1)?,
             room::copy_of(&self.reftable)?,
             overlap,
-            !self.backing_file.is_empty(),
             self.dev.length(),
             self.refcount_memory,
         ))
@@ -637,7 +629,7 @@ impl Image {
         if replay.refs.epoch() != 0 || unknown != 0 {
             return Ok(false);
         }
-        replay.reach = replay.reach.max(offset.saturating_add(bytes));
+        replay.refs.reach_to(offset.saturating_add(bytes));
         let written = plan::write_ahead(&mut self.dev, "guest data", offset, data);
         if written.is_err() {
             self.last.standing = Standing::NoChanges;
@@ -652,7 +644,7 @@ impl Image {
 
     /// Does the image have valid persistent bitmaps?
     pub(crate) fn active_bitmaps(&self) -> bool {
-        Replay::active_bitmaps(&self.header, self.extensions.has_bitmaps)
+        self.header.autoclear & features::BITMAPS != 0 && self.extensions.has_bitmaps
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{copies, NewSnapshot, Snapshot};
 use crate::error::{Error, Result};
-use crate::format::entry::OFFSET_MASK;
+use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
 use crate::format::run::Tally;
@@ -15,6 +15,7 @@ use crate::image::replay::Replay;
 use crate::image::room;
 use crate::image::Image;
 use crate::words::printable;
+use byteorder::{BigEndian, ByteOrder};
 use std::rc::Rc;
 
 impl Image {
@@ -50,9 +51,8 @@ impl Image {
         )?;
         let walked = replay.walk(&mut self.dev, &self.l1, Tally::Up)?;
         if walked.l1_changed {
-            replay.reach = replay
-                .reach
-                .max(self.header.l1_offset.saturating_add(l1_bytes));
+            let end = self.header.l1_offset.saturating_add(l1_bytes);
+            replay.refs.reach_to(end);
             let edit = Edit {
                 offset: self.header.l1_offset,
                 before: room::copy_of(&self.l1)?,
@@ -166,7 +166,7 @@ impl Image {
             let made = replay
                 .l1
                 .get(index as usize)
-                .is_some_and(|e| e & crate::format::entry::COPIED == 0);
+                .is_some_and(|e| e & COPIED == 0);
             let (offset, table) =
                 replay.own_table(&mut self.dev, index, replay.refs.forgotten_now())?;
             if !made {
@@ -182,7 +182,7 @@ impl Image {
                 true,
             )?;
             for word in table.chunks_exact_mut(g.l2_entry_size()).take(n as usize) {
-                if let Some(new) = replay.zeroed_entry(word) {
+                if let Some(new) = self.zeroed_entry(word) {
                     replay.forget_cluster(&mut self.dev, word, replay.refs.forgotten_now())?;
                     word.copy_from_slice(new.get(..word.len()).unwrap_or_default());
                 }
@@ -197,6 +197,26 @@ impl Image {
             after: room::copy_of(&replay.l1)?,
         }));
         Ok(())
+    }
+
+    /// The L2 entry that QEMU leaves where a cluster is discarded so that it reads as zeros
+    /// (`discard_in_l2_slice`, not full). `None`: it stays as it is.
+    fn zeroed_entry(&self, word: &[u8]) -> Option<[u8; 16]> {
+        let (g, old) = (self.header.geometry, BigEndian::read_u64(word));
+        let allocated = !matches!(
+            entry::cluster(g, old),
+            Cluster::Unallocated | Cluster::ZeroPlain
+        );
+        if self.backing_file.is_empty() && !allocated {
+            return None;
+        }
+        let mut new = [0u8; 16];
+        if g.extended_l2 {
+            BigEndian::write_u64(&mut new[8..], entry::SUBCLUSTERS_ALL_ZERO);
+        } else if self.header.version >= 3 {
+            BigEndian::write_u64(&mut new[..8], entry::ZERO);
+        }
+        (new.get(..word.len()) != Some(word)).then_some(new)
     }
 }
 

@@ -242,7 +242,7 @@ impl<'a> Sized<'a> {
         let mut snapshot_l1 = None;
         if up.l1_changed {
             let end = offset.saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
-            self.replay.reach = self.replay.reach.max(end);
+            self.replay.refs.reach_to(end);
             snapshot_l1 = Some(Rc::new(Edit {
                 offset,
                 before: room::copy_of(stored_l1)?,
@@ -268,14 +268,14 @@ impl<'a> BothCounted<'a> {
         replay
             .overlap
             .check(offset, bytes, Some(Protected::ActiveL1))?;
-        replay.reach = replay.reach.max(offset.saturating_add(bytes));
+        replay.refs.reach_to(offset.saturating_add(bytes));
         let publish = if replay.unpublished_l1().is_some() {
             Publish::Moved
         } else if within_a_sector(replay, *was, offset, new_l1) {
             Publish::OneSector
         } else {
             let clusters = replay.g.clusters_for(bytes);
-            let end = replay.g.clusters_for(dev.length().max(replay.length()));
+            let end = replay.g.clusters_for(dev.length().max(replay.refs.reach));
             let mut place = None;
             if room == Room::Anywhere {
                 place = replay.refs.find_untouched(dev, end, clusters)?;
@@ -415,7 +415,7 @@ fn place_l1(replay: &mut Replay, dev: &mut Device, was: Was, publish: Publish) -
             let longer = offset.saturating_add(bytes) > dev.length();
             // What is cut off then is the temporary table, and what was not there before it.
             if longer && replay.final_length() == dev.length() {
-                replay.reach = was.end;
+                replay.refs.reach = was.end;
             }
             let temporary = Temporary::new(dev, offset, bytes, was.end)?;
             ActiveL1::Through(edit, Rc::new(temporary))

@@ -376,7 +376,7 @@ impl Image {
         let list = copies(&self.snapshots.entries)?;
         let size = if let Some(mut from) = from {
             let (g, old) = (replay.g, self.header.snapshots_offset);
-            replay.overlap.release(Protected::SnapshotTable, old);
+            replay.overlap.release(Protected::SnapshotTable, &[old]);
             let end = old.saturating_add(self.snapshots.size.min(MAX_SNAPSHOT_TABLE_BYTES));
             // Of one that begins behind the end of the file nothing can be lost.
             if old < self.dev.length() && end > self.dev.length() {

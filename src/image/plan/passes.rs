@@ -1,11 +1,11 @@
 //! Passes over many tables: they are changed in the buffer that they were read into, and the changed
 //! pieces are written from it.
 
-use super::steps::Pass;
+use super::steps::{add_to, Pass};
 use crate::error::Result;
-use crate::format::geometry::Geometry;
+use crate::format::geometry::{Geometry, HostCluster};
 use crate::format::refblock;
-use crate::image::device::{self, Device};
+use crate::image::device::{self, Device, DiscardKind};
 use crate::image::refcount::Refcounts;
 use crate::image::replay::walk::{set_copied, Marked};
 use crate::image::room;
@@ -207,14 +207,6 @@ pub(super) struct Holes {
 }
 
 impl Holes {
-    fn add(&mut self, cluster: u64) -> Result<()> {
-        match self.ranges.last_mut() {
-            Some((first, n)) if *first + *n == cluster => *n += 1,
-            _ => room::push(&mut self.ranges, (cluster, 1))?,
-        }
-        Ok(())
-    }
-
     /// Clusters whose count goes from something to nothing, but for those whose bytes QEMU keeps.
     fn add_freed(&mut self, refs: &Refcounts, index: u64, old: &[u8], new: &[u8]) -> Result<()> {
         let g = refs.geometry();
@@ -223,16 +215,22 @@ impl Holes {
             if refblock::get(g, old, i) != 0 && refblock::get(g, new, i) == 0 {
                 let c = base + i as u64;
                 if !refs.fates.is_kept(c) && !self.spare.contains(&c) {
-                    self.add(c)?;
+                    add_to(&mut self.ranges, c)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// All of them and `more`, in order, neighbours together: what an explicit free has punched
-    /// became free in a block as well.
-    pub(super) fn merged(&mut self, more: &[(u64, u64)]) -> Result<Vec<(u64, u64)>> {
+    /// Punch all of them and `more`, in order, neighbours together: what an explicit free has punched
+    /// became free in a block as well. `share`: what of the verb's progress all this is.
+    pub(super) fn punch(
+        &mut self,
+        dev: &mut Device,
+        g: Geometry,
+        more: &[(u64, u64)],
+        share: u64,
+    ) -> Result<()> {
         let mut ranges = std::mem::take(&mut self.ranges);
         room::append(&mut ranges, more)?;
         ranges.sort_unstable();
@@ -244,6 +242,11 @@ impl Holes {
             }
             touches
         });
-        Ok(ranges)
+        for (first, n) in &ranges {
+            dev.progress.step(share / ranges.len() as u64)?;
+            let (at, bytes) = (g.offset_of(HostCluster(*first)), n << g.cluster_bits);
+            dev.discard(at, bytes, DiscardKind::Snapshot);
+        }
+        Ok(())
     }
 }

@@ -270,7 +270,7 @@ impl Steps {
             }
         }
         for table in refs.tables().iter().filter(|t| t.born.is_none()) {
-            for (index, _) in refs.loaded().filter(|(_, b)| b.made_in().is_some()) {
+            for (index, _) in refs.loaded().filter(|(_, b)| b.born.is_some()) {
                 if index < table.entries.len() as u64 {
                     let at = table.offset.saturating_add(index * TABLE_ENTRY);
                     self.push(Step::Fill(at, TABLE_ENTRY))?;
@@ -506,11 +506,17 @@ fn explicit_holes(g: Geometry, refs: &Refcounts) -> Result<Vec<(u64, u64)>> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for c in refs.fates.punched()? {
         if dropped.binary_search(&c).is_err() && refs.count_after(HostCluster(c))? == 0 {
-            match ranges.last_mut() {
-                Some((first, n)) if *first + *n == c => *n += 1,
-                _ => room::push(&mut ranges, (c, 1))?,
-            }
+            add_to(&mut ranges, c)?;
         }
     }
     Ok(ranges)
+}
+
+/// Another cluster, to ranges of them (first, number).
+pub(super) fn add_to(ranges: &mut Vec<(u64, u64)>, cluster: u64) -> Result<()> {
+    match ranges.last_mut() {
+        Some((first, n)) if *first + *n == cluster => *n += 1,
+        _ => room::push(ranges, (cluster, 1))?,
+    }
+    Ok(())
 }

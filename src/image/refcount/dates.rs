@@ -6,7 +6,6 @@
 use super::fates::Forgotten;
 use super::Refcounts;
 use crate::error::{Error, Result};
-use crate::format::entry::REFTABLE_OFFSET_MASK;
 use crate::format::geometry::HostCluster;
 use crate::format::refblock;
 use crate::image::device::Device;
@@ -95,30 +94,18 @@ impl Refcounts {
         let g = self.g;
         let index = g.reftable_index(cluster);
         if self.dates.before.as_ref().is_none_or(|(i, _)| *i != index) {
-            let entries = self.structure.tables.first().map(|t| &t.entries);
-            let offset = entries
-                .and_then(|e| e.get(index as usize))
-                .copied()
-                .unwrap_or(0);
-            let counts = if self.block(index).is_some_and(|b| b.made_in().is_some()) {
-                Vec::new()
-            } else if offset & REFTABLE_OFFSET_MASK != 0 {
+            let made = self.block(index).is_some_and(|b| b.born.is_some());
+            let table = self.structure.tables.first().filter(|_| !made);
+            let offset = table.map_or(0, |t| t.entry(index));
+            let mut counts = Vec::new();
+            if offset != 0 {
                 dev.progress.pass(g.cluster_size())?;
-                dev.read_vec(
-                    "Could not read a refcount block",
-                    offset & REFTABLE_OFFSET_MASK,
-                    g.cluster_size(),
-                )?
-            } else {
-                Vec::new()
-            };
+                counts =
+                    dev.read_vec("Could not read a refcount block", offset, g.cluster_size())?;
+            }
             self.dates.before = Some((index, counts));
         }
-        let at = g.refblock_index(cluster);
-        Ok(self
-            .dates
-            .before
-            .as_ref()
-            .map_or(0, |(_, counts)| refblock::get(g, counts, at)))
+        let counts = self.dates.before.as_ref().map(|(_, counts)| counts);
+        Ok(counts.map_or(0, |c| refblock::get(g, c, g.refblock_index(cluster))))
     }
 }

@@ -32,6 +32,7 @@ mod tally;
 use super::device::Device;
 use crate::error::{Error, Result};
 use crate::format::geometry::{Geometry, HostCluster, MAX_CLUSTER_OFFSET};
+use crate::format::header::Places;
 use crate::format::refblock;
 use crate::format::run::Tally;
 use dates::Dates;
@@ -49,6 +50,8 @@ pub(crate) struct Refcounts {
     residency: Residency,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
     next: u64,
+    /// The length that QEMU's writes and truncates give the file, up to this point.
+    pub(crate) reach: u64,
     /// What became of the clusters that explicit allocations and frees have touched.
     pub(crate) fates: Fates,
     dates: Dates,
@@ -63,19 +66,21 @@ enum Reserved {
 }
 
 impl Refcounts {
-    /// The table at `offset`. Counts may take `memory` bytes.
+    /// Those of an image in a file of `length` bytes, whose table has these entries. Counts may take
+    /// `memory` bytes.
     pub(crate) fn new(
         g: Geometry,
-        offset: u64,
-        clusters: u64,
+        places: Places,
         entries: Vec<u64>,
+        length: u64,
         memory: u64,
     ) -> Refcounts {
         Refcounts {
             g,
-            structure: Structure::new(offset, clusters, entries),
+            structure: Structure::new(places, entries),
             residency: Residency::new(memory),
             next: 0,
+            reach: length,
             fates: Fates::default(),
             dates: Dates::default(),
         }
@@ -83,6 +88,11 @@ impl Refcounts {
 
     pub(crate) fn geometry(&self) -> Geometry {
         self.g
+    }
+
+    /// QEMU writes up to this place of the file.
+    pub(crate) fn reach_to(&mut self, end: u64) {
+        self.reach = self.reach.max(end);
     }
 
     /// The refcount of a cluster when the walk of create was done, whatever was freed since: the
@@ -107,13 +117,6 @@ impl Refcounts {
         }
         let at = self.g.refblock_index(cluster);
         self.block(index).map_or(Ok(0), |b| b.now.get(self.g, at))
-    }
-
-    /// Add 1 to or take 1 from a count and return it. The block must exist.
-    #[inline]
-    pub(crate) fn bump(&mut self, dev: &mut Device, cluster: HostCluster, up: bool) -> Result<u64> {
-        let tally = if up { Tally::Up } else { Tally::Down(1) };
-        self.tally(dev, cluster, tally)
     }
 
     /// Do `tally` to a count and return it. To be changed, its block must exist.
@@ -172,7 +175,7 @@ impl Refcounts {
                 // Undo, and try the same clusters first.
                 for undo in start..c {
                     self.store(HostCluster(undo), 0)?;
-                    self.fates.give_back(undo)?;
+                    self.fates.give_back(undo);
                 }
                 self.next = self.next.min(start);
                 return Ok(Reserved::Again);
@@ -235,40 +238,42 @@ impl Refcounts {
         bytes_end_up: Freed,
         forgotten: Forgotten,
     ) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let g = self.g;
-        let first = g.cluster_of(offset).0;
-        let last = g.cluster_of(offset.saturating_add(bytes - 1)).0;
-        for c in first..=last {
-            if self.get(dev, HostCluster(c))? == 0 {
-                return Ok(());
+        self.free_each(dev, offset, bytes, |refs, c, left| {
+            refs.store(HostCluster(c), left)?;
+            match left {
+                0 => refs.fates.free(c, bytes_end_up, forgotten),
+                _ => Ok(()),
             }
-        }
-        for c in first..=last {
-            let left = self.bump(dev, HostCluster(c), false)?;
-            self.store(HostCluster(c), left)?;
-            if left == 0 {
-                self.fates.free(c, bytes_end_up, forgotten)?;
-            }
-        }
-        Ok(())
+        })
     }
 
     /// Take one reference from each cluster of a data range, holes punched, nothing remembered:
     /// for the many clusters of a resize, none of which this verb writes to again.
     pub(crate) fn free_data(&mut self, dev: &mut Device, offset: u64, bytes: u64) -> Result<()> {
-        let g = self.g;
-        let first = g.cluster_of(offset).0;
-        let last = g.cluster_of(offset.saturating_add(bytes.max(1) - 1)).0;
-        for c in first..=last {
+        self.free_each(dev, offset, bytes, |_, _, _| Ok(()))
+    }
+
+    /// Take a reference from each cluster of a range, if all have one. `freed` is told what is left.
+    fn free_each(
+        &mut self,
+        dev: &mut Device,
+        offset: u64,
+        bytes: u64,
+        mut freed: impl FnMut(&mut Refcounts, u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let last = self.g.cluster_of(offset.saturating_add(bytes - 1)).0;
+        let clusters = self.g.cluster_of(offset).0..=last;
+        for c in clusters.clone() {
             if self.get(dev, HostCluster(c))? == 0 {
                 return Ok(());
             }
         }
-        for c in first..=last {
-            self.bump(dev, HostCluster(c), false)?;
+        for c in clusters {
+            let left = self.tally(dev, HostCluster(c), Tally::Down(1))?;
+            freed(self, c, left)?;
         }
         Ok(())
     }
@@ -378,6 +383,16 @@ mod tests {
         }
     }
 
+    /// A refcount table of one cluster.
+    fn table(reftable_offset: u64) -> Places {
+        Places {
+            l1_offset: 0,
+            l1_size: 0,
+            reftable_offset,
+            reftable_clusters: 1,
+        }
+    }
+
     /// 512-byte clusters, a refcount table of one cluster at 1, a block at 2.
     fn small() -> (Device, Refcounts) {
         let g = Geometry::new(9, 4, false);
@@ -388,7 +403,7 @@ mod tests {
         let dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
         let mut entries = vec![0; 64];
         entries[0] = 1024;
-        (dev, Refcounts::new(g, 512, 1, entries, MOST))
+        (dev, Refcounts::new(g, table(512), entries, 0, MOST))
     }
 
     #[test]
@@ -457,7 +472,7 @@ mod tests {
                 refblock::set(g, &mut file[at..at + 512], index, *count);
             }
             let mut dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
-            let mut r = Refcounts::new(g, 0, 1, entries, MOST);
+            let mut r = Refcounts::new(g, table(0), entries, 0, MOST);
             let mut visited = Vec::new();
             let mut table = [0u8; 512];
             for round in 0..2000u64 {

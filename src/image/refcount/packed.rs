@@ -83,6 +83,15 @@ fn sum(bytes: &[u8]) -> u64 {
     })
 }
 
+/// Fields of an order in the block's own width.
+fn widened(g: Geometry, order: u32, bytes: Cow<'_, [u8]>) -> Result<Cow<'_, [u8]>> {
+    if order == g.refcount_order {
+        return Ok(bytes);
+    }
+    let wide = refblock::converted(of_order(g, order), &bytes, g)?;
+    Ok(Cow::Owned(wide))
+}
+
 fn of_order(g: Geometry, order: u32) -> Geometry {
     Geometry {
         refcount_order: order,
@@ -100,21 +109,9 @@ impl BlockCounts {
     /// The bytes of the block.
     pub(crate) fn bytes(&self, g: Geometry) -> Result<Cow<'_, [u8]>> {
         Ok(match self {
-            BlockCounts::Open { order, bytes } if *order == g.refcount_order => {
-                Cow::Borrowed(bytes)
-            }
-            BlockCounts::Open { order, bytes } => {
-                Cow::Owned(refblock::converted(of_order(g, *order), bytes, g)?)
-            }
+            BlockCounts::Open { order, bytes } => widened(g, *order, Cow::Borrowed(bytes))?,
             BlockCounts::Packed(runs) => Cow::Owned(unpacked(runs)?),
-            BlockCounts::Away(away) => {
-                let bytes = away.fetch(g)?;
-                Cow::Owned(if away.order == g.refcount_order {
-                    bytes
-                } else {
-                    refblock::converted(of_order(g, away.order), &bytes, g)?
-                })
-            }
+            BlockCounts::Away(away) => widened(g, away.order, Cow::Owned(away.fetch(g)?))?,
         })
     }
 
@@ -276,16 +273,10 @@ impl BlockCounts {
 
     /// Keep the counts as runs, if that saves most of the memory, else in narrow fields.
     pub(crate) fn pack(&mut self, g: Geometry) {
-        let BlockCounts::Open { order, bytes } = self else {
+        if self.order().is_none() {
             return;
-        };
-        let runs = if *order == g.refcount_order {
-            packed(bytes)
-        } else {
-            let wide = refblock::converted(of_order(g, *order), bytes, g);
-            wide.ok().and_then(|wide| packed(&wide))
-        };
-        match runs {
+        }
+        match self.bytes(g).ok().and_then(|bytes| packed(&bytes)) {
             Some(runs) => *self = BlockCounts::Packed(runs),
             None => self.narrow(g),
         }

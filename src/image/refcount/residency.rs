@@ -9,7 +9,7 @@
 //! again and again: it is then cut into *windows*. In each it goes over all the tables that are left
 //! and counts only in so many blocks as fit in memory, so that what is beyond the cap costs passes.
 
-use super::block::{Block, Origin};
+use super::block::Block;
 use super::packed::BlockCounts;
 use super::residents::Residents;
 use super::tally::{CACHED, JUMPS};
@@ -184,7 +184,7 @@ impl Refcounts {
             offset,
             self.g.cluster_size(),
         )?;
-        self.insert(index, Block::new(self.g, offset, counts, Origin::Disk))?;
+        self.insert(index, Block::new(self.g, offset, counts, None))?;
         self.admit(index)?;
         Ok(true)
     }

@@ -103,7 +103,7 @@ impl Refcounts {
             if in_scratch != Some(index) {
                 dev.progress.pass(TABLE_ENTRY)?;
             }
-            if self.entry(index) == 0 || self.block(index).is_some_and(|b| b.made_in().is_some()) {
+            if self.entry(index) == 0 || self.block(index).is_some_and(|b| b.born.is_some()) {
                 run = 0;
                 c = g.first_cluster_of_block(index + 1).0;
                 continue;

@@ -1,12 +1,13 @@
 //! The refcount table and its blocks: where they are, how they grow and how they shrink.
 
-use super::block::{Block, Origin};
+use super::block::Block;
 use super::fates::{Forgotten, Freed};
 use super::packed::BlockCounts;
 use super::{Refcounts, Reserved};
 use crate::error::{Error, Result};
 use crate::format::entry::REFTABLE_OFFSET_MASK;
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
+use crate::format::header::Places;
 use crate::format::refblock;
 use crate::image::device::{self, Device};
 use crate::image::room;
@@ -50,22 +51,19 @@ pub(super) struct Structure {
     pub(super) tables: Vec<Reftable>,
     /// Refcount blocks dropped by a shrinking resize.
     pub(super) dropped: Vec<Dropped>,
-    /// Length that QEMU's writes of refcount structures give the file at least.
-    pub(super) reach: u64,
 }
 
 impl Structure {
-    /// A table at `offset`.
-    pub(super) fn new(offset: u64, clusters: u64, entries: Vec<u64>) -> Structure {
+    /// The image's table.
+    pub(super) fn new(places: Places, entries: Vec<u64>) -> Structure {
         Structure {
             tables: vec![Reftable {
-                offset,
-                clusters,
+                offset: places.reftable_offset,
+                clusters: places.reftable_clusters.into(),
                 entries,
                 born: None,
             }],
             dropped: Vec::new(),
-            reach: 0,
         }
     }
 }
@@ -106,20 +104,6 @@ impl Refcounts {
     pub(super) fn dropped_at(&self, index: u64) -> Option<usize> {
         let dropped = &self.structure.dropped;
         dropped.binary_search_by_key(&index, |d| d.index).ok()
-    }
-
-    /// Length that QEMU's writes of refcount structures give the file at least.
-    pub(crate) fn reach(&self) -> u64 {
-        self.structure.reach
-    }
-
-    /// QEMU has cut the file: what it wrote before does not matter any more.
-    pub(crate) fn forget_reach(&mut self) {
-        self.structure.reach = 0;
-    }
-
-    pub(super) fn reach_to(&mut self, end: u64) {
-        self.structure.reach = self.structure.reach.max(end);
     }
 
     pub(super) fn check_aligned(&self, index: u64, offset: u64) -> Result<()> {
@@ -192,10 +176,7 @@ impl Refcounts {
         self.forget_before_writing(dev, offset, self.g.cluster_size())?;
         let epoch = self.epoch();
         self.reach_to(offset.saturating_add(self.g.cluster_size()));
-        self.insert(
-            index,
-            Block::new(self.g, offset, counts, Origin::Made(epoch)),
-        )
+        self.insert(index, Block::new(self.g, offset, counts, Some(epoch)))
     }
 
     /// QEMU's `qcow2_refcount_area`: a larger table, and the blocks that describe it, behind
@@ -327,7 +308,7 @@ impl Refcounts {
                 .free(cluster.0, Freed::Punched, Forgotten::Never)?;
             self.table_mut().entries[index as usize] = 0;
             let block = self.take_block(index);
-            if block.as_ref().is_none_or(|b| b.made_in().is_none()) {
+            if block.as_ref().is_none_or(|b| b.born.is_none()) {
                 // Nothing is left in it but, at times, the block itself.
                 let counts = block.map(|mut b| {
                     // Its place in the temporary file is that of the next block here.

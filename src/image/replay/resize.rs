@@ -1,6 +1,6 @@
 //! Resizing the disk in the middle of a goto (QEMU's `qcow2_co_truncate`), in memory.
 
-use super::walk::check_repeats;
+use super::named::check_repeats;
 use super::{Contents, Replay};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
@@ -42,7 +42,7 @@ impl Replay {
                 .l1_place()
                 .offset
                 .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
-            self.reach = self.reach.max(end);
+            self.refs.reach_to(end);
         }
         let mut remaining = Vec::new();
         for index in (keep..self.l1.len()).rev() {
@@ -74,14 +74,14 @@ impl Replay {
 
         self.refs.shrink_table(dev)?;
         self.overlap.follow(&self.l1, &self.refs.table().entries)?;
-        let length = self.length();
+        let length = self.refs.reach;
         let last = self.refs.last_cluster(dev, length)?;
         let wanted = (last + 1) << g.cluster_bits;
         if wanted < length && !dev.fixed_length() {
             self.truncate(wanted);
         }
         // What QEMU's cache still holds of tables that are free by now makes the file longer again.
-        self.reach = self.reach.max(discarded.unwritten);
+        self.refs.reach_to(discarded.unwritten);
         Ok(())
     }
 
@@ -269,13 +269,13 @@ impl Replay {
                         )));
                     }
                 }
-                self.reach = self.reach.max(host.saturating_add(end));
+                self.refs.reach_to(host.saturating_add(end));
                 return Ok(());
             }
             _ => {}
         }
         let new = self.refs.alloc(dev, g.cluster_size())?;
-        self.reach = self.reach.max(new.saturating_add(reach));
+        self.refs.reach_to(new.saturating_add(reach));
         self.remade.take(g, new)?;
         let mut table = table.whole(g)?;
         if let Some(word) = table.get_mut(at..at + 8) {

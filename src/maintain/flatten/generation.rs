@@ -5,6 +5,7 @@ use super::{is_zero, used, Flatten, Lack, Node, Span};
 use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
+use crate::format::run::Tally;
 use crate::image::device::zeroed;
 use crate::image::plan::{Plan, What, Write};
 use crate::image::replay::overlap::Protected;
@@ -122,7 +123,7 @@ impl Flatten<'_> {
         self.searched = replay.refs.searched();
         for (cluster, n) in generation.lower {
             for _ in 0..n {
-                replay.refs.bump(dev, cluster, false)?;
+                replay.refs.tally(dev, cluster, Tally::Down(1))?;
             }
         }
         let mut plan = Plan::default();
