@@ -7,7 +7,7 @@ use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
 use crate::format::run::Tally;
 use crate::image::device::bytes_of;
-use crate::image::plan::{ActiveL1, Edit, Plan};
+use crate::image::plan::{Edit, How, Plan};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::replay::resize::shared_but_copied;
 use crate::image::replay::walk::{set_copied, Flags};
@@ -191,11 +191,12 @@ impl Image {
             replay.write_new(&mut self.dev, "L2 table", offset, table)?;
             (index, left) = (index + 1, left - n);
         }
-        plan.l1 = ActiveL1::EachEntry(Rc::new(Edit {
+        let edit = Edit {
             offset: replay.l1_place().offset,
             before,
             after: room::copy_of(&replay.l1)?,
-        }));
+        };
+        plan.l1 = Some((Rc::new(edit), How::EachEntry));
         Ok(())
     }
 

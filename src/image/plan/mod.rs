@@ -52,22 +52,18 @@ pub(crate) use rules::text;
 pub(crate) use steps::{What, Write};
 
 /// How the active L1 table gets new contents.
-#[derive(Default)]
-pub(crate) enum ActiveL1 {
-    /// It does not change, or only in bit 63 of its entries.
-    #[default]
-    Kept,
+pub(crate) enum How {
     /// Its changed entries lie in one sector: written in place, which publishes them.
-    OneSector(Rc<Edit>),
+    OneSector,
     /// The new contents stand in new clusters, to which the header is switched (QEMU grew the table).
-    Moved(Rc<Edit>),
+    Moved,
     /// A temporary copy of the new contents stands elsewhere. The header is switched to it, the
     /// table is written in place, the header is switched back.
-    Through(Rc<Edit>, Rc<Temporary>),
+    Through(Rc<Temporary>),
     /// No place for a temporary copy: written in place, a power cut may leave a mixture.
-    InPlace(Rc<Edit>),
+    InPlace,
     /// Entries are published one by one, each valid with any other (VM state after create).
-    EachEntry(Rc<Edit>),
+    EachEntry,
 }
 
 /// What a verb wants written, besides what its replay holds.
@@ -85,7 +81,7 @@ pub(crate) struct Plan {
     /// words in them.
     pub(crate) left: Option<Rc<Edit>>,
     /// The active L1, where it changes in more than bit 63.
-    pub(crate) l1: ActiveL1,
+    pub(crate) l1: Option<(Rc<Edit>, How)>,
     /// Entries of tables, each in one sector, with any of which the image reads as before: written
     /// when the verb has taken effect and what they name is stable.
     pub(crate) entries: Vec<Write>,

@@ -1,7 +1,7 @@
 //! From epochs to the steps that bring the disk there. Nothing here reads or writes.
 
 use super::epoch::{Epoch, Epochs};
-use super::{ActiveL1, At, Edit, Plan, Temporary, TEMPORARY_L1};
+use super::{At, Edit, How, Plan, Temporary, TEMPORARY_L1};
 use crate::error::{Error, Result};
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
 use crate::format::header::{encode_switched, Header, Meaning, Places, SWITCHED};
@@ -111,7 +111,7 @@ pub(crate) fn steps(
         out.write("header: autoclear features", AT_AUTOCLEAR, bits)?;
         out.push(Step::Barrier)?;
     }
-    if let ActiveL1::Through(edit, temporary) = &plan.l1 {
+    if let Some((edit, How::Through(temporary))) = &plan.l1 {
         out.try_temporary(edit, temporary)?;
     }
     let last = epochs.all.len().saturating_sub(1);
@@ -149,7 +149,7 @@ pub(crate) fn steps(
             out.publish_header(places, meaning)?;
         }
         if n == last {
-            if let ActiveL1::EachEntry(edit) = &plan.l1 {
+            if let Some((edit, How::EachEntry)) = &plan.l1 {
                 // The verb is done; these entries only let go of the VM state.
                 out.edit(edit, At::Before, At::After)?;
                 out.push(Step::Barrier)?;
@@ -256,14 +256,8 @@ impl Steps {
     /// What is written in place from the first publish on must not need space: a full disk is to
     /// be found now. Everything but these tables is written over something that is not zeros.
     fn fill(&mut self, refs: &Refcounts, plan: &Plan) -> Result<()> {
-        let l1 = match &plan.l1 {
-            ActiveL1::Kept | ActiveL1::Moved(_) => None,
-            ActiveL1::OneSector(edit)
-            | ActiveL1::Through(edit, _)
-            | ActiveL1::InPlace(edit)
-            | ActiveL1::EachEntry(edit) => Some(edit),
-        };
-        for edit in l1.into_iter().chain(&plan.left) {
+        let l1 = plan.l1.iter().filter(|(_, how)| !matches!(how, How::Moved));
+        for edit in l1.map(|(edit, _)| edit).chain(&plan.left) {
             for run in edit.changes(At::Before, edit, At::After)? {
                 let at = edit.offset.saturating_add(run.start as u64);
                 self.push(Step::Fill(at, run.len() as u64))?;
@@ -305,9 +299,8 @@ impl Steps {
 
     /// What makes the old state the new one.
     fn publish_decisive(&mut self, places: Places, meaning: Meaning, plan: &Plan) -> Result<()> {
-        let l1 = &plan.l1;
-        match l1 {
-            ActiveL1::Through(edit, temporary) => {
+        match &plan.l1 {
+            Some((edit, How::Through(temporary))) => {
                 let via = Places {
                     l1_offset: temporary.offset,
                     ..places
@@ -318,8 +311,8 @@ impl Steps {
                 self.push(Step::Barrier)?;
                 self.publish_header(places, meaning)?;
             }
-            ActiveL1::OneSector(edit) | ActiveL1::InPlace(edit) => {
-                let torn = matches!(l1, ActiveL1::InPlace(_));
+            Some((edit, how @ (How::OneSector | How::InPlace))) => {
+                let torn = matches!(how, How::InPlace);
                 debug_assert!(torn || edit.sectors_published().count() <= 1);
                 self.publish_header(places, meaning)?;
                 // Nothing, if only bit 63 changes: later.
@@ -327,7 +320,7 @@ impl Steps {
                 self.push(Step::Publish(writes))?;
                 self.push(Step::Done)?;
             }
-            ActiveL1::Kept | ActiveL1::Moved(_) | ActiveL1::EachEntry(_) => {
+            None | Some((_, How::Moved | How::EachEntry)) => {
                 self.publish_header(places, meaning)?;
                 if plan.let_go {
                     self.push(Step::Publish(vec![Write {
@@ -360,7 +353,7 @@ impl Steps {
             self.push(Step::Barrier)?;
         }
         let temporary = match &plan.l1 {
-            ActiveL1::Through(edit, temporary) => Some((edit, temporary)),
+            Some((edit, How::Through(temporary))) => Some((edit, temporary)),
             _ => None,
         };
         let spare = temporary.map_or(0..0, |(edit, t)| {
@@ -373,7 +366,7 @@ impl Steps {
             let last = match &plan.l1 {
                 // Entries published one by one are on the disk already, and stay: pieces are
                 // written whole.
-                ActiveL1::EachEntry(last)
+                Some((last, How::EachEntry))
                     if last.offset == edit.offset
                         && !edit.changes(At::Published, edit, At::After)?.is_empty() =>
                 {
@@ -385,12 +378,12 @@ impl Steps {
             self.writes(writes)?;
         }
         self.writes(plan.flags)?;
-        match &plan.l1 {
-            ActiveL1::Kept | ActiveL1::EachEntry(_) => {}
-            ActiveL1::OneSector(edit)
-            | ActiveL1::Moved(edit)
-            | ActiveL1::Through(edit, _)
-            | ActiveL1::InPlace(edit) => self.edit(edit, At::Published, At::After)?,
+        let l1 = plan
+            .l1
+            .iter()
+            .filter(|(_, how)| !matches!(how, How::EachEntry));
+        for (edit, _) in l1 {
+            self.edit(edit, At::Published, At::After)?;
         }
         if let Some(edit) = &plan.left {
             self.edit(edit, At::Before, At::After)?;
