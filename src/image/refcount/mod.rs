@@ -13,14 +13,12 @@
 //! | `structure` | the refcount table and its blocks: growth and shrinking |
 //! | `block` | one block: its counts now and at the peak, where it comes from, how it has moved |
 //! | `tally` | the hot loops of a walk |
-//! | `fates` | what became of a cluster |
-//! | `dates` | when the disk has forgotten what was in it: epochs |
+//! | `fates` | what became of a cluster, and when the disk has forgotten what was in it: epochs |
 //! | `packed` | counts of a block, as narrow or as packed as they can be |
 //! | `residents` | how many blocks stay open, and what all of them may take |
 //! | `residency` | which blocks are in memory, in which form, and what is put away; windows |
 
 mod block;
-mod dates;
 mod fates;
 pub(crate) mod packed;
 mod residency;
@@ -35,10 +33,9 @@ use crate::format::geometry::{Geometry, HostCluster, MAX_CLUSTER_OFFSET};
 use crate::format::header::Places;
 use crate::format::refblock;
 use crate::format::run::Tally;
-use dates::Dates;
 use packed::BlockCounts;
 use residency::Residency;
-use structure::Structure;
+use structure::{Dropped, Reftable};
 
 pub(crate) use block::Block;
 pub(crate) use fates::{Fates, Forgotten, Freed};
@@ -46,7 +43,10 @@ pub(crate) use fates::{Fates, Forgotten, Freed};
 /// See the module's text.
 pub(crate) struct Refcounts {
     g: Geometry,
-    structure: Structure,
+    /// Places of the refcount table, the current one last; never empty.
+    tables: Vec<Reftable>,
+    /// Refcount blocks dropped by a shrinking resize.
+    dropped: Vec<Dropped>,
     residency: Residency,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
     next: u64,
@@ -54,7 +54,6 @@ pub(crate) struct Refcounts {
     pub(crate) reach: u64,
     /// What became of the clusters that explicit allocations and frees have touched.
     pub(crate) fates: Fates,
-    dates: Dates,
 }
 
 /// Does a caller have to look for clusters again?
@@ -77,12 +76,17 @@ impl Refcounts {
     ) -> Refcounts {
         Refcounts {
             g,
-            structure: Structure::new(places, entries),
+            tables: vec![Reftable {
+                offset: places.reftable_offset,
+                clusters: places.reftable_clusters.into(),
+                entries,
+                born: None,
+            }],
+            dropped: Vec::new(),
             residency: Residency::new(memory),
             next: 0,
             reach: length,
             fates: Fates::default(),
-            dates: Dates::default(),
         }
     }
 
@@ -322,7 +326,7 @@ impl Refcounts {
         let at = g.refblock_index(cluster);
         let index = g.reftable_index(cluster);
         let dropped = self.dropped_at(index);
-        if let Some(d) = dropped.and_then(|i| self.structure.dropped.get_mut(i)) {
+        if let Some(d) = dropped.and_then(|i| self.dropped.get_mut(i)) {
             if let Some(peak) = &mut d.peak {
                 refblock::set(g, peak, at, 1);
             }

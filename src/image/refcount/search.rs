@@ -136,7 +136,7 @@ impl Refcounts {
         if n > g.refblock_entries() {
             return Ok(None);
         }
-        let mut dropped = std::mem::take(&mut self.structure.dropped);
+        let mut dropped = std::mem::take(&mut self.dropped);
         let mut found = None;
         for d in &mut dropped {
             dev.progress.pass(g.cluster_size())?;
@@ -168,7 +168,7 @@ impl Refcounts {
                 break;
             }
         }
-        self.structure.dropped = dropped;
+        self.dropped = dropped;
         Ok(found)
     }
 }

@@ -7,7 +7,6 @@ use super::{Refcounts, Reserved};
 use crate::error::{Error, Result};
 use crate::format::entry::REFTABLE_OFFSET_MASK;
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
-use crate::format::header::Places;
 use crate::format::refblock;
 use crate::image::device::{self, Device};
 use crate::image::room;
@@ -45,44 +44,21 @@ pub(crate) struct Dropped {
     pub(crate) peak: Option<Vec<u8>>,
 }
 
-/// Where the structure has been and is.
-pub(super) struct Structure {
-    /// Places of the refcount table, the current one last; never empty.
-    pub(super) tables: Vec<Reftable>,
-    /// Refcount blocks dropped by a shrinking resize.
-    pub(super) dropped: Vec<Dropped>,
-}
-
-impl Structure {
-    /// The image's table.
-    pub(super) fn new(places: Places, entries: Vec<u64>) -> Structure {
-        Structure {
-            tables: vec![Reftable {
-                offset: places.reftable_offset,
-                clusters: places.reftable_clusters.into(),
-                entries,
-                born: None,
-            }],
-            dropped: Vec::new(),
-        }
-    }
-}
-
 impl Refcounts {
     /// Places of the refcount table, the current one last.
     pub(crate) fn tables(&self) -> &[Reftable] {
-        &self.structure.tables
+        &self.tables
     }
 
     /// The refcount table as it is now.
     pub(crate) fn table(&self) -> &Reftable {
         // Never empty: made with one, only pushed to.
-        &self.structure.tables[self.structure.tables.len() - 1]
+        &self.tables[self.tables.len() - 1]
     }
 
     pub(super) fn table_mut(&mut self) -> &mut Reftable {
-        let last = self.structure.tables.len() - 1;
-        &mut self.structure.tables[last]
+        let last = self.tables.len() - 1;
+        &mut self.tables[last]
     }
 
     /// The entries of the refcount table as they are now: the verb is over.
@@ -97,12 +73,12 @@ impl Refcounts {
 
     /// Blocks that a shrinking resize takes out of the table.
     pub(crate) fn dropped(&self) -> &[Dropped] {
-        &self.structure.dropped
+        &self.dropped
     }
 
     /// Which of the dropped blocks was at `index`? They are in order.
     pub(super) fn dropped_at(&self, index: u64) -> Option<usize> {
-        let dropped = &self.structure.dropped;
+        let dropped = &self.dropped;
         dropped.binary_search_by_key(&index, |d| d.index).ok()
     }
 
@@ -229,7 +205,7 @@ impl Refcounts {
             entries: table,
             born: Some(self.epoch()),
         };
-        room::push(&mut self.structure.tables, table)?;
+        room::push(&mut self.tables, table)?;
         for index in first..total_blocks {
             self.load(dev, index)?;
         }
@@ -323,7 +299,7 @@ impl Refcounts {
                     counts,
                     peak: None,
                 };
-                room::push(&mut self.structure.dropped, dropped)?;
+                room::push(&mut self.dropped, dropped)?;
             }
         }
         Ok(())

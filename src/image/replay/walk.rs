@@ -424,14 +424,14 @@ pub(crate) fn set_copied(
     let size = g.l2_entry_size();
     // No counts need be looked at where all come to the same.
     if flags == Flags::NoneIsOne || flags == Flags::AllAreOne && set {
-        let mut changed = false;
+        let mut differs = 0;
         for word in table.chunks_exact_mut(size) {
             let one = flags == Flags::AllAreOne && entry::is_counted(BigEndian::read_u64(word));
-            let new = word[0] & 0x7f | if one { 0x80 } else { 0 };
-            changed |= new != word[0];
+            let new = word[0] & 0x7f | u8::from(one) << 7;
+            differs |= new ^ word[0];
             word[0] = new;
         }
-        return Ok(changed);
+        return Ok(differs != 0);
     }
     // Peaks are kept only where a verb publishes more than once.
     let runs = match flags {
