@@ -123,7 +123,8 @@ fn down(tally: Tally) -> bool {
 const USUAL: u32 = 4;
 
 /// How many entries from the first on are zero words. A disk may be mapped here and there.
-#[inline(always)]
+/// Not a part of the loops that call it, which are tight where no entry is zero.
+#[inline(never)]
 fn zeros(table: &[u8], size: usize) -> usize {
     let zero = |word: &&[u8]| BigEndian::read_u64(word) == 0;
     // 64 bytes at a time, without a branch for each word.
