@@ -502,27 +502,15 @@ impl Image {
         let h = &self.header;
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
-        overlap.protect(
-            Protected::ActiveL1,
-            h.l1_offset,
-            u64::from(h.l1_size) * TABLE_ENTRY,
-        )?;
-        overlap.protect(
-            Protected::Reftable,
-            h.reftable_offset,
-            u64::from(h.reftable_clusters) << h.geometry.cluster_bits,
-        )?;
-        overlap.protect(
-            Protected::SnapshotTable,
-            h.snapshots_offset,
-            self.snapshots.size,
-        )?;
+        let l1_bytes = u64::from(h.l1_size) * TABLE_ENTRY;
+        let table_bytes = u64::from(h.reftable_clusters) << h.geometry.cluster_bits;
+        overlap.protect(Protected::ActiveL1, h.l1_offset, l1_bytes)?;
+        overlap.protect(Protected::Reftable, h.reftable_offset, table_bytes)?;
+        let (list, list_bytes) = (h.snapshots_offset, self.snapshots.size);
+        overlap.protect(Protected::SnapshotTable, list, list_bytes)?;
         for s in self.snapshots.entries.iter().filter(|s| placed(s)) {
-            overlap.protect(
-                Protected::InactiveL1,
-                s.l1_table_offset,
-                u64::from(s.l1_size) * TABLE_ENTRY,
-            )?;
+            let bytes = u64::from(s.l1_size) * TABLE_ENTRY;
+            overlap.protect(Protected::InactiveL1, s.l1_table_offset, bytes)?;
         }
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
             overlap.protect(Protected::BitmapDirectory, offset, bytes)?;

@@ -16,7 +16,6 @@ use crate::image::room;
 use crate::image::Image;
 use crate::words::printable;
 use byteorder::{BigEndian, ByteOrder};
-use std::rc::Rc;
 
 impl Image {
     /// Create a snapshot of the active disk. Returns its ID.
@@ -50,16 +49,7 @@ impl Image {
             bytes_of(&self.l1)?,
         )?;
         let walked = replay.walk(&mut self.dev, &self.l1, Tally::Up)?;
-        if walked.l1_changed {
-            let end = self.header.l1_offset.saturating_add(l1_bytes);
-            replay.refs.reach_to(end);
-            let edit = Edit {
-                offset: self.header.l1_offset,
-                before: room::copy_of(&self.l1)?,
-                after: room::copy_of(&walked.l1)?,
-            };
-            room::push(&mut plan.copied, Rc::new(edit))?;
-        }
+        plan.flag(&mut replay, self.header.l1_offset, &self.l1, &walked)?;
         replay.l1 = walked.l1;
         plan.clear = walked.tables;
         let flags = if walked.ones {
@@ -176,7 +166,6 @@ impl Image {
             set_copied(
                 &mut replay.refs,
                 &mut self.dev,
-                g,
                 &mut table,
                 Flags::Published,
                 true,
@@ -191,12 +180,8 @@ impl Image {
             replay.write_new(&mut self.dev, "L2 table", offset, table)?;
             (index, left) = (index + 1, left - n);
         }
-        let edit = Edit {
-            offset: replay.l1_place().offset,
-            before,
-            after: room::copy_of(&replay.l1)?,
-        };
-        plan.l1 = Some((Rc::new(edit), How::EachEntry));
+        let edit = Edit::new(replay.l1_place().offset, &before, &replay.l1)?;
+        plan.l1 = Some((edit, How::EachEntry));
         Ok(())
     }
 

@@ -5,9 +5,8 @@ use super::table::L1Table;
 use super::Snapshot;
 use crate::error::{Error, Result};
 use crate::format::entry::OFFSET_MASK;
-use crate::format::geometry::TABLE_ENTRY;
 use crate::format::run::Tally;
-use crate::image::plan::{Edit, Plan};
+use crate::image::plan::Plan;
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
 use crate::image::replay::named::{check_l2_offset, Named, Naming, Part};
@@ -16,7 +15,6 @@ use crate::image::replay::walk::Marked;
 use crate::image::replay::Replay;
 use crate::image::room;
 use crate::image::Image;
-use std::rc::Rc;
 
 /// What a replay has come to.
 type Replayed = (Replay, Plan, Vec<Snapshot>, u64);
@@ -143,19 +141,7 @@ impl Image {
         let active = replay
             .look(&mut self.dev, &self.l1, &named.words)
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
-        if active.l1_changed {
-            let end = self
-                .header
-                .l1_offset
-                .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
-            replay.refs.reach_to(end);
-            let edit = Edit {
-                offset: self.header.l1_offset,
-                before: room::copy_of(&self.l1)?,
-                after: room::copy_of(&active.l1)?,
-            };
-            room::push(&mut plan.copied, Rc::new(edit))?;
-        }
+        plan.flag(&mut replay, self.header.l1_offset, &self.l1, &active)?;
         replay.l1 = active.l1;
         plan.set = merged(dropped.tables, active.tables)?;
 

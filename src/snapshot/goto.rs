@@ -214,8 +214,7 @@ struct Sized<'a> {
 struct BothCounted<'a> {
     at: Sized<'a>,
     up: Walked,
-    /// The snapshot's L1 table, if it changes.
-    snapshot_l1: Option<Rc<Edit>>,
+    plan: Plan,
 }
 
 /// It is known how the new contents of the active L1 table are published.
@@ -227,21 +226,9 @@ struct Chosen<'a> {
 impl<'a> Sized<'a> {
     fn count_up(self, offset: u64, stored_l1: &[u64]) -> Result<BothCounted<'a>> {
         let up = self.replay.walk(self.dev, stored_l1, Tally::Up)?;
-        let mut snapshot_l1 = None;
-        if up.l1_changed {
-            let end = offset.saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
-            self.replay.refs.reach_to(end);
-            snapshot_l1 = Some(Rc::new(Edit {
-                offset,
-                before: room::copy_of(stored_l1)?,
-                after: room::copy_of(&up.l1)?,
-            }));
-        }
-        Ok(BothCounted {
-            at: self,
-            up,
-            snapshot_l1,
-        })
+        let mut plan = Plan::default();
+        plan.flag(self.replay, offset, stored_l1, &up)?;
+        Ok(BothCounted { at: self, up, plan })
     }
 }
 
@@ -308,7 +295,7 @@ impl Chosen<'_> {
         let BothCounted {
             at: Sized { replay, dev, was },
             up,
-            snapshot_l1,
+            mut plan,
         } = both;
         let old_l1 = std::mem::take(&mut replay.l1);
         let mut down = replay.walk(dev, &old_l1, Tally::Down(1))?;
@@ -328,15 +315,11 @@ impl Chosen<'_> {
         };
         replay.l1 = last.l1;
 
-        let mut plan = Plan::default();
         plan.decisive = replay.refs.epoch();
         (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables)?);
         if !ones {
             let marked = plan.clear.iter_mut().chain(&mut plan.set);
             marked.for_each(|t: &mut Marked| t.flags = Flags::NoneIsOne);
-        }
-        if let Some(edit) = snapshot_l1 {
-            room::push(&mut plan.copied, edit)?;
         }
         plan.l1 = Some((place_l1(replay, dev, was, &how)?, how));
         if let Some((offset, after)) = replay.left_l1.take() {
@@ -344,11 +327,7 @@ impl Chosen<'_> {
             let bytes = after.len() as u64 * TABLE_ENTRY;
             let (first, n) = (replay.g.cluster_of(offset).0, replay.g.clusters_for(bytes));
             if !replay.refs.fates.any_taken(first, n) {
-                plan.left = Some(Rc::new(Edit {
-                    offset,
-                    before: room::copy_of(was.l1)?,
-                    after,
-                }));
+                plan.left = Some(Edit::new(offset, was.l1, &after)?);
             }
         }
         Ok(plan)
@@ -406,11 +385,7 @@ fn place_l1(replay: &mut Replay, dev: &mut Device, was: Was, how: &How) -> Resul
         }
         How::OneSector | How::InPlace | How::EachEntry => {}
     }
-    Ok(Rc::new(Edit {
-        offset: replay.l1_place().offset,
-        before: room::copy_of(before)?,
-        after: room::copy_of(&replay.l1)?,
-    }))
+    Edit::new(replay.l1_place().offset, before, &replay.l1)
 }
 
 /// Do two entries of a table lie in the same 512-byte sector?

@@ -38,8 +38,9 @@ mod steps;
 
 use super::device::Device;
 use super::replay::overlap::Protected;
-use super::replay::walk::Marked;
+use super::replay::walk::{Marked, Walked};
 use super::replay::Replay;
+use super::room;
 use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::header::Header;
@@ -92,6 +93,22 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// The L1 table at `offset` has been walked: it may change in bit 63.
+    pub(crate) fn flag(
+        &mut self,
+        replay: &mut Replay,
+        offset: u64,
+        l1: &[u64],
+        walked: &Walked,
+    ) -> Result<()> {
+        if !walked.l1_changed {
+            return Ok(());
+        }
+        let edit = Edit::new(offset, l1, &walked.l1)?;
+        replay.refs.reach_to(offset.saturating_add(edit.bytes()));
+        room::push(&mut self.copied, edit)
+    }
+
     /// Write it all, in order. `autoclear`: what is left of these bits, where some are not known.
     /// Returns what is true of the image now, besides.
     pub(crate) fn carry_out(

@@ -10,6 +10,7 @@ use crate::format::geometry::HostCluster;
 use crate::format::refblock;
 use crate::image::device::Device;
 use crate::image::room::{Clusters, Known};
+use crate::image::tables::read_refblock;
 
 /// How a freed cluster's bytes end up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,8 +198,7 @@ impl Refcounts {
             let mut counts = Vec::new();
             if offset != 0 {
                 dev.progress.pass(g.cluster_size())?;
-                counts =
-                    dev.read_vec("Could not read a refcount block", offset, g.cluster_size())?;
+                counts = read_refblock(dev, g, offset)?;
             }
             self.fates.before = Some((index, counts));
         }

@@ -376,15 +376,6 @@ mod tests {
             self.enter_window(0..u64::MAX).unwrap();
             loaded - self.loaded().count()
         }
-
-        /// Clusters of the newest table, and of the blocks made together with it.
-        fn table_and_blocks(&self) -> usize {
-            let behind = self
-                .loaded()
-                .filter(|(_, b)| b.offset >= 64 * 256 * 512)
-                .count();
-            behind + self.table().clusters as usize
-        }
     }
 
     /// A refcount table of one cluster.
@@ -421,17 +412,6 @@ mod tests {
         block.peak_counts(r.g, &mut peak).unwrap();
         assert_eq!(refblock::get(r.g, &peak, 3), 1);
         assert!(block.is_written() && block.is_raised() && block.is_lowered() && !block.is_qemus());
-    }
-
-    #[test]
-    fn clusters_are_found_first_fit_and_search_goes_on_behind() {
-        let (mut dev, mut r) = small();
-        assert_eq!(r.alloc(&mut dev, 1).unwrap(), 3 * 512);
-        assert_eq!(r.alloc(&mut dev, 1025).unwrap(), 4 * 512);
-        assert_eq!(r.alloc(&mut dev, 0).unwrap(), 7 * 512);
-        r.free(&mut dev, 5 * 512, 1, Freed::Kept, Forgotten::With(0))
-            .unwrap();
-        assert_eq!(r.alloc(&mut dev, 512).unwrap(), 5 * 512);
     }
 
     /// Count a table of clusters in order, as `walk` does.
@@ -528,34 +508,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn a_new_block_leaves_the_first_free_cluster_to_the_data() {
-        let (mut dev, mut r) = small();
-        assert_eq!(r.alloc(&mut dev, 253 * 512).unwrap(), 3 * 512);
-        // Clusters 0 to 255 are full: QEMU puts the L1 copy at 256 and 257, the block at 258.
-        assert_eq!(r.alloc(&mut dev, 1024).unwrap(), 256 * 512);
-        assert_eq!(r.table().entries[1], 258 * 512);
-        assert_eq!(r.alloc(&mut dev, 512).unwrap(), 259 * 512);
-    }
-
-    #[test]
-    #[cfg_attr(miri, ignore = "many minutes there")]
-    fn the_table_grows_behind_everything_described() {
-        let (mut dev, mut r) = small();
-        // 64 entries describe 64 * 256 clusters; one by one nothing is skipped for new blocks.
-        let mut at = 0;
-        while r.tables().len() == 1 {
-            at = r.alloc(&mut dev, 512).unwrap();
-        }
-        let taken = (0..100_000).filter(|c| r.fates.is_taken(*c)).count();
-        assert_eq!(taken, 64 * 256 - 3 + 1 + r.table_and_blocks());
-        assert!(r.table().entries.len() > 64);
-        // The old table's cluster is free and below everything: QEMU takes it at once.
-        assert_eq!(at, 512);
-        assert_eq!(r.fates.forgotten(1), Forgotten::With(0));
-        r.forget_before_writing(&mut dev, at, 512).unwrap();
-        assert_eq!(r.epoch(), 1);
     }
 }

@@ -19,6 +19,7 @@ use crate::format::entry::OFFSET_MASK;
 use crate::format::run;
 use crate::image::device::Device;
 use crate::image::room;
+use crate::image::tables::read_refblock;
 use crate::io::scratch::Scratch;
 use byteorder::{BigEndian, ByteOrder};
 use std::borrow::Cow;
@@ -179,11 +180,7 @@ impl Refcounts {
         }
         self.ask_ahead(dev, index);
         dev.progress.pass(self.g.cluster_size())?;
-        let counts = dev.read_vec(
-            "Could not read a refcount block",
-            offset,
-            self.g.cluster_size(),
-        )?;
+        let counts = read_refblock(dev, self.g, offset)?;
         self.insert(index, Block::new(self.g, offset, counts, None))?;
         self.admit(index)?;
         Ok(true)

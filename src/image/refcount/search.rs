@@ -6,6 +6,7 @@ use crate::format::geometry::{HostCluster, TABLE_ENTRY};
 use crate::format::refblock;
 use crate::image::device::Device;
 use crate::image::room;
+use crate::image::tables::read_refblock;
 
 impl Refcounts {
     /// QEMU's `alloc_clusters_noref`: the first of `n` free clusters in a row.
@@ -140,11 +141,7 @@ impl Refcounts {
         let mut found = None;
         for d in &mut dropped {
             dev.progress.pass(g.cluster_size())?;
-            let before = dev.read_vec(
-                "Could not read a refcount block",
-                d.offset,
-                g.cluster_size(),
-            )?;
+            let before = read_refblock(dev, g, d.offset)?;
             let after = d.counts.as_ref().map(|c| c.bytes(g)).transpose()?;
             let base = g.first_cluster_of_block(d.index).0;
             let mut run = 0;

@@ -240,29 +240,16 @@ impl Refcounts {
             if offset == 0 {
                 continue;
             }
-            self.check_aligned(index, offset)?;
-            // Zeros, and a table may name a million of these: terabytes to look at.
-            if offset >= dev.length() && self.block(index).is_none() {
-                room::push(&mut unused, (index, offset))?;
-                continue;
-            }
-            let mut copy = match self.block(index) {
-                Some(b) => room::owned(b.counts(g)?)?,
-                None => {
-                    dev.progress.pass(g.cluster_size())?;
-                    room::resize(&mut scratch, g.cluster_len(), 0)?;
-                    dev.read("Could not read a refcount block", offset, &mut scratch)?;
-                    std::mem::take(&mut scratch)
-                }
+            let Some(counts) = self.counts(dev, index, &mut scratch)? else {
+                continue; // not reached: the entry is not zero
             };
-            let itself = g.cluster_of(offset);
+            let (mut counts, itself) = (room::copy_of(counts)?, g.cluster_of(offset));
             if g.reftable_index(itself) == index {
-                refblock::set(g, &mut copy, g.refblock_index(itself), 0);
+                refblock::set(g, &mut counts, g.refblock_index(itself), 0);
             }
-            if copy.iter().all(|b| *b == 0) {
+            if counts.iter().all(|b| *b == 0) {
                 room::push(&mut unused, (index, offset))?;
             }
-            scratch = copy;
         }
         let end = self
             .table()

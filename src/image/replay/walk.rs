@@ -9,7 +9,7 @@ use super::overlap::Protected;
 use super::Replay;
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
-use crate::format::geometry::{Geometry, HostCluster};
+use crate::format::geometry::HostCluster;
 use crate::format::run::Tally;
 use crate::image::device::Device;
 use crate::image::refcount::Refcounts;
@@ -245,7 +245,7 @@ impl Replay {
             None => tables.get(dev, index)?,
         };
         let table = share.part.of(table, g.l2_entry_size());
-        let mut counted = count_entries(&mut self.refs, dev, g, table, offset, tally)?;
+        let mut counted = count_entries(&mut self.refs, dev, table, offset, tally)?;
         counted.in_memory = changed.is_some();
         if matches!(share.part, Part::Behind(_)) {
             counted.own = Some(Own::More);
@@ -309,12 +309,11 @@ impl Replay {
 fn count_entries(
     refs: &mut Refcounts,
     dev: &mut Device,
-    g: Geometry,
     table: &[u8],
     offset: u64,
     tally: Tally,
 ) -> Result<Counted> {
-    let size = g.l2_entry_size();
+    let size = refs.geometry().l2_entry_size();
     let (mut at, mut all) = (0, Counted::default());
     while let Some(rest) = table.get(at..).filter(|r| !r.is_empty()) {
         let run = refs.count_run(dev, rest, tally)?;
@@ -327,14 +326,14 @@ fn count_entries(
         if run.entries == 0 {
             let old = BigEndian::read_u64(rest);
             let place = (offset, at / size);
-            let count = count_entry(refs, dev, g, old, place, tally, &mut all.ones)?;
+            let count = count_entry(refs, dev, old, place, tally, &mut all.ones)?;
             at += size;
             let Some(count) = count else {
                 continue;
             };
             all.ones |= count == 1;
             // Flags of compressed clusters and of entries that name none do not hang on a count.
-            let kind = entry::cluster(g, old & !COPIED);
+            let kind = entry::cluster(refs.geometry(), old & !COPIED);
             all.others |=
                 count != 1 && matches!(kind, Cluster::Standard(_) | Cluster::ZeroAllocated(_));
             if (old & COPIED != 0) != (count == 1) {
@@ -350,12 +349,12 @@ fn count_entries(
 fn count_entry(
     refs: &mut Refcounts,
     dev: &mut Device,
-    g: Geometry,
     entry: u64,
     place: (u64, usize),
     tally: Tally,
     ones: &mut bool,
 ) -> Result<Option<u64>> {
+    let g = refs.geometry();
     let mut bump = |refs: &mut Refcounts, c: HostCluster| -> Result<Option<u64>> {
         if refs.outside(g.reftable_index(c)) {
             return Ok(None);
@@ -388,13 +387,8 @@ fn count_entry(
 }
 
 /// Bit 63 of one L2 entry as `flags` demands; none where the cluster is passed over for now.
-fn wanted(
-    refs: &mut Refcounts,
-    dev: &mut Device,
-    g: Geometry,
-    old: u64,
-    flags: Flags,
-) -> Result<Option<bool>> {
+fn wanted(refs: &mut Refcounts, dev: &mut Device, old: u64, flags: Flags) -> Result<Option<bool>> {
+    let g = refs.geometry();
     let (Cluster::Standard(at) | Cluster::ZeroAllocated(at)) = entry::cluster(g, old & !COPIED)
     else {
         return Ok(Some(false));
@@ -416,12 +410,11 @@ fn wanted(
 pub(crate) fn set_copied(
     refs: &mut Refcounts,
     dev: &mut Device,
-    g: Geometry,
     table: &mut [u8],
     flags: Flags,
     set: bool,
 ) -> Result<bool> {
-    let size = g.l2_entry_size();
+    let size = refs.geometry().l2_entry_size();
     // No counts need be looked at where all come to the same.
     if flags == Flags::NoneIsOne || flags == Flags::AllAreOne && set {
         let mut differs = 0;
@@ -450,7 +443,7 @@ pub(crate) fn set_copied(
             }
         }
         let old = BigEndian::read_u64(rest);
-        let copied = wanted(refs, dev, g, old, flags)?;
+        let copied = wanted(refs, dev, old, flags)?;
         at += size;
         let Some(copied) = copied else {
             continue;
