@@ -349,7 +349,7 @@ fn check_after_resize(replay: &mut Replay, dev: &mut Device) -> Result<()> {
             return Err(shared_but_copied(replay.g.offset_of(cluster)));
         }
     }
-    for offset in replay.remade.offsets()? {
+    for offset in replay.remade.contents.sorted()? {
         let cluster = replay.g.cluster_of(offset);
         if replay.refs.get(dev, cluster)? != 0 {
             return Err(shared_but_copied(offset));

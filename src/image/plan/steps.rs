@@ -115,14 +115,13 @@ pub(crate) fn steps(
         out.try_temporary(edit, temporary)?;
     }
     let last = epochs.all.len().saturating_sub(1);
-    for (n, epoch) in epochs.all.into_iter().enumerate() {
+    for (n, mut epoch) in epochs.all.into_iter().enumerate() {
         let meaning = if n < epochs.decisive {
             was.meaning()
         } else {
             epochs.meaning
         };
-        let (places, hooks) = (epoch.places, hook_ups(replay.g, refs, &epoch, n)?);
-        out.new_contents(refs, epoch, n)?;
+        out.new_contents(refs, &mut epoch, n)?;
         if n == 0 {
             out.fill(refs, &plan)?;
             if !raised.is_empty() || !refs.dropped().is_empty() {
@@ -135,18 +134,12 @@ pub(crate) fn steps(
             }
         }
         out.push(Step::Barrier)?;
-        for round in hooks {
-            for (at, block) in round {
-                let entry = What::bytes(&block.to_be_bytes())?;
-                out.write("refcount table entry", at, entry)?;
-            }
-            out.push(Step::Barrier)?;
-        }
+        out.enter_blocks(refs, &epoch, n)?;
         if n == epochs.decisive {
             out.push(Step::End)?;
-            out.publish_decisive(places, meaning, &plan)?;
+            out.publish_decisive(epoch.places, meaning, &plan)?;
         } else {
-            out.publish_header(places, meaning)?;
+            out.publish_header(epoch.places, meaning)?;
         }
         if n == last {
             if let Some((edit, How::EachEntry)) = &plan.l1 {
@@ -217,7 +210,7 @@ impl Steps {
 
     /// New structures and new data of an epoch. What extends the file comes first, so that a full
     /// disk is found before anything else is touched.
-    fn new_contents(&mut self, refs: &Refcounts, epoch: Epoch, n: usize) -> Result<()> {
+    fn new_contents(&mut self, refs: &Refcounts, epoch: &mut Epoch, n: usize) -> Result<()> {
         let (mut extend, mut others) = (Vec::new(), Vec::new());
         let (file, mut end) = (self.file, self.file);
         let mut add = |label, at: u64, bytes: u64, what| {
@@ -230,12 +223,12 @@ impl Steps {
             };
             room::push(list, Write { label, at, what })
         };
-        for index in epoch.blocks {
+        for index in epoch.blocks.iter().copied() {
             let at = refs.block(index).map_or(0, |b| b.offset);
             let what = What::Block(index);
             add("refcount block", at, self.g.cluster_size(), what)?;
         }
-        for index in epoch.tables {
+        for index in epoch.tables.iter().copied() {
             let table = refs.tables().get(index);
             let (at, entries) = table.map_or((0, 0), |t| (t.offset, t.entries.len()));
             let what = What::Table {
@@ -244,13 +237,56 @@ impl Steps {
             };
             add("refcount table", at, entries as u64 * TABLE_ENTRY, what)?;
         }
-        for data in epoch.new {
+        for data in epoch.new.drain(..) {
             let bytes = data.data.len() as u64;
             add(data.label, data.offset, bytes, What::Bytes(data.data))?;
         }
         self.file = end;
         self.writes(extend)?;
         self.writes(others)
+    }
+
+    /// Enter an epoch's new blocks in the tables that are older than they: a block whose own count stands in
+    /// another new block waits for that one's entry.
+    fn enter_blocks(&mut self, refs: &Refcounts, epoch: &Epoch, n: usize) -> Result<()> {
+        let (g, mut entries) = (self.g, Vec::new());
+        // A table that the epoch makes is written whole, and so is one that is made later.
+        for table in refs
+            .tables()
+            .iter()
+            .filter(|t| t.born.is_none_or(|e| e < n))
+        {
+            for index in epoch.blocks.iter().copied() {
+                let block = refs.block(index).map_or(0, |b| b.offset);
+                if table.entry(index) == block {
+                    let at = table.offset.saturating_add(index * TABLE_ENTRY);
+                    room::push(&mut entries, (index, at, block))?;
+                }
+            }
+        }
+        let mut known: Vec<u64> = Vec::new();
+        while !entries.is_empty() {
+            let waits = |(index, _, block): &(u64, u64, u64)| {
+                let describing = g.reftable_index(g.cluster_of(*block));
+                describing != *index
+                    && !known.contains(&describing)
+                    && epoch.blocks.contains(&describing)
+            };
+            entries.sort_unstable_by_key(|e| (waits(e), e.1));
+            let now = entries.partition_point(|e| !waits(e));
+            if now == 0 {
+                return Err(Error::Corrupt(
+                    "Refcount blocks describe each other in a circle".into(),
+                ));
+            }
+            for (index, at, block) in entries.drain(..now) {
+                room::push(&mut known, index)?;
+                let entry = What::bytes(&block.to_be_bytes())?;
+                self.write("refcount table entry", at, entry)?;
+            }
+            self.push(Step::Barrier)?;
+        }
+        Ok(())
     }
 
     /// What is written in place from the first publish on must not need space: a full disk is to
@@ -432,61 +468,6 @@ fn changes(edit: &Edit, from: At, last: &Rc<Edit>, to: At) -> Result<Vec<Write>>
         what: What::Words(another(last), to, run),
     });
     room::collected(writes)
-}
-
-/// Where an epoch's new blocks are to be entered in tables that are older than they (place, block):
-/// a block whose own count stands in another new block waits for that one's entry.
-fn hook_ups(
-    g: Geometry,
-    refs: &Refcounts,
-    epoch: &Epoch,
-    n: usize,
-) -> Result<Vec<Vec<(u64, u64)>>> {
-    let mut entries = Vec::new();
-    // One that the epoch makes is written whole, and so is one that is made later.
-    for table in refs
-        .tables()
-        .iter()
-        .filter(|t| t.born.is_none_or(|e| e < n))
-    {
-        for index in epoch.blocks.iter().copied() {
-            let block = refs.block(index).map_or(0, |b| b.offset);
-            if table.entry(index) == block {
-                let at = table.offset.saturating_add(index * TABLE_ENTRY);
-                room::push(&mut entries, (index, at, block))?;
-            }
-        }
-    }
-    let (mut known, mut rounds): (Vec<u64>, _) = (Vec::new(), Vec::new());
-    while !entries.is_empty() {
-        let waits = |index: u64, block: u64| {
-            let describing = g.reftable_index(g.cluster_of(block));
-            describing != index
-                && !known.contains(&describing)
-                && epoch.blocks.contains(&describing)
-        };
-        let (mut later, mut now) = (Vec::new(), Vec::new());
-        for entry in entries {
-            let list = if waits(entry.0, entry.2) {
-                &mut later
-            } else {
-                &mut now
-            };
-            room::push(list, entry)?;
-        }
-        if now.is_empty() {
-            return Err(Error::Corrupt(
-                "Refcount blocks describe each other in a circle".into(),
-            ));
-        }
-        for (index, ..) in &now {
-            room::push(&mut known, *index)?;
-        }
-        let round = room::collected(now.into_iter().map(|(_, at, block)| (at, block)))?;
-        room::push(&mut rounds, round)?;
-        entries = later;
-    }
-    Ok(rounds)
 }
 
 /// Ranges of clusters that QEMU punches besides those that lose their count. What was freed and

@@ -49,7 +49,7 @@ pub(crate) struct Refcounts {
     dropped: Vec<Dropped>,
     residency: Residency,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
-    next: u64,
+    pub(crate) next: u64,
     /// The length that QEMU's writes and truncates give the file, up to this point.
     pub(crate) reach: u64,
     /// What became of the clusters that explicit allocations and frees have touched.
@@ -207,16 +207,6 @@ impl Refcounts {
         self.store(cluster, n)
     }
 
-    /// Where the search for free clusters goes on.
-    pub(crate) fn searched(&self) -> u64 {
-        self.next
-    }
-
-    /// Let the search begin at this cluster: those before it have been looked at.
-    pub(crate) fn search_from(&mut self, cluster: u64) {
-        self.next = cluster;
-    }
-
     /// Store a count in a loaded block.
     fn store(&mut self, cluster: HostCluster, count: u64) -> Result<()> {
         let g = self.g;
@@ -268,14 +258,14 @@ impl Refcounts {
         if bytes == 0 {
             return Ok(());
         }
+        let first = self.g.cluster_of(offset).0;
         let last = self.g.cluster_of(offset.saturating_add(bytes - 1)).0;
-        let clusters = self.g.cluster_of(offset).0..=last;
-        for c in clusters.clone() {
+        for c in first..=last {
             if self.get(dev, HostCluster(c))? == 0 {
                 return Ok(());
             }
         }
-        for c in clusters {
+        for c in first..=last {
             let left = self.tally(dev, HostCluster(c), Tally::Down(1))?;
             freed(self, c, left)?;
         }

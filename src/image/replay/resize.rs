@@ -56,7 +56,7 @@ impl Replay {
                     Freed::Punched,
                     Forgotten::Never,
                 )?;
-                self.remade.remove(offset);
+                self.remade.contents.remove(offset);
                 self.l1[index] = 0;
                 let emptied = index.checked_sub(discarded.first);
                 let emptied = emptied.and_then(|i| discarded.emptied.get(i));
@@ -135,7 +135,7 @@ impl Replay {
             room::push(&mut emptied, owned && changed)?;
             // Only the table at the new end still matters: the others go with the L1's tail.
             if from != 0 && (changed || !owned) {
-                self.remade.change(offset, table)?;
+                self.remade.contents.insert(offset, table)?;
             }
             at = next;
         }
@@ -215,11 +215,11 @@ impl Replay {
 
     /// Remember the contents of a table that the resize changes.
     fn keep_table(&mut self, offset: u64, table: Contents) -> Result<()> {
-        let copies = self.remade.len() as u64 * self.g.cluster_size();
+        let copies = self.remade.contents.len() as u64 * self.g.cluster_size();
         if copies > MOST_COPIES {
             return Err(Error::NoMemory(copies));
         }
-        self.remade.change(offset, table)
+        self.remade.contents.insert(offset, table)
     }
 
     /// Own the table at `l1_index`; if it had to be made, remember what is in it until it is freed.
@@ -283,7 +283,7 @@ impl Replay {
             BigEndian::write_u64(word, new | COPIED);
             self.forget_cluster(dev, &old_word, Forgotten::Never)?;
         }
-        self.remade.change(offset, Contents::Bytes(table))
+        self.remade.contents.insert(offset, Contents::Bytes(table))
     }
 }
 
