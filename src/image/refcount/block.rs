@@ -4,6 +4,7 @@ use super::packed::BlockCounts;
 use crate::error::Result;
 use crate::format::geometry::Geometry;
 use crate::format::refblock;
+use crate::image::device::zeroed;
 use crate::image::room;
 use std::borrow::Cow;
 
@@ -112,13 +113,9 @@ impl Block {
 
     /// The counts as they are now are needed by a published state: keep them as part of the peak.
     pub(super) fn mark_published(&mut self, g: Geometry) -> Result<()> {
-        let counts = self.now.bytes(g)?;
-        let mut peak = match &self.peak {
-            Some(peak) => room::owned(peak.bytes(g)?)?,
-            None => room::copy_of(&counts)?,
-        };
-        refblock::raise_to(g, &mut peak, &counts, g.refblock_entries() as usize);
-        let mut peak = BlockCounts::new(g, peak);
+        let mut counts = zeroed(g.cluster_size())?;
+        self.peak_counts(g, &mut counts)?;
+        let mut peak = BlockCounts::new(g, counts);
         peak.pack(g);
         self.peak = Some(peak);
         Ok(())

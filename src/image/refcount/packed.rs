@@ -155,11 +155,6 @@ impl BlockCounts {
         }
     }
 
-    /// Are the counts in the temporary file?
-    pub(crate) fn is_away(&self) -> bool {
-        matches!(self, BlockCounts::Away(_))
-    }
-
     /// The fields, if they have this width.
     #[inline(always)]
     pub(crate) fn fields<const WIDTH: u32>(&self) -> Option<&[u8]> {
@@ -226,7 +221,7 @@ impl BlockCounts {
 
     /// Write the counts to the temporary file, at `at`, and forget them.
     pub(crate) fn put_away(&mut self, g: Geometry, scratch: &Arc<Scratch>, at: u64) -> Result<()> {
-        if self.is_away() {
+        if matches!(self, BlockCounts::Away(_)) {
             return Ok(());
         }
         self.open(g)?;
@@ -390,7 +385,7 @@ mod tests {
             .collect();
         let mut counts = BlockCounts::new(g(), noise.clone());
         counts.put_away(g(), &scratch, 1 << 20).unwrap();
-        assert!(counts.is_away() && counts.size() == 0);
+        assert!(matches!(counts, BlockCounts::Away(_)) && counts.size() == 0);
         assert_eq!(counts.bytes(g()).unwrap(), noise);
         assert_eq!(counts.get(g(), 3).unwrap(), u64::from(noise[7]));
         // What a disk that has failed may give.

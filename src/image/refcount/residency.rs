@@ -77,6 +77,7 @@ struct Reading {
 }
 
 /// How a walk goes.
+#[derive(Default)]
 pub(super) struct Walk {
     /// Runs of few clusters since the last long one: it jumps about.
     pub(super) short_runs: u32,
@@ -104,12 +105,7 @@ impl Residency {
             open: Residents::new(cap),
             overflow: Overflow::default(),
             reading: Reading::default(),
-            walk: Walk {
-                short_runs: 0,
-                back: 0,
-                entries: 0,
-                think_at: BACK,
-            },
+            walk: Walk::default(),
             window: Window {
                 first: 0,
                 blocks: u64::MAX,

@@ -4,8 +4,7 @@ use super::Refcounts;
 use crate::error::{Error, Result};
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
 use crate::format::refblock;
-use crate::image::device::Device;
-use crate::image::room;
+use crate::image::device::{zeroed, Device};
 use crate::image::tables::read_refblock;
 
 impl Refcounts {
@@ -104,10 +103,8 @@ impl Refcounts {
             }
             let is_loaded = loaded.is_some();
             if let Some(block) = loaded {
-                scratch = room::owned(block.counts(g)?)?;
-                if let Some(peak) = &block.peak {
-                    refblock::raise_to(g, &mut scratch, &peak.bytes(g)?, entries as usize);
-                }
+                scratch = zeroed(g.cluster_size())?;
+                block.peak_counts(g, &mut scratch)?;
             } else {
                 self.counts(dev, index, &mut scratch)?;
             }
