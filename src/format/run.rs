@@ -63,46 +63,50 @@ pub fn count<const WIDTH: u32>(
     let mut rest = table;
     while let Some(word) = rest.get(..size) {
         let entry = BigEndian::read_u64(word);
-        if entry != 0 {
-            if block_of(g, entry) != Some(block) {
-                break;
-            }
-            let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-            let next = rest.get(size..).and_then(|r| r.get(..8));
-            let behind = entry.wrapping_add(g.cluster_size()).to_be_bytes();
-            if WIDTH == USUAL && next == Some(&behind[..]) && run.entries >= one_by_one {
-                let n = in_order(g, rest, entry, index);
-                let at = index.wrapping_mul(2);
-                let these = counts.get_mut(at..at.wrapping_add(n.wrapping_mul(2)));
-                match these.filter(|_| n > 1).and_then(|c| count_all(c, tally)) {
-                    Some(all) => {
-                        run.add(all, n, index, entry & COPIED != 0, tally);
-                        rest = rest.get(n.wrapping_mul(size)..).unwrap_or_default();
-                        continue;
-                    }
-                    // One of them is at its bound.
-                    None => one_by_one = run.entries.wrapping_add(n),
+        if entry == 0 {
+            let n = zeros(rest, size);
+            run.entries = run.entries.wrapping_add(n);
+            rest = rest.get(n.wrapping_mul(size)..).unwrap_or_default();
+            continue;
+        }
+        if block_of(g, entry) != Some(block) {
+            break;
+        }
+        let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
+        let next = rest.get(size..).and_then(|r| r.get(..8));
+        let behind = entry.wrapping_add(g.cluster_size()).to_be_bytes();
+        if WIDTH == USUAL && next == Some(&behind[..]) && run.entries >= one_by_one {
+            let n = in_order(g, rest, entry, index);
+            let at = index.wrapping_mul(2);
+            let these = counts.get_mut(at..at.wrapping_add(n.wrapping_mul(2)));
+            match these.filter(|_| n > 1).and_then(|c| count_all(c, tally)) {
+                Some(all) => {
+                    run.add(all, n, index, entry & COPIED != 0, tally);
+                    rest = rest.get(n.wrapping_mul(size)..).unwrap_or_default();
+                    continue;
                 }
+                // One of them is at its bound.
+                None => one_by_one = run.entries.wrapping_add(n),
             }
-            let old = refblock::get(fields, counts, index);
-            let new = match tally {
-                Tally::Up if old == max => break,
-                Tally::Up => old.wrapping_add(1),
-                Tally::Down(n) if old < n => break,
-                Tally::Down(n) => old.wrapping_sub(n),
-                Tally::Look => old,
-            };
-            if tally != Tally::Look {
-                refblock::set(fields, counts, index, new);
-            }
-            run.ones |= new == 1;
-            run.others |= tally == Tally::Look && new != 1;
-            if down(tally) && new == 0 && run.freed.is_none_or(|f| index < f) {
-                run.freed = Some(index);
-            }
-            if (entry & COPIED != 0) != (new == 1) {
-                run.changed = run.entries.wrapping_add(1);
-            }
+        }
+        let old = refblock::get(fields, counts, index);
+        let new = match tally {
+            Tally::Up if old == max => break,
+            Tally::Up => old.wrapping_add(1),
+            Tally::Down(n) if old < n => break,
+            Tally::Down(n) => old.wrapping_sub(n),
+            Tally::Look => old,
+        };
+        if tally != Tally::Look {
+            refblock::set(fields, counts, index, new);
+        }
+        run.ones |= new == 1;
+        run.others |= tally == Tally::Look && new != 1;
+        if down(tally) && new == 0 && run.freed.is_none_or(|f| index < f) {
+            run.freed = Some(index);
+        }
+        if (entry & COPIED != 0) != (new == 1) {
+            run.changed = run.entries.wrapping_add(1);
         }
         run.entries = run.entries.wrapping_add(1);
         rest = rest.get(size..).unwrap_or_default();
@@ -117,6 +121,22 @@ fn down(tally: Tally) -> bool {
 
 /// The refcount width of nearly all images, 16 bits: it has a loop for clusters in order.
 const USUAL: u32 = 4;
+
+/// How many entries from the first on are zero words. A disk may be mapped here and there.
+/// Not a part of the loops that call it, which are tight where no entry is zero.
+#[inline(never)]
+fn zeros(table: &[u8], size: usize) -> usize {
+    let zero = |word: &&[u8]| BigEndian::read_u64(word) == 0;
+    // 64 bytes at a time, without a branch for each word.
+    let none = |bytes: &&[u8]| {
+        let words = bytes.chunks_exact(8).map(BigEndian::read_u64);
+        words.fold(0, |any, word| any | word) == 0
+    };
+    let whole = table.chunks_exact(64).take_while(none).count();
+    let n = whole.wrapping_mul(if size == 8 { 8 } else { 4 });
+    let rest = table.get(n.wrapping_mul(size)..).unwrap_or_default();
+    n.wrapping_add(rest.chunks_exact(size).take_while(zero).count())
+}
 
 /// How many entries from the first on, which is `entry` and counted at `index`, are clusters behind
 /// one another with the same flags, as far as the block reaches.
@@ -231,27 +251,31 @@ pub fn set_copied<const WIDTH: u32>(
     let mut rest = table;
     while let Some(word) = rest.get(..size) {
         let entry = BigEndian::read_u64(word);
-        if entry != 0 {
-            if block_of(g, entry) != Some(block) {
-                break;
-            }
-            let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-            let next = rest.get(size..).and_then(|r| r.get(..8));
-            let behind = entry.wrapping_add(g.cluster_size()).to_be_bytes();
-            if WIDTH == USUAL && next == Some(&behind[..]) {
-                let n = in_order(g, rest, entry, index);
-                let at = index.wrapping_mul(2);
-                let these = counts.get(at..at.wrapping_add(n.wrapping_mul(2)));
-                changed |= flag_all(g, rest, these.unwrap_or_default(), only_clear);
-                entries = entries.wrapping_add(n);
-                rest = rest.get_mut(n.wrapping_mul(size)..).unwrap_or_default();
-                continue;
-            }
-            let copied = refblock::get(fields, counts, index) == 1;
-            if (entry & COPIED != 0) != copied && !(only_clear && copied) {
-                BigEndian::write_u64(rest, entry ^ COPIED);
-                changed = true;
-            }
+        if entry == 0 {
+            let n = zeros(rest, size);
+            entries = entries.wrapping_add(n);
+            rest = rest.get_mut(n.wrapping_mul(size)..).unwrap_or_default();
+            continue;
+        }
+        if block_of(g, entry) != Some(block) {
+            break;
+        }
+        let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
+        let next = rest.get(size..).and_then(|r| r.get(..8));
+        let behind = entry.wrapping_add(g.cluster_size()).to_be_bytes();
+        if WIDTH == USUAL && next == Some(&behind[..]) {
+            let n = in_order(g, rest, entry, index);
+            let at = index.wrapping_mul(2);
+            let these = counts.get(at..at.wrapping_add(n.wrapping_mul(2)));
+            changed |= flag_all(g, rest, these.unwrap_or_default(), only_clear);
+            entries = entries.wrapping_add(n);
+            rest = rest.get_mut(n.wrapping_mul(size)..).unwrap_or_default();
+            continue;
+        }
+        let copied = refblock::get(fields, counts, index) == 1;
+        if (entry & COPIED != 0) != copied && !(only_clear && copied) {
+            BigEndian::write_u64(rest, entry ^ COPIED);
+            changed = true;
         }
         entries = entries.wrapping_add(1);
         rest = rest.get_mut(size..).unwrap_or_default();

@@ -1,5 +1,4 @@
-//! An open image: its state in memory, and what every verb shares. Long, since opening, what a handle may
-//! still do, and committing are one state.
+//! An open image: its state in memory, and what every verb shares.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
@@ -18,53 +17,23 @@ use progress::Progress;
 use reading::{Behind, Caches, Place};
 use replay::overlap::{Overlap, Protected};
 use replay::Replay;
+use standing::{Last, Standing};
 
 pub(crate) mod device;
 pub(crate) mod held;
 mod layout;
-pub(crate) mod named;
 pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod reading;
 pub(crate) mod refcount;
 pub(crate) mod replay;
 pub(crate) mod room;
+mod standing;
 mod tables;
 
 pub use layout::{Changed, ImageLayout};
 pub use progress::{ProgressHook, Stage};
-
-/// What the last changing verb did to the image (`qcow2_last_outcome()`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(i32)]
-pub enum Outcome {
-    /// No verb has run yet.
-    None = 0,
-    /// The image means what it meant before.
-    Unchanged = 1,
-    /// The verb is done (perhaps with leaked clusters).
-    Done = 2,
-    /// Old or new state: open the image again to know.
-    Unknown = 3,
-}
-
-/// What may still be done with a handle.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Standing {
-    Good,
-    /// A write failed: only reading goes on.
-    NoChanges,
-    /// The state of the image is not known any more, or a panic was caught.
-    Spent,
-}
-
-/// What the last changing verb has left behind in the handle.
-struct Last {
-    standing: Standing,
-    outcome: Outcome,
-    changed: Changed,
-    remark: Option<String>,
-}
+pub use standing::Outcome;
 
 /// What `load_tmp` put in front of the active disk.
 pub(crate) struct View {
@@ -108,8 +77,6 @@ pub struct Image {
     last: Last,
     /// Bytes that refcounts may take in memory.
     pub(crate) refcount_memory: u64,
-    /// Opened to be checked, and not found good yet: no verb may change it.
-    pub(crate) unchecked: bool,
     /// The steps of the last verb, as text.
     #[cfg(test)]
     steps: String,
@@ -243,12 +210,10 @@ impl Image {
                 remark: None,
             },
             refcount_memory: refcount::packed::MOST,
-            unchecked: flags.has(OpenFlags::CHECK),
             #[cfg(test)]
             steps: String::new(),
         };
         image.load_what_is_good()?;
-        image.refuse_dirty()?;
         Ok(image)
     }
 
@@ -267,25 +232,19 @@ impl Image {
         (self.view, self.behind.chain, self.behind.data_file) = (None, None, None);
         self.load_what_is_good()?;
         self.seen = stamp.filter(Stamp::is_settled);
-        self.refuse_dirty()
+        Ok(())
     }
 
     /// Load the snapshot table; of an image that is going to be checked it may be damaged.
     fn load_what_is_good(&mut self) -> Result<()> {
         match self.load_snapshots() {
-            Err(Error::TooBig(_) | Error::Invalid(_) | Error::Corrupt(_)) if self.unchecked => {
+            Err(Error::TooBig(_) | Error::Invalid(_) | Error::Corrupt(_)) if self.unchecked() => {
                 self.snapshots = SnapshotList::default();
-                Ok(())
             }
-            other => other,
+            loaded => loaded?,
         }
-    }
-
-    fn refuse_dirty(&self) -> Result<()> {
-        if self.unchecked {
-            return Ok(());
-        }
-        if self.flags.has(OpenFlags::RDWR) && self.header.incompatible & features::DIRTY != 0 {
+        let dirty = self.header.incompatible & features::DIRTY != 0;
+        if dirty && self.flags.has(OpenFlags::RDWR) && !self.unchecked() {
             return Err(Error::Unsupported(
                 "qcow2: Image was not closed properly (dirty bit set); repair it first with 'qcow2-snapshot check -r all'"
                     .into(),
@@ -311,32 +270,10 @@ impl Image {
             .map_or(self.header.disk_size(), |v| v.size)
     }
 
-    /// What the last changing verb did.
-    pub fn last_outcome(&self) -> Outcome {
-        self.last.outcome
-    }
-
-    /// A remark on the last verb that succeeded.
-    pub fn remark(&self) -> Option<&str> {
-        self.last.remark.as_deref()
-    }
-
-    pub(crate) fn set_remark(&mut self, text: &str) {
-        self.last.remark = Some(text.into());
-    }
-
     /// Tell `hook` how far a changing verb or [`Image::snapshot_usage`] is, and let it cancel that; `None`
     /// takes it away.
     pub fn set_progress(&mut self, hook: Option<Box<ProgressHook>>) {
         self.dev.progress = Progress::new(hook);
-    }
-
-    /// Make the handle refuse everything but close, after a panic in the middle of a call.
-    pub fn poison(&mut self) {
-        if self.last.outcome != Outcome::None {
-            self.last.outcome = Outcome::Unknown;
-        }
-        self.last.standing = Standing::Spent;
     }
 
     /// The flags given at open.
@@ -346,16 +283,6 @@ impl Image {
 
     pub(crate) fn compat_2_1(&self) -> bool {
         self.flags.has(OpenFlags::COMPAT_2_1)
-    }
-
-    /// May the handle still be used to read?
-    pub(crate) fn usable(&self) -> Result<()> {
-        if self.last.standing == Standing::Spent {
-            return Err(Error::Spent(
-                "An earlier failure left the state of the image unknown; close the handle and open it again".into(),
-            ));
-        }
-        Ok(())
     }
 
     /// Begin a call that reads what is seen of the disk.
@@ -413,83 +340,6 @@ impl Image {
         loaded
     }
 
-    /// A changing verb has nothing to change: it is done.
-    pub(crate) fn nothing_to_do(&mut self) -> Result<()> {
-        self.usable()?;
-        self.last.outcome = Outcome::Done;
-        self.last.changed = Changed::default();
-        Ok(())
-    }
-
-    /// Begin to change the image, whatever is wrong with it: may this handle do that at all?
-    pub(crate) fn begin_repair(&mut self) -> Result<()> {
-        self.usable()?;
-        self.last.remark = None;
-        (self.last.outcome, self.last.changed) = (Outcome::Unchanged, Changed::default());
-        if !self.flags.has(OpenFlags::RDWR) {
-            return Err(Error::Access("The image is opened read-only".into()));
-        }
-        if self.last.standing == Standing::NoChanges {
-            return Err(Error::Spent(
-                "An earlier write failed; the image can be read but not changed until it is opened again".into(),
-            ));
-        }
-        self.dev.changed = false;
-        Ok(())
-    }
-
-    /// Begin a verb: the image must be good.
-    pub(crate) fn begin_change(&mut self) -> Result<()> {
-        self.begin_repair()?;
-        if self.unchecked {
-            return Err(Error::NotPermitted(
-                "The image is opened to be checked; repair it first, or open it without that flag"
-                    .into(),
-            ));
-        }
-        if self.header.has_data_file() {
-            return Err(Error::Unsupported(
-                "Internal snapshots are not supported on images with an external data file".into(),
-            ));
-        }
-        if !self.snapshots.loaded {
-            self.load_snapshots()?;
-        }
-        Ok(())
-    }
-
-    /// What is true of the image should the next request of a repair fail.
-    pub(crate) fn repairing(&mut self, outcome: Outcome) {
-        self.last.outcome = outcome;
-    }
-
-    /// Nothing is wrong any more: the handle is as any other from now on.
-    pub(crate) fn found_good(&mut self) {
-        self.unchecked = false;
-        self.flags = self.flags.without(OpenFlags::CHECK);
-    }
-
-    /// A repair is over.
-    pub(crate) fn end_repair(&mut self, ended: bool) {
-        self.forget_reads();
-        if self.dev.changed {
-            // Any of them may have been written.
-            self.last.changed = Changed {
-                size: false,
-                l1: true,
-                reftable: true,
-                snapshots: true,
-            };
-        }
-        if ended {
-            self.last.outcome = Outcome::Done;
-        } else if self.last.outcome == Outcome::Unknown {
-            self.last.standing = Standing::Spent;
-        } else if self.dev.changed && self.last.standing == Standing::Good {
-            self.last.standing = Standing::NoChanges;
-        }
-    }
-
     /// Let refcounts take that many bytes of memory in a verb; the others go to a temporary file.
     #[doc(hidden)]
     pub fn limit_refcount_memory(&mut self, bytes: u64) {
@@ -509,27 +359,15 @@ impl Image {
         let h = &self.header;
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
-        overlap.protect(
-            Protected::ActiveL1,
-            h.l1_offset,
-            u64::from(h.l1_size) * TABLE_ENTRY,
-        )?;
-        overlap.protect(
-            Protected::Reftable,
-            h.reftable_offset,
-            u64::from(h.reftable_clusters) << h.geometry.cluster_bits,
-        )?;
-        overlap.protect(
-            Protected::SnapshotTable,
-            h.snapshots_offset,
-            self.snapshots.size,
-        )?;
+        let l1_bytes = u64::from(h.l1_size) * TABLE_ENTRY;
+        let table_bytes = u64::from(h.reftable_clusters) << h.geometry.cluster_bits;
+        overlap.protect(Protected::ActiveL1, h.l1_offset, l1_bytes)?;
+        overlap.protect(Protected::Reftable, h.reftable_offset, table_bytes)?;
+        let (list, list_bytes) = (h.snapshots_offset, self.snapshots.size);
+        overlap.protect(Protected::SnapshotTable, list, list_bytes)?;
         for s in self.snapshots.entries.iter().filter(|s| placed(s)) {
-            overlap.protect(
-                Protected::InactiveL1,
-                s.l1_table_offset,
-                u64::from(s.l1_size) * TABLE_ENTRY,
-            )?;
+            let bytes = u64::from(s.l1_size) * TABLE_ENTRY;
+            overlap.protect(Protected::InactiveL1, s.l1_table_offset, bytes)?;
         }
         if let Some((offset, bytes)) = self.extensions.bitmap_directory {
             overlap.protect(Protected::BitmapDirectory, offset, bytes)?;
@@ -539,7 +377,6 @@ impl Image {
             room::copy_of(&self.l1)?,
             room::copy_of(&self.reftable)?,
             overlap,
-            !self.backing_file.is_empty(),
             self.dev.length(),
             self.refcount_memory,
         ))
@@ -637,7 +474,7 @@ impl Image {
         if replay.refs.epoch() != 0 || unknown != 0 {
             return Ok(false);
         }
-        replay.reach = replay.reach.max(offset.saturating_add(bytes));
+        replay.refs.reach_to(offset.saturating_add(bytes));
         let written = plan::write_ahead(&mut self.dev, "guest data", offset, data);
         if written.is_err() {
             self.last.standing = Standing::NoChanges;
@@ -652,7 +489,7 @@ impl Image {
 
     /// Does the image have valid persistent bitmaps?
     pub(crate) fn active_bitmaps(&self) -> bool {
-        Replay::active_bitmaps(&self.header, self.extensions.has_bitmaps)
+        self.header.autoclear & features::BITMAPS != 0 && self.extensions.has_bitmaps
     }
 }
 

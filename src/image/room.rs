@@ -142,8 +142,7 @@ impl Clusters {
 
     pub(crate) fn insert(&mut self, cluster: u64) -> Result<()> {
         let (word, bit) = Clusters::place(cluster);
-        self.words.make_room()?;
-        let word = self.words.0.entry(word).or_insert(0);
+        let word = self.words.or_default(word)?;
         self.n += usize::from(*word & bit == 0);
         *word |= bit;
         Ok(())

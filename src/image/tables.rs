@@ -51,6 +51,11 @@ impl Source {
     }
 }
 
+/// A whole refcount block.
+pub(crate) fn read_refblock(dev: &mut Device, g: Geometry, offset: u64) -> Result<Vec<u8>> {
+    dev.read_vec(Source::Refblocks.action(), offset, g.cluster_size())
+}
+
 impl<'a> Reader<'a> {
     pub(crate) fn new(g: Geometry, source: Source, list: &'a [u64]) -> Reader<'a> {
         Reader {

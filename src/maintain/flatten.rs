@@ -26,7 +26,7 @@ use crate::format::header::Header;
 use crate::image::device::{self, zeroed};
 use crate::image::plan::Plan;
 use crate::image::progress::{Progress, Stage};
-use crate::image::replay::walk;
+use crate::image::replay::named;
 use crate::image::replay::NewData;
 use crate::image::{room, Image, Outcome};
 use byteorder::{BigEndian, ByteOrder};
@@ -261,7 +261,7 @@ impl Image {
 
     /// The last step: nothing is read through the backing file any more.
     fn stop_naming_backing(&mut self, marker: Option<(u64, u64)>) -> Result<()> {
-        let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::default());
         if let Some((offset, bytes)) = marker {
             // An empty name until the header names none.
             let data = NewData {
@@ -286,7 +286,7 @@ impl Image {
     /// `shown`: where the backing file ends.
     fn disks(&mut self, shown: u64) -> Result<Vec<Disk>> {
         let g = self.header.geometry;
-        walk::check_repeats(g, &self.l1)?;
+        named::check_repeats(g, &self.l1)?;
         let mut all = Vec::new();
         let active = Disk {
             l1_offset: self.header.l1_offset,
@@ -304,7 +304,7 @@ impl Image {
                     String::from_utf8_lossy(&s.id)
                 )));
             }
-            walk::check_repeats(g, &self.snapshot_l1(offset, entries)?)?;
+            named::check_repeats(g, &self.snapshot_l1(offset, entries)?)?;
             let disk = Disk {
                 l1_offset: offset,
                 l1_size: entries.into(),

@@ -439,9 +439,10 @@ impl Image {
         self.adopt(table);
         // The progress of this repair is not that of a verb.
         let progress = std::mem::replace(&mut self.dev.progress, Progress::new(None));
-        let unchecked = std::mem::replace(&mut self.unchecked, false);
+        let flags = self.flags;
+        self.found_good();
         let written = self.rewrite_table(from);
-        self.unchecked = unchecked;
+        self.flags = flags;
         self.dev.progress = progress;
         written
     }

@@ -14,7 +14,7 @@ use super::tables::StateTables;
 use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::Geometry;
-use crate::image::replay::walk;
+use crate::image::replay::named;
 use crate::image::{device, room, Image};
 use byteorder::{BigEndian, ByteOrder};
 
@@ -198,7 +198,7 @@ impl Image {
                 }
             }
         };
-        walk::check_repeats(self.header.geometry, &state.l1)?;
+        named::check_repeats(self.header.geometry, &state.l1)?;
         Ok(state)
     }
 

@@ -2,12 +2,12 @@
 
 use super::{copies, NewSnapshot, Snapshot};
 use crate::error::{Error, Result};
-use crate::format::entry::OFFSET_MASK;
+use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::{MAX_SNAPSHOTS, TABLE_ENTRY};
 use crate::format::record::{EXTRA_2014, KNOWN_EXTRA};
 use crate::format::run::Tally;
 use crate::image::device::bytes_of;
-use crate::image::plan::{ActiveL1, Edit, Plan};
+use crate::image::plan::{Edit, How, Plan};
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::replay::resize::shared_but_copied;
 use crate::image::replay::walk::{set_copied, Flags};
@@ -15,7 +15,7 @@ use crate::image::replay::Replay;
 use crate::image::room;
 use crate::image::Image;
 use crate::words::printable;
-use std::rc::Rc;
+use byteorder::{BigEndian, ByteOrder};
 
 impl Image {
     /// Create a snapshot of the active disk. Returns its ID.
@@ -35,7 +35,7 @@ impl Image {
         self.begin_change()?;
         let id = self.check_new_snapshot(new)?;
 
-        let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::default());
         let tables = || table_bytes(replay.g, &[&self.l1]);
         self.dev.progress.begin(Stage::Check, tables);
         let l1_bytes = self.l1.len() as u64 * TABLE_ENTRY;
@@ -49,17 +49,7 @@ impl Image {
             bytes_of(&self.l1)?,
         )?;
         let walked = replay.walk(&mut self.dev, &self.l1, Tally::Up)?;
-        if walked.l1_changed {
-            replay.reach = replay
-                .reach
-                .max(self.header.l1_offset.saturating_add(l1_bytes));
-            let edit = Edit {
-                offset: self.header.l1_offset,
-                before: room::copy_of(&self.l1)?,
-                after: room::copy_of(&walked.l1)?,
-            };
-            room::push(&mut plan.copied, Rc::new(edit))?;
-        }
+        plan.flag(&mut replay, self.header.l1_offset, &self.l1, &walked)?;
         replay.l1 = walked.l1;
         plan.clear = walked.tables;
         let flags = if walked.ones {
@@ -166,7 +156,7 @@ impl Image {
             let made = replay
                 .l1
                 .get(index as usize)
-                .is_some_and(|e| e & crate::format::entry::COPIED == 0);
+                .is_some_and(|e| e & COPIED == 0);
             let (offset, table) =
                 replay.own_table(&mut self.dev, index, replay.refs.forgotten_now())?;
             if !made {
@@ -176,13 +166,12 @@ impl Image {
             set_copied(
                 &mut replay.refs,
                 &mut self.dev,
-                g,
                 &mut table,
                 Flags::Published,
                 true,
             )?;
             for word in table.chunks_exact_mut(g.l2_entry_size()).take(n as usize) {
-                if let Some(new) = replay.zeroed_entry(word) {
+                if let Some(new) = self.zeroed_entry(word) {
                     replay.forget_cluster(&mut self.dev, word, replay.refs.forgotten_now())?;
                     word.copy_from_slice(new.get(..word.len()).unwrap_or_default());
                 }
@@ -191,12 +180,29 @@ impl Image {
             replay.write_new(&mut self.dev, "L2 table", offset, table)?;
             (index, left) = (index + 1, left - n);
         }
-        plan.l1 = ActiveL1::EachEntry(Rc::new(Edit {
-            offset: replay.l1_place().offset,
-            before,
-            after: room::copy_of(&replay.l1)?,
-        }));
+        let edit = Edit::new(replay.l1_place().offset, &before, &replay.l1)?;
+        plan.l1 = Some((edit, How::EachEntry));
         Ok(())
+    }
+
+    /// The L2 entry that QEMU leaves where a cluster is discarded so that it reads as zeros
+    /// (`discard_in_l2_slice`, not full). `None`: it stays as it is.
+    fn zeroed_entry(&self, word: &[u8]) -> Option<[u8; 16]> {
+        let (g, old) = (self.header.geometry, BigEndian::read_u64(word));
+        let allocated = !matches!(
+            entry::cluster(g, old),
+            Cluster::Unallocated | Cluster::ZeroPlain
+        );
+        if self.backing_file.is_empty() && !allocated {
+            return None;
+        }
+        let mut new = [0u8; 16];
+        if g.extended_l2 {
+            BigEndian::write_u64(&mut new[8..], entry::SUBCLUSTERS_ALL_ZERO);
+        } else if self.header.version >= 3 {
+            BigEndian::write_u64(&mut new[..8], entry::ZERO);
+        }
+        (new.get(..word.len()) != Some(word)).then_some(new)
     }
 }
 

@@ -5,18 +5,16 @@ use super::table::L1Table;
 use super::Snapshot;
 use crate::error::{Error, Result};
 use crate::format::entry::OFFSET_MASK;
-use crate::format::geometry::TABLE_ENTRY;
 use crate::format::run::Tally;
-use crate::image::named::{Named, Naming};
-use crate::image::plan::{Edit, Plan};
+use crate::image::plan::Plan;
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
+use crate::image::replay::named::{check_l2_offset, Named, Naming, Part};
 use crate::image::replay::overlap::Protected;
-use crate::image::replay::walk::{check_l2_offset, Marked, Part};
+use crate::image::replay::walk::Marked;
 use crate::image::replay::Replay;
 use crate::image::room;
 use crate::image::Image;
-use std::rc::Rc;
 
 /// What a replay has come to.
 type Replayed = (Replay, Plan, Vec<Snapshot>, u64);
@@ -111,7 +109,7 @@ impl Image {
             };
             room::push(&mut l1_tables, l1_table)?;
             if placed.len() == 1 {
-                alone = Some(Named::by(l1));
+                alone = Some(Named::of(l1));
                 break;
             }
             for (index, word) in l1.iter().enumerate().filter(|(_, w)| **w != 0) {
@@ -120,18 +118,18 @@ impl Image {
         }
         let named = alone.map_or_else(|| naming.named(), Ok)?;
 
-        let (mut replay, mut plan) = (self.replay_without(gone)?, Plan::new());
-        let tables = || table_bytes(replay.g, &[named.tables().words, &self.l1]);
+        let (mut replay, mut plan) = (self.replay_without(gone)?, Plan::default());
+        let tables = || table_bytes(replay.g, &[&named.words, &self.l1]);
         self.dev.progress.begin(Stage::Check, tables);
         let entries = gone.iter().filter_map(|i| self.snapshots.entries.get(*i));
         let mut offsets = room::collected(entries.map(|s| s.l1_table_offset))?;
         offsets.sort_unstable();
-        replay.overlap.release_all(Protected::InactiveL1, &offsets);
+        replay.overlap.release(Protected::InactiveL1, &offsets);
         let table_size = self
             .replay_table(&mut replay, &mut plan, &list)
             .map_err(|e| e.context("Failed to remove snapshot from snapshot list"))?;
         let dropped = replay
-            .walk_tables(&mut self.dev, named.tables(), Tally::Down(1))
+            .walk_tables(&mut self.dev, &named, Tally::Down(1))
             .map_err(|e| e.context("Failed to free the cluster and L1 table"))?;
         let epoch = replay.refs.forgotten_now();
         for l1_table in &l1_tables {
@@ -141,21 +139,9 @@ impl Image {
                 .free(&mut self.dev, at, bytes, Freed::Punched, epoch)?;
         }
         let active = replay
-            .look(&mut self.dev, &self.l1, named.tables().words)
+            .look(&mut self.dev, &self.l1, &named.words)
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
-        if active.l1_changed {
-            let end = self
-                .header
-                .l1_offset
-                .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
-            replay.reach = replay.reach.max(end);
-            let edit = Edit {
-                offset: self.header.l1_offset,
-                before: room::copy_of(&self.l1)?,
-                after: room::copy_of(&active.l1)?,
-            };
-            room::push(&mut plan.copied, Rc::new(edit))?;
-        }
+        plan.flag(&mut replay, self.header.l1_offset, &self.l1, &active)?;
         replay.l1 = active.l1;
         plan.set = merged(dropped.tables, active.tables)?;
 

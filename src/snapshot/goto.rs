@@ -15,9 +15,8 @@ use crate::format::header::Header;
 use crate::format::record::EXTRA_2014;
 use crate::format::run::Tally;
 use crate::image::device::{bytes_of, Device};
-use crate::image::plan::{no_room, ActiveL1, Edit, Plan, Temporary};
+use crate::image::plan::{no_room, Edit, How, Plan, Temporary};
 use crate::image::progress::{table_bytes, Stage};
-use crate::image::refcount::Refcounts;
 use crate::image::replay::overlap::Protected;
 use crate::image::replay::resize::shared_but_copied;
 use crate::image::replay::walk::{Flags, Marked, Walked};
@@ -100,7 +99,7 @@ impl Image {
             .count_down()?;
 
         let (list, table_size) = (self.sized_again(snapshot.disk_size)?, self.snapshots.size);
-        let torn = matches!(plan.l1, ActiveL1::InPlace(_));
+        let torn = matches!(plan.l1, Some((_, How::InPlace)));
         self.commit(replay, plan, list, table_size)?;
         if torn {
             self.set_remark(
@@ -215,45 +214,21 @@ struct Sized<'a> {
 struct BothCounted<'a> {
     at: Sized<'a>,
     up: Walked,
-    /// The snapshot's L1 table, if it changes.
-    snapshot_l1: Option<Rc<Edit>>,
+    plan: Plan,
 }
 
 /// It is known how the new contents of the active L1 table are published.
 struct Chosen<'a> {
     both: BothCounted<'a>,
-    publish: Publish,
-}
-
-/// How the new L1 table can be published.
-enum Publish {
-    OneSector,
-    /// With the header, in the place to which it grew.
-    Moved,
-    /// By way of a copy in free clusters from this one on.
-    Through(HostCluster),
-    /// There are none.
-    InPlace,
+    how: How,
 }
 
 impl<'a> Sized<'a> {
     fn count_up(self, offset: u64, stored_l1: &[u64]) -> Result<BothCounted<'a>> {
         let up = self.replay.walk(self.dev, stored_l1, Tally::Up)?;
-        let mut snapshot_l1 = None;
-        if up.l1_changed {
-            let end = offset.saturating_add(stored_l1.len() as u64 * TABLE_ENTRY);
-            self.replay.reach = self.replay.reach.max(end);
-            snapshot_l1 = Some(Rc::new(Edit {
-                offset,
-                before: room::copy_of(stored_l1)?,
-                after: room::copy_of(&up.l1)?,
-            }));
-        }
-        Ok(BothCounted {
-            at: self,
-            up,
-            snapshot_l1,
-        })
+        let mut plan = Plan::default();
+        plan.flag(self.replay, offset, stored_l1, &up)?;
+        Ok(BothCounted { at: self, up, plan })
     }
 }
 
@@ -268,14 +243,14 @@ impl<'a> BothCounted<'a> {
         replay
             .overlap
             .check(offset, bytes, Some(Protected::ActiveL1))?;
-        replay.reach = replay.reach.max(offset.saturating_add(bytes));
-        let publish = if replay.unpublished_l1().is_some() {
-            Publish::Moved
+        replay.refs.reach_to(offset.saturating_add(bytes));
+        let how = if replay.unpublished_l1().is_some() {
+            How::Moved
         } else if within_a_sector(replay, *was, offset, new_l1) {
-            Publish::OneSector
+            How::OneSector
         } else {
             let clusters = replay.g.clusters_for(bytes);
-            let end = replay.g.clusters_for(dev.length().max(replay.length()));
+            let end = replay.g.clusters_for(dev.length().max(replay.refs.reach));
             let mut place = None;
             if room == Room::Anywhere {
                 place = replay.refs.find_untouched(dev, end, clusters)?;
@@ -283,21 +258,17 @@ impl<'a> BothCounted<'a> {
             if place.is_none() && room != Room::Nowhere {
                 place = replay.refs.find_untouched(dev, 1, clusters)?;
             }
-            let (g, length) = (replay.g, dev.length());
-            let ends = |c| g.offset_of(HostCluster(c)).saturating_add(bytes);
-            let place = place.filter(|c| room == Room::Anywhere || ends(*c) <= length);
-            match place {
-                Some(c) => Publish::Through(HostCluster(c)),
+            let place = place.map(|c| replay.g.offset_of(HostCluster(c)));
+            let in_file = |at: &u64| at.saturating_add(bytes) <= dev.length();
+            match place.filter(|at| room == Room::Anywhere || in_file(at)) {
+                Some(at) => How::Through(Rc::new(Temporary::new(dev, at, bytes, was.end)?)),
                 None => {
                     replay.refs.mark_published()?;
-                    Publish::InPlace
+                    How::InPlace
                 }
             }
         };
-        Ok(Chosen {
-            both: self,
-            publish,
-        })
+        Ok(Chosen { both: self, how })
     }
 }
 
@@ -320,11 +291,11 @@ fn within_a_sector(replay: &Replay, was: Was, offset: u64, new_l1: &[u64]) -> bo
 impl Chosen<'_> {
     /// Count what the old disk has reached down, and look which flags that changes.
     fn count_down(self) -> Result<Plan> {
-        let Chosen { both, publish } = self;
+        let Chosen { both, how } = self;
         let BothCounted {
             at: Sized { replay, dev, was },
             up,
-            snapshot_l1,
+            mut plan,
         } = both;
         let old_l1 = std::mem::take(&mut replay.l1);
         let mut down = replay.walk(dev, &old_l1, Tally::Down(1))?;
@@ -344,27 +315,19 @@ impl Chosen<'_> {
         };
         replay.l1 = last.l1;
 
-        let mut plan = Plan::new();
         plan.decisive = replay.refs.epoch();
         (plan.clear, plan.set) = (up.tables, merged(down.tables, last.tables)?);
         if !ones {
             let marked = plan.clear.iter_mut().chain(&mut plan.set);
             marked.for_each(|t: &mut Marked| t.flags = Flags::NoneIsOne);
         }
-        if let Some(edit) = snapshot_l1 {
-            room::push(&mut plan.copied, edit)?;
-        }
-        plan.l1 = place_l1(replay, dev, was, publish)?;
+        plan.l1 = Some((place_l1(replay, dev, was, &how)?, how));
         if let Some((offset, after)) = replay.left_l1.take() {
             // Not where something else has taken its clusters.
             let bytes = after.len() as u64 * TABLE_ENTRY;
             let (first, n) = (replay.g.cluster_of(offset).0, replay.g.clusters_for(bytes));
             if !replay.refs.fates.any_taken(first, n) {
-                plan.left = Some(Rc::new(Edit {
-                    offset,
-                    before: room::copy_of(was.l1)?,
-                    after,
-                }));
+                plan.left = Some(Edit::new(offset, was.l1, &after)?);
             }
         }
         Ok(plan)
@@ -386,7 +349,7 @@ fn check_after_resize(replay: &mut Replay, dev: &mut Device) -> Result<()> {
             return Err(shared_but_copied(replay.g.offset_of(cluster)));
         }
     }
-    for offset in replay.remade.offsets()? {
+    for offset in replay.remade.contents.sorted()? {
         let cluster = replay.g.cluster_of(offset);
         if replay.refs.get(dev, cluster)? != 0 {
             return Err(shared_but_copied(offset));
@@ -396,55 +359,37 @@ fn check_after_resize(replay: &mut Replay, dev: &mut Device) -> Result<()> {
 }
 
 /// Say where the new contents of the active L1 go.
-fn place_l1(replay: &mut Replay, dev: &mut Device, was: Was, publish: Publish) -> Result<ActiveL1> {
-    let edit = |before: &[u64]| -> Result<Rc<Edit>> {
-        Ok(Rc::new(Edit {
-            offset: replay.l1_place().offset,
-            before: room::copy_of(before)?,
-            after: room::copy_of(&replay.l1)?,
-        }))
-    };
-    Ok(match publish {
-        Publish::OneSector => ActiveL1::OneSector(edit(was.l1)?),
-        Publish::InPlace => ActiveL1::InPlace(edit(was.l1)?),
-        Publish::Through(first) => {
-            let edit = edit(was.l1)?;
-            let n = replay.g.clusters_for(edit.bytes());
-            count_temporary(&mut replay.refs, dev, first, n)?;
-            let (offset, bytes) = (replay.g.offset_of(first), edit.bytes());
-            let longer = offset.saturating_add(bytes) > dev.length();
+fn place_l1(replay: &mut Replay, dev: &mut Device, was: Was, how: &How) -> Result<Rc<Edit>> {
+    let mut before = was.l1;
+    match how {
+        How::Through(temporary) => {
+            let (g, bytes) = (replay.g, replay.l1.len() as u64 * TABLE_ENTRY);
+            let first = g.cluster_of(temporary.offset).0;
+            for c in first..first.saturating_add(g.clusters_for(bytes)) {
+                replay.refs.count_temporarily(dev, HostCluster(c))?;
+            }
+            let longer = temporary.offset.saturating_add(bytes) > dev.length();
             // What is cut off then is the temporary table, and what was not there before it.
             if longer && replay.final_length() == dev.length() {
-                replay.reach = was.end;
+                replay.refs.reach = was.end;
             }
-            let temporary = Temporary::new(dev, offset, bytes, was.end)?;
-            ActiveL1::Through(edit, Rc::new(temporary))
         }
-        Publish::Moved => {
+        How::Moved => {
             // The table that the growth allocated takes the snapshot's contents at once.
-            let edit = edit(&[])?;
+            before = &[];
             let bare = room::collected(replay.l1.iter().map(|e| e & !COPIED))?;
             let bare = bytes_of(&bare)?;
             if let Some(grown) = replay.unpublished_l1() {
                 grown.data.splice(..bare.len().min(grown.data.len()), bare);
             }
-            ActiveL1::Moved(edit)
         }
-    })
+        How::OneSector | How::InPlace | How::EachEntry => {}
+    }
+    Edit::new(replay.l1_place().offset, before, &replay.l1)
 }
 
 /// Do two entries of a table lie in the same 512-byte sector?
 fn same_sector(offset: u64, first: u64, last: u64) -> bool {
     let sector = |i: u64| offset.saturating_add(i * TABLE_ENTRY) / 512;
     sector(first) == sector(last)
-}
-
-fn count_temporary(
-    refs: &mut Refcounts,
-    dev: &mut Device,
-    first: HostCluster,
-    n: u64,
-) -> Result<()> {
-    let mut clusters = first.0..first.0.saturating_add(n);
-    clusters.try_for_each(|c| refs.count_temporarily(dev, HostCluster(c)))
 }

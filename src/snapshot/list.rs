@@ -17,7 +17,7 @@ impl Image {
                 "Internal snapshots are not supported on images with an external data file".into(),
             ));
         }
-        if self.unchecked && !self.snapshots.loaded {
+        if self.unchecked() && !self.snapshots.loaded {
             self.load_snapshots()?;
         }
         Ok(&self.snapshots.entries)

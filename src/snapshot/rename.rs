@@ -29,7 +29,7 @@ impl Image {
         }
         let (found, _) = self.find_all(&[Some(snapshot)])?;
 
-        let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::default());
         self.dev.progress.begin(Stage::Check, || 0);
         let mut list = copies(&self.snapshots.entries)?;
         if let Some(entry) = found.first().and_then(|i| list.get_mut(*i)) {

@@ -371,18 +371,18 @@ impl Image {
     pub(crate) fn rewrite_table(&mut self, from: Option<u64>) -> Result<()> {
         self.begin_change()?;
 
-        let (mut replay, mut plan) = (self.replay()?, Plan::new());
+        let (mut replay, mut plan) = (self.replay()?, Plan::default());
         self.dev.progress.begin(Stage::Check, || 0);
         let list = copies(&self.snapshots.entries)?;
         let size = if let Some(mut from) = from {
             let (g, old) = (replay.g, self.header.snapshots_offset);
-            replay.overlap.release(Protected::SnapshotTable, old);
+            replay.overlap.release(Protected::SnapshotTable, &[old]);
             let end = old.saturating_add(self.snapshots.size.min(MAX_SNAPSHOT_TABLE_BYTES));
             // Of one that begins behind the end of the file nothing can be lost.
             if old < self.dev.length() && end > self.dev.length() {
                 from = from.max(g.clusters_for(end));
             }
-            replay.refs.search_from(from);
+            replay.refs.next = from;
             self.replay_new_table(&mut replay, &mut plan, &list)?
         } else {
             self.replay_table(&mut replay, &mut plan, &list)?

@@ -11,10 +11,9 @@ use crate::format::geometry::{Geometry, HostCluster};
 use crate::format::run::Tally;
 use crate::image::device::Device;
 use crate::image::held::held;
-use crate::image::named::Naming;
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
-use crate::image::replay::walk::Part;
+use crate::image::replay::named::{Naming, Part};
 use crate::image::replay::Replay;
 use crate::image::{room, Image};
 use std::ops::Range;
@@ -78,22 +77,20 @@ impl Image {
 
         let mut replay = self.replay()?;
         let (disks, behind) = (held_by.disks.named()?, held_by.behind.named()?);
-        let words = [disks.tables().words, behind.tables().words];
+        let words = [&disks.words[..], &behind.words];
         let bytes = || table_bytes(replay.g, &words);
         self.dev.progress.begin(Stage::Check, bytes);
         let down = Tally::Down(1);
-        let walked = replay.walk_tables(&mut self.dev, disks.tables(), down)?;
+        let walked = replay.walk_tables(&mut self.dev, &disks, down)?;
         let mut tables = walked.freed;
         for table in l1_tables {
             tables += self.take_l1(&mut replay, table)?;
         }
-        let of_disks = match behind.is_empty() {
+        let of_disks = match behind.words.is_empty() {
             true => None,
             false => Some(held(&mut self.dev, &replay.refs)?.bytes),
         };
-        tables += replay
-            .walk_tables(&mut self.dev, behind.tables(), down)?
-            .freed;
+        tables += replay.walk_tables(&mut self.dev, &behind, down)?.freed;
         let all = held(&mut self.dev, &replay.refs)?;
         self.dev.progress.end()?;
         Ok(Usage {

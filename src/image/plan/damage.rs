@@ -64,7 +64,7 @@ impl Image {
 
         let (l1, meaning, was) = (replay.l1_place(), replay.meaning, &self.header);
         let table = replay.refs.table();
-        let born = replay.refs.loaded().filter(|(_, b)| b.made_in().is_some());
+        let born = replay.refs.loaded().filter(|(_, b)| b.born.is_some());
         let dropped = replay.refs.dropped().iter().map(|d| d.index);
         for index in born.map(|(index, _)| index).chain(dropped) {
             let at = table.offset.saturating_add(index * TABLE_ENTRY);
@@ -98,7 +98,7 @@ impl Image {
             room::push(&mut needed, (s.l1_table_offset, bytes, i >= old))?;
         }
         for i in (0..table.entries.len() as u64).filter(|i| table.entry(*i) != 0) {
-            let born = replay.refs.block(i).is_some_and(|b| b.made_in().is_some());
+            let born = replay.refs.block(i).is_some_and(|b| b.born.is_some());
             room::push(&mut needed, (replay.refs.entry(i), 1, born))?;
         }
         self.check_kept(replay, needed)

@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::format::entry::COPIED;
 use crate::format::geometry::TABLE_ENTRY;
 use std::ops::Range;
+use std::rc::Rc;
 
 /// One L1 table before and after the verb.
 #[derive(Debug)]
@@ -29,6 +30,14 @@ pub(crate) enum At {
 }
 
 impl Edit {
+    pub(crate) fn new(offset: u64, before: &[u64], after: &[u64]) -> Result<Rc<Edit>> {
+        Ok(Rc::new(Edit {
+            offset,
+            before: room::copy_of(before)?,
+            after: room::copy_of(after)?,
+        }))
+    }
+
     /// How long the table is in the end.
     pub(crate) fn bytes(&self) -> u64 {
         self.after.len() as u64 * TABLE_ENTRY

@@ -42,7 +42,7 @@ impl Epochs {
                 // Both have the place that they had before the verb.
                 return Err(Error::Corrupt("A table stands nowhere".into()));
             };
-            let blocks = refs.loaded().filter(|(_, b)| made(b.made_in()));
+            let blocks = refs.loaded().filter(|(_, b)| made(b.born));
             let tables = refs.tables().iter().enumerate();
             let epoch = Epoch {
                 places: Places {

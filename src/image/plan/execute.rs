@@ -4,11 +4,11 @@ use super::passes::Holes;
 use super::steps::{Step, What, Write};
 use super::{no_room, Temporary};
 use crate::error::{Error, Result};
-use crate::format::geometry::HostCluster;
 use crate::image::device::{self, Device};
 use crate::image::refcount::Refcounts;
 use crate::image::Outcome;
 use crate::io::{DiscardKind, Run, MAX_REQUEST};
+use std::borrow::Cow;
 
 /// Carry the steps out. Returns what is true of the image then, which is also what is true should
 /// a step have failed.
@@ -17,20 +17,14 @@ pub(super) fn execute(
     refs: &mut Refcounts,
     steps: &[Step],
 ) -> (Outcome, Result<()>) {
-    // What is true now, and what was before a publish whose barrier is still to come.
-    let (mut outcome, mut settled) = (Outcome::Unchanged, Outcome::Unchanged);
-    let mut holes = Holes::default();
+    let (mut outcome, mut holes) = (Outcome::Unchanged, Holes::default());
     for step in steps {
-        match step {
-            Step::Publish(_) if settled != Outcome::Done => outcome = Outcome::Unknown,
-            Step::Done => (outcome, settled) = (Outcome::Done, Outcome::Done),
-            _ => {}
-        }
         if let Err(e) = carry_out(dev, refs, &mut holes, step) {
-            return (outcome, Err(e));
+            let unknown = matches!(step, Step::Publish(_)) && outcome != Outcome::Done;
+            return (if unknown { Outcome::Unknown } else { outcome }, Err(e));
         }
-        if matches!(step, Step::Barrier) {
-            outcome = settled;
+        if matches!(step, Step::Done) {
+            outcome = Outcome::Done;
         }
     }
     (outcome, Ok(()))
@@ -53,7 +47,8 @@ fn carry_out(dev: &mut Device, refs: &mut Refcounts, holes: &mut Holes, step: &S
         }
         Step::Fill(at, bytes) => dev.fill_holes(*at, *bytes)?,
         Step::Publish(writes) | Step::Entries(writes) => {
-            writes.iter().try_for_each(|write| emit(dev, refs, write))?
+            writes.iter().try_for_each(|write| emit(dev, refs, write))?;
+            dev.barrier()?;
         }
         Step::Barrier => dev.barrier()?,
         Step::Done => {}
@@ -100,27 +95,20 @@ pub(crate) fn write_ahead(
 
 /// One request.
 fn emit(dev: &mut Device, refs: &Refcounts, write: &Write) -> Result<()> {
-    match &write.what {
-        What::Bytes(bytes) => dev.write(write.label, write.at, bytes),
-        What::Words(edit, when, bytes) => {
-            let words = edit.encoded(*when, bytes)?;
-            dev.write(write.label, write.at, &words)
-        }
-        What::Block(index) => dev.write(write.label, write.at, &new_block(refs, *index)?),
-        What::Table { table, epoch } => {
-            dev.write(write.label, write.at, &new_table(refs, *table, *epoch)?)
-        }
-    }
-}
-
-/// The contents of a new refcount block: the highest counts that any published state needs.
-fn new_block(refs: &Refcounts, index: u64) -> Result<Vec<u8>> {
     let g = refs.geometry();
-    let mut counts = device::zeroed(g.cluster_size())?;
-    if let Some(block) = refs.block(index) {
-        block.peak_counts(g, &mut counts)?;
-    }
-    Ok(counts)
+    let bytes = match &write.what {
+        What::Bytes(bytes) => Cow::Borrowed(bytes.as_slice()),
+        What::Words(edit, when, bytes) => edit.encoded(*when, bytes)?.into(),
+        What::Block(index) => {
+            let mut counts = device::zeroed(g.cluster_size())?;
+            if let Some(block) = refs.block(*index) {
+                block.peak_counts(g, &mut counts)?;
+            }
+            counts.into()
+        }
+        What::Table { table, epoch } => new_table(refs, *table, *epoch)?.into(),
+    };
+    dev.write(write.label, write.at, &bytes)
 }
 
 /// The contents of a new refcount table: without the blocks that are made later, with those that
@@ -135,7 +123,7 @@ fn new_table(refs: &Refcounts, table: usize, epoch: usize) -> Result<Vec<u8>> {
         }
     };
     for (index, block) in refs.loaded() {
-        let later = block.made_in().is_some_and(|e| e > epoch);
+        let later = block.born.is_some_and(|e| e > epoch);
         let named = entries.and_then(|e| e.get(index as usize)) == Some(&block.offset);
         if later && named {
             enter(index, 0);
@@ -145,25 +133,6 @@ fn new_table(refs: &Refcounts, table: usize, epoch: usize) -> Result<Vec<u8>> {
         enter(dropped.index, dropped.offset);
     }
     Ok(bytes)
-}
-
-impl Holes {
-    /// `share`: what of the verb's progress all this is.
-    fn punch(
-        &mut self,
-        dev: &mut Device,
-        g: crate::format::geometry::Geometry,
-        explicit: &[(u64, u64)],
-        share: u64,
-    ) -> Result<()> {
-        let ranges = self.merged(explicit)?;
-        for (first, n) in &ranges {
-            dev.progress.step(share / ranges.len() as u64)?;
-            let (at, bytes) = (g.offset_of(HostCluster(*first)), n << g.cluster_bits);
-            dev.discard(at, bytes, DiscardKind::Snapshot);
-        }
-        Ok(())
-    }
 }
 
 /// What changes the file: for this module and those below it, and for `maintain/repair.rs`, which has

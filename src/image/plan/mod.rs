@@ -38,8 +38,9 @@ mod steps;
 
 use super::device::Device;
 use super::replay::overlap::Protected;
-use super::replay::walk::Marked;
+use super::replay::walk::{Marked, Walked};
 use super::replay::Replay;
+use super::room;
 use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::header::Header;
@@ -52,23 +53,22 @@ pub(crate) use rules::text;
 pub(crate) use steps::{What, Write};
 
 /// How the active L1 table gets new contents.
-pub(crate) enum ActiveL1 {
-    /// It does not change, or only in bit 63 of its entries.
-    Kept,
+pub(crate) enum How {
     /// Its changed entries lie in one sector: written in place, which publishes them.
-    OneSector(Rc<Edit>),
+    OneSector,
     /// The new contents stand in new clusters, to which the header is switched (QEMU grew the table).
-    Moved(Rc<Edit>),
+    Moved,
     /// A temporary copy of the new contents stands elsewhere. The header is switched to it, the
     /// table is written in place, the header is switched back.
-    Through(Rc<Edit>, Rc<Temporary>),
+    Through(Rc<Temporary>),
     /// No place for a temporary copy: written in place, a power cut may leave a mixture.
-    InPlace(Rc<Edit>),
+    InPlace,
     /// Entries are published one by one, each valid with any other (VM state after create).
-    EachEntry(Rc<Edit>),
+    EachEntry,
 }
 
 /// What a verb wants written, besides what its replay holds.
+#[derive(Default)]
 pub(crate) struct Plan {
     /// The epoch whose publish is the verb's own.
     pub(crate) decisive: usize,
@@ -82,7 +82,7 @@ pub(crate) struct Plan {
     /// words in them.
     pub(crate) left: Option<Rc<Edit>>,
     /// The active L1, where it changes in more than bit 63.
-    pub(crate) l1: ActiveL1,
+    pub(crate) l1: Option<(Rc<Edit>, How)>,
     /// Entries of tables, each in one sector, with any of which the image reads as before: written
     /// when the verb has taken effect and what they name is stable.
     pub(crate) entries: Vec<Write>,
@@ -93,18 +93,20 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    pub(crate) fn new() -> Plan {
-        Plan {
-            decisive: 0,
-            clear: Vec::new(),
-            set: Vec::new(),
-            copied: Vec::new(),
-            left: None,
-            l1: ActiveL1::Kept,
-            entries: Vec::new(),
-            flags: Vec::new(),
-            let_go: false,
+    /// The L1 table at `offset` has been walked: it may change in bit 63.
+    pub(crate) fn flag(
+        &mut self,
+        replay: &mut Replay,
+        offset: u64,
+        l1: &[u64],
+        walked: &Walked,
+    ) -> Result<()> {
+        if !walked.l1_changed {
+            return Ok(());
         }
+        let edit = Edit::new(offset, l1, &walked.l1)?;
+        replay.refs.reach_to(offset.saturating_add(edit.bytes()));
+        room::push(&mut self.copied, edit)
     }
 
     /// Write it all, in order. `autoclear`: what is left of these bits, where some are not known.

@@ -1,15 +1,15 @@
 //! Passes over many tables: they are changed in the buffer that they were read into, and the changed
 //! pieces are written from it.
 
-use super::steps::Pass;
+use super::steps::{add_to, Pass};
 use crate::error::Result;
-use crate::format::geometry::Geometry;
+use crate::format::geometry::{Geometry, HostCluster};
 use crate::format::refblock;
-use crate::image::device::{self, Device};
-use crate::image::refcount::Refcounts;
+use crate::image::device::{self, Device, DiscardKind};
+use crate::image::refcount::{Block, Refcounts};
 use crate::image::replay::walk::{set_copied, Marked};
 use crate::image::room;
-use crate::image::tables::{changed_runs, Reader, Source, PIECE};
+use crate::image::tables::{changed_runs, read_refblock, Reader, Source, PIECE};
 use std::ops::Range;
 
 impl Pass {
@@ -20,14 +20,24 @@ impl Pass {
         refs: &mut Refcounts,
         holes: &mut Holes,
     ) -> Result<()> {
+        let g = refs.geometry();
         match self {
             Pass::Raise(blocks) => {
-                raise(dev, refs, blocks)?;
+                rewrite_blocks(dev, refs, blocks, |_, block, old, new| {
+                    new.copy_from_slice(old);
+                    block.peak_counts(g, new)
+                })?;
                 raise_dropped(dev, refs)
             }
             Pass::Lower(blocks, spare) => {
                 (holes.spare.start, holes.spare.end) = (spare.start, spare.end);
-                lower(dev, refs, blocks, holes)?;
+                rewrite_blocks(dev, refs, blocks, |index, block, old, new| {
+                    block.final_counts(g, new)?;
+                    match block.frees() {
+                        true => holes.add_freed(refs, index, old, new),
+                        false => Ok(()),
+                    }
+                })?;
                 lower_dropped(dev, refs, holes)
             }
             Pass::Clear(tables) => set_flags(dev, refs, tables, false),
@@ -52,12 +62,12 @@ fn piece(g: Geometry) -> usize {
     g.cluster_len().min(PIECE)
 }
 
-/// Go through refcount blocks by the buffer: `change` makes of a block's old counts the new ones.
+/// Go through refcount blocks by the buffer: `change` makes of the counts on the disk the new ones.
 fn rewrite_blocks(
     dev: &mut Device,
     refs: &Refcounts,
     blocks: &[u64],
-    mut change: impl FnMut(u64, &[u8], &mut [u8]) -> Result<()>,
+    mut change: impl FnMut(u64, &Block, &[u8], &mut [u8]) -> Result<()>,
 ) -> Result<()> {
     let g = refs.geometry();
     let offset = |index: &u64| refs.block(*index).map_or(0, |b| b.offset);
@@ -76,7 +86,9 @@ fn rewrite_blocks(
             .zip(new.chunks_mut(g.cluster_len()));
         for ((old, new), index) in each.zip(blocks.iter().skip(done)) {
             dev.progress.step(g.cluster_size())?;
-            change(*index, old, new)?;
+            if let Some(block) = refs.block(*index) {
+                change(*index, block, old, new)?;
+            }
         }
         write_changes(dev, g, *first, old, new)?;
         done += n;
@@ -84,44 +96,16 @@ fn rewrite_blocks(
     Ok(())
 }
 
-/// Bring refcount blocks up to the peak.
-fn raise(dev: &mut Device, refs: &Refcounts, blocks: &[u64]) -> Result<()> {
-    let g = refs.geometry();
-    rewrite_blocks(dev, refs, blocks, |index, old, new| {
-        let Some(block) = refs.block(index) else {
-            return Ok(());
-        };
-        new.copy_from_slice(old);
-        block.peak_counts(g, new)
-    })
-}
-
 /// The blocks that a resize drops, where a temporary table is counted in them.
 fn raise_dropped(dev: &mut Device, refs: &Refcounts) -> Result<()> {
     let g = refs.geometry();
     for dropped in refs.dropped() {
         if let Some(peak) = &dropped.peak {
-            let what = "Could not read a refcount block";
-            let old = dev.read_vec(what, dropped.offset, g.cluster_size())?;
+            let old = read_refblock(dev, g, dropped.offset)?;
             write_changes(dev, g, dropped.offset, &old, peak)?;
         }
     }
     Ok(())
-}
-
-/// Bring refcount blocks down to the final counts and note what becomes free.
-fn lower(dev: &mut Device, refs: &Refcounts, blocks: &[u64], holes: &mut Holes) -> Result<()> {
-    let g = refs.geometry();
-    rewrite_blocks(dev, refs, blocks, |index, old, new| {
-        let Some(block) = refs.block(index) else {
-            return Ok(());
-        };
-        block.final_counts(g, new)?;
-        if block.frees() {
-            holes.add_freed(refs, index, old, new)?;
-        }
-        Ok(())
-    })
 }
 
 /// What became free in the range of a block that a resize drops. The block itself goes later,
@@ -130,8 +114,7 @@ fn lower_dropped(dev: &mut Device, refs: &Refcounts, holes: &mut Holes) -> Resul
     let g = refs.geometry();
     for dropped in refs.dropped() {
         if let Some(counts) = &dropped.counts {
-            let what = "Could not read a refcount block";
-            let mut old = dev.read_vec(what, dropped.offset, g.cluster_size())?;
+            let mut old = read_refblock(dev, g, dropped.offset)?;
             let itself = g.cluster_of(dropped.offset);
             if g.reftable_index(itself) == dropped.index {
                 refblock::set(g, &mut old, g.refblock_index(itself), 0);
@@ -183,7 +166,7 @@ fn set_flags_in_window(
         for (table, Marked { flags, .. }) in each {
             dev.progress.step(g.cluster_size())?;
             for piece in table.chunks_mut(piece(g)) {
-                let differs = set_copied(refs, dev, g, piece, *flags, set)?;
+                let differs = set_copied(refs, dev, piece, *flags, set)?;
                 room::push(&mut changed, differs)?;
             }
         }
@@ -207,14 +190,6 @@ pub(super) struct Holes {
 }
 
 impl Holes {
-    fn add(&mut self, cluster: u64) -> Result<()> {
-        match self.ranges.last_mut() {
-            Some((first, n)) if *first + *n == cluster => *n += 1,
-            _ => room::push(&mut self.ranges, (cluster, 1))?,
-        }
-        Ok(())
-    }
-
     /// Clusters whose count goes from something to nothing, but for those whose bytes QEMU keeps.
     fn add_freed(&mut self, refs: &Refcounts, index: u64, old: &[u8], new: &[u8]) -> Result<()> {
         let g = refs.geometry();
@@ -223,16 +198,22 @@ impl Holes {
             if refblock::get(g, old, i) != 0 && refblock::get(g, new, i) == 0 {
                 let c = base + i as u64;
                 if !refs.fates.is_kept(c) && !self.spare.contains(&c) {
-                    self.add(c)?;
+                    add_to(&mut self.ranges, c)?;
                 }
             }
         }
         Ok(())
     }
 
-    /// All of them and `more`, in order, neighbours together: what an explicit free has punched
-    /// became free in a block as well.
-    pub(super) fn merged(&mut self, more: &[(u64, u64)]) -> Result<Vec<(u64, u64)>> {
+    /// Punch all of them and `more`, in order, neighbours together: what an explicit free has punched
+    /// became free in a block as well. `share`: what of the verb's progress all this is.
+    pub(super) fn punch(
+        &mut self,
+        dev: &mut Device,
+        g: Geometry,
+        more: &[(u64, u64)],
+        share: u64,
+    ) -> Result<()> {
         let mut ranges = std::mem::take(&mut self.ranges);
         room::append(&mut ranges, more)?;
         ranges.sort_unstable();
@@ -244,6 +225,11 @@ impl Holes {
             }
             touches
         });
-        Ok(ranges)
+        for (first, n) in &ranges {
+            dev.progress.step(share / ranges.len() as u64)?;
+            let (at, bytes) = (g.offset_of(HostCluster(*first)), n << g.cluster_bits);
+            dev.discard(at, bytes, DiscardKind::Snapshot);
+        }
+        Ok(())
     }
 }

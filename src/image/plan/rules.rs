@@ -8,8 +8,7 @@ use crate::image::replay::walk::Marked;
 pub(crate) fn broken_rule(steps: &[Step]) -> Option<&'static str> {
     let broken = |rule: &'static str, kept: bool| (!kept).then_some(rule);
     let (mut published, mut done, mut unstable, mut meant) = (false, false, false, false);
-    for (i, step) in steps.iter().enumerate() {
-        let next = steps.get(i + 1);
+    for step in steps {
         let problem = match step {
             Step::Stream(Pass::Raise(_)) => {
                 broken("counts go up before anything is published", !published)
@@ -28,9 +27,6 @@ pub(crate) fn broken_rule(steps: &[Step]) -> Option<&'static str> {
                 done,
             ),
             Step::Publish(_) if unstable => Some("what is published is stable before"),
-            Step::Publish(_) if !matches!(next, Some(Step::Barrier)) => {
-                Some("a publish is stable before anything else is written")
-            }
             Step::Publish(writes) => {
                 let means = writes.iter().any(changes_meaning);
                 let again = means && (meant || done);
@@ -38,9 +34,6 @@ pub(crate) fn broken_rule(steps: &[Step]) -> Option<&'static str> {
                 broken("what the image means changes once", !again)
             }
             Step::Entries(_) if unstable => Some("what entries name is stable before"),
-            Step::Entries(_) if !matches!(next, Some(Step::Barrier)) => {
-                Some("entries are stable before anything else is written")
-            }
             Step::Done => broken("a verb takes effect once", !done),
             Step::Write(_) | Step::Try(..) | Step::Fill(..) if meant && !done => {
                 Some("the decisive publish is all that is between two states")
@@ -51,8 +44,8 @@ pub(crate) fn broken_rule(steps: &[Step]) -> Option<&'static str> {
             return problem;
         }
         match step {
-            Step::Barrier => unstable = false,
-            Step::Publish(_) => (published, unstable) = (true, true),
+            Step::Publish(_) => published = true,
+            Step::Barrier | Step::Entries(_) => unstable = false,
             Step::Done => done = true,
             Step::Begin(..) | Step::End => {}
             _ => unstable = true,
@@ -86,10 +79,14 @@ pub(crate) fn text(steps: &[Step]) -> String {
             Step::GiveBack(t) => writeln!(out, "  give back {:#x}", t.offset),
             Step::Truncate(length) => writeln!(out, "  file {length:#x}"),
             Step::Barrier => writeln!(out, "  B"),
-            Step::Publish(writes) => writes
-                .iter()
-                .try_for_each(|w| writeln!(out, "  PUBLISH {w}")),
-            Step::Entries(writes) => writes.iter().try_for_each(|w| writeln!(out, "  enter {w}")),
+            Step::Publish(writes) | Step::Entries(writes) => {
+                let entries = matches!(step, Step::Entries(_));
+                let word = if entries { "enter" } else { "PUBLISH" };
+                let each = writes
+                    .iter()
+                    .try_for_each(|w| writeln!(out, "  {word} {w}"));
+                each.and_then(|()| writeln!(out, "  B"))
+            }
             Step::Done => writeln!(out, "  DONE"),
             Step::Stream(pass) => writeln!(out, "  {pass}"),
             Step::Punch(ranges, _) => writeln!(out, "  punch what became free, and {ranges:x?}"),
@@ -131,162 +128,74 @@ impl std::fmt::Display for Pass {
 mod tests {
     use super::*;
 
-    fn header(at: u64, bytes: usize) -> Step {
-        Step::Publish(vec![Write {
-            label: "header",
+    /// Steps by their names; `header60` publishes what begins there.
+    fn steps(names: &str) -> Vec<Step> {
+        let write = |label, at, bytes| Write {
+            label,
             at,
             what: What::Bytes(vec![0; bytes]),
-        }])
-    }
-
-    fn data() -> Step {
-        Step::Write(Write {
-            label: "snapshot table",
-            at: 4096,
-            what: What::Bytes(vec![0; 8]),
-        })
-    }
-
-    fn raise() -> Step {
-        Step::Stream(Pass::Raise(vec![0]))
-    }
-
-    fn lower() -> Step {
-        Step::Stream(Pass::Lower(vec![0], 0..0))
+        };
+        let step = |name| match name {
+            "data" => Step::Write(write("snapshot table", 4096, 8)),
+            "up" => Step::Stream(Pass::Raise(vec![0])),
+            "down" => Step::Stream(Pass::Lower(vec![0], 0..0)),
+            "clear" => Step::Stream(Pass::Clear(vec![])),
+            "set" => Step::Stream(Pass::Set(vec![])),
+            "header24" => Step::Publish(vec![write("header", 24, 8)]),
+            "header40" => Step::Publish(vec![write("header", 40, 12)]),
+            "header60" => Step::Publish(vec![write("header", 60, 12)]),
+            "enter" => Step::Entries(vec![]),
+            "punch" => Step::Punch(vec![], 0),
+            "done" => Step::Done,
+            _ => Step::Barrier,
+        };
+        names.split(' ').map(step).collect()
     }
 
     #[test]
     fn each_rule_is_noticed_when_it_is_broken() {
-        use Step::{Barrier, Done};
-        let good = vec![
-            data(),
-            raise(),
-            Barrier,
-            header(60, 12),
-            Barrier,
-            Done,
-            lower(),
-            Barrier,
-        ];
-        assert_eq!(broken_rule(&good), None);
-        let tables_move_first = vec![
-            data(),
-            raise(),
-            Barrier,
-            header(40, 12),
-            Barrier,
-            data(),
-            Barrier,
-            header(24, 8),
-            Barrier,
-            Done,
-            lower(),
-            Barrier,
-        ];
-        assert_eq!(broken_rule(&tables_move_first), None);
         let cases = [
+            ("", "data up B header60 done down B"),
+            ("", "data up B header40 data B header24 done down B"),
             (
                 "counts go up before anything is published",
-                vec![
-                    data(),
-                    Barrier,
-                    header(60, 12),
-                    Barrier,
-                    raise(),
-                    Barrier,
-                    Done,
-                    Barrier,
-                ],
+                "data B header60 up B done B",
+            ),
+            (
+                "COPIED is cleared before anything is published",
+                "data B header60 clear B done B",
             ),
             (
                 "counts go down when the verb has taken effect",
-                vec![lower(), Barrier, header(60, 12), Barrier, Done, Barrier],
+                "down B header60 done B",
             ),
             (
-                "what is published is stable before",
-                vec![data(), header(60, 12), Barrier, Done, Barrier],
+                "COPIED is set when the verb has taken effect",
+                "set B header60 done B",
             ),
-            (
-                "a publish is stable before anything else is written",
-                vec![data(), Barrier, header(60, 12), Done, lower(), Barrier],
-            ),
+            ("what is published is stable before", "data header60 done B"),
             (
                 "what entries name is stable before",
-                vec![
-                    header(60, 12),
-                    Barrier,
-                    Done,
-                    data(),
-                    Step::Entries(vec![]),
-                    Barrier,
-                ],
-            ),
-            (
-                "entries are stable before anything else is written",
-                vec![
-                    header(60, 12),
-                    Barrier,
-                    Done,
-                    Step::Entries(vec![]),
-                    lower(),
-                    Barrier,
-                ],
+                "header60 done data enter",
             ),
             (
                 "what the image means changes once",
-                vec![
-                    data(),
-                    Barrier,
-                    header(24, 8),
-                    Barrier,
-                    header(60, 12),
-                    Barrier,
-                    Done,
-                    Barrier,
-                ],
+                "data B header24 header60 done B",
             ),
             (
                 "the decisive publish is all that is between two states",
-                vec![
-                    header(24, 8),
-                    Barrier,
-                    data(),
-                    Barrier,
-                    header(40, 8),
-                    Barrier,
-                    Done,
-                ],
+                "header24 data B header40 done",
             ),
             (
                 "nothing is thrown away before the verb has taken effect",
-                vec![
-                    Step::Punch(vec![], 0),
-                    Barrier,
-                    header(60, 12),
-                    Barrier,
-                    Done,
-                ],
+                "punch B header60 done",
             ),
-            (
-                "a verb takes effect once",
-                vec![
-                    data(),
-                    Barrier,
-                    header(60, 12),
-                    Barrier,
-                    Done,
-                    Done,
-                    Barrier,
-                ],
-            ),
-            ("a verb takes effect", vec![data(), Barrier]),
-            (
-                "success is stable",
-                vec![data(), Barrier, header(60, 12), Barrier, Done, lower()],
-            ),
+            ("a verb takes effect once", "data B header60 done done B"),
+            ("a verb takes effect", "data B"),
+            ("success is stable", "data B header60 done down"),
         ];
-        for (rule, steps) in cases {
-            assert_eq!(broken_rule(&steps), Some(rule));
+        for (rule, names) in cases {
+            assert_eq!(broken_rule(&steps(names)).unwrap_or(""), rule, "{names}");
         }
     }
 }

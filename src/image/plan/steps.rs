@@ -1,7 +1,7 @@
 //! From epochs to the steps that bring the disk there. Nothing here reads or writes.
 
 use super::epoch::{Epoch, Epochs};
-use super::{ActiveL1, At, Edit, Plan, Temporary, TEMPORARY_L1};
+use super::{At, Edit, How, Plan, Temporary, TEMPORARY_L1};
 use crate::error::{Error, Result};
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
 use crate::format::header::{encode_switched, Header, Meaning, Places, SWITCHED};
@@ -28,9 +28,9 @@ pub(crate) enum Step {
     Fill(u64, u64),
     /// Everything before is stable before anything behind it is written.
     Barrier,
-    /// Until the barrier behind it, whether the image means what it meant is not known.
+    /// These and a barrier. Until that, whether the image means what it meant is not known.
     Publish(Vec<Write>),
-    /// Entries of tables, each of which may reach the disk or not: the image reads the same.
+    /// Entries of tables, each of which may reach the disk or not: the image reads the same. And a barrier.
     Entries(Vec<Write>),
     /// The verb has taken effect.
     Done,
@@ -111,18 +111,17 @@ pub(crate) fn steps(
         out.write("header: autoclear features", AT_AUTOCLEAR, bits)?;
         out.push(Step::Barrier)?;
     }
-    if let ActiveL1::Through(edit, temporary) = &plan.l1 {
+    if let Some((edit, How::Through(temporary))) = &plan.l1 {
         out.try_temporary(edit, temporary)?;
     }
     let last = epochs.all.len().saturating_sub(1);
-    for (n, epoch) in epochs.all.into_iter().enumerate() {
+    for (n, mut epoch) in epochs.all.into_iter().enumerate() {
         let meaning = if n < epochs.decisive {
             was.meaning()
         } else {
             epochs.meaning
         };
-        let (places, hooks) = (epoch.places, hook_ups(replay.g, refs, &epoch, n)?);
-        out.new_contents(refs, epoch, n)?;
+        out.new_contents(refs, &mut epoch, n)?;
         if n == 0 {
             out.fill(refs, &plan)?;
             if !raised.is_empty() || !refs.dropped().is_empty() {
@@ -135,40 +134,23 @@ pub(crate) fn steps(
             }
         }
         out.push(Step::Barrier)?;
-        for round in hooks {
-            for (at, block) in round {
-                let entry = What::bytes(&block.to_be_bytes())?;
-                out.write("refcount table entry", at, entry)?;
-            }
-            out.push(Step::Barrier)?;
-        }
+        out.enter_blocks(refs, &epoch, n)?;
         if n == epochs.decisive {
             out.push(Step::End)?;
-            out.publish_decisive(places, meaning, &plan)?;
+            out.publish_decisive(epoch.places, meaning, &plan)?;
         } else {
-            out.publish_header(places, meaning)?;
+            out.publish_header(epoch.places, meaning)?;
         }
         if n == last {
-            if let ActiveL1::EachEntry(edit) = &plan.l1 {
+            if let Some((edit, How::EachEntry)) = &plan.l1 {
                 // The verb is done; these entries only let go of the VM state.
                 out.edit(edit, At::Before, At::After)?;
                 out.push(Step::Barrier)?;
             }
-            if !plan.entries.is_empty() {
-                out.push(Step::Entries(std::mem::take(&mut plan.entries)))?;
-                out.push(Step::Barrier)?;
-            }
+            out.push(Step::Entries(std::mem::take(&mut plan.entries)))?;
         }
     }
-    let (length, file) = (replay.final_length(), out.file);
-    out.reclaim(refs, plan, length)?;
-    if rounded && replay.truncated && length == file {
-        // It may be shorter than it was said to be, and as long it shall become.
-        let grow = |step: &&mut Step| matches!(step, Step::Grow(_));
-        if let Some(step) = out.list.iter_mut().rev().find(grow) {
-            *step = Step::Truncate(length);
-        }
-    }
+    out.reclaim(replay, plan, rounded)?;
     Ok(out.list)
 }
 
@@ -193,6 +175,7 @@ impl Steps {
     fn push(&mut self, step: Step) -> Result<()> {
         match &step {
             Step::Stream(Pass::Clear(list) | Pass::Set(list)) if list.is_empty() => Ok(()),
+            Step::Publish(list) | Step::Entries(list) if list.is_empty() => Ok(()),
             _ => room::push(&mut self.list, step),
         }
     }
@@ -227,7 +210,7 @@ impl Steps {
 
     /// New structures and new data of an epoch. What extends the file comes first, so that a full
     /// disk is found before anything else is touched.
-    fn new_contents(&mut self, refs: &Refcounts, epoch: Epoch, n: usize) -> Result<()> {
+    fn new_contents(&mut self, refs: &Refcounts, epoch: &mut Epoch, n: usize) -> Result<()> {
         let (mut extend, mut others) = (Vec::new(), Vec::new());
         let (file, mut end) = (self.file, self.file);
         let mut add = |label, at: u64, bytes: u64, what| {
@@ -240,12 +223,12 @@ impl Steps {
             };
             room::push(list, Write { label, at, what })
         };
-        for index in epoch.blocks {
+        for index in epoch.blocks.iter().copied() {
             let at = refs.block(index).map_or(0, |b| b.offset);
             let what = What::Block(index);
             add("refcount block", at, self.g.cluster_size(), what)?;
         }
-        for index in epoch.tables {
+        for index in epoch.tables.iter().copied() {
             let table = refs.tables().get(index);
             let (at, entries) = table.map_or((0, 0), |t| (t.offset, t.entries.len()));
             let what = What::Table {
@@ -254,7 +237,7 @@ impl Steps {
             };
             add("refcount table", at, entries as u64 * TABLE_ENTRY, what)?;
         }
-        for data in epoch.new {
+        for data in epoch.new.drain(..) {
             let bytes = data.data.len() as u64;
             add(data.label, data.offset, bytes, What::Bytes(data.data))?;
         }
@@ -263,24 +246,61 @@ impl Steps {
         self.writes(others)
     }
 
+    /// Enter an epoch's new blocks in the tables that are older than they: a block whose own count stands in
+    /// another new block waits for that one's entry.
+    fn enter_blocks(&mut self, refs: &Refcounts, epoch: &Epoch, n: usize) -> Result<()> {
+        let (g, mut entries) = (self.g, Vec::new());
+        // A table that the epoch makes is written whole, and so is one that is made later.
+        for table in refs
+            .tables()
+            .iter()
+            .filter(|t| t.born.is_none_or(|e| e < n))
+        {
+            for index in epoch.blocks.iter().copied() {
+                let block = refs.block(index).map_or(0, |b| b.offset);
+                if table.entry(index) == block {
+                    let at = table.offset.saturating_add(index * TABLE_ENTRY);
+                    room::push(&mut entries, (index, at, block))?;
+                }
+            }
+        }
+        let mut known: Vec<u64> = Vec::new();
+        while !entries.is_empty() {
+            let waits = |(index, _, block): &(u64, u64, u64)| {
+                let describing = g.reftable_index(g.cluster_of(*block));
+                describing != *index
+                    && !known.contains(&describing)
+                    && epoch.blocks.contains(&describing)
+            };
+            entries.sort_unstable_by_key(|e| (waits(e), e.1));
+            let now = entries.partition_point(|e| !waits(e));
+            if now == 0 {
+                return Err(Error::Corrupt(
+                    "Refcount blocks describe each other in a circle".into(),
+                ));
+            }
+            for (index, at, block) in entries.drain(..now) {
+                room::push(&mut known, index)?;
+                let entry = What::bytes(&block.to_be_bytes())?;
+                self.write("refcount table entry", at, entry)?;
+            }
+            self.push(Step::Barrier)?;
+        }
+        Ok(())
+    }
+
     /// What is written in place from the first publish on must not need space: a full disk is to
     /// be found now. Everything but these tables is written over something that is not zeros.
     fn fill(&mut self, refs: &Refcounts, plan: &Plan) -> Result<()> {
-        let l1 = match &plan.l1 {
-            ActiveL1::Kept | ActiveL1::Moved(_) => None,
-            ActiveL1::OneSector(edit)
-            | ActiveL1::Through(edit, _)
-            | ActiveL1::InPlace(edit)
-            | ActiveL1::EachEntry(edit) => Some(edit),
-        };
-        for edit in l1.into_iter().chain(&plan.left) {
+        let l1 = plan.l1.iter().filter(|(_, how)| !matches!(how, How::Moved));
+        for edit in l1.map(|(edit, _)| edit).chain(&plan.left) {
             for run in edit.changes(At::Before, edit, At::After)? {
                 let at = edit.offset.saturating_add(run.start as u64);
                 self.push(Step::Fill(at, run.len() as u64))?;
             }
         }
         for table in refs.tables().iter().filter(|t| t.born.is_none()) {
-            for (index, _) in refs.loaded().filter(|(_, b)| b.made_in().is_some()) {
+            for (index, _) in refs.loaded().filter(|(_, b)| b.born.is_some()) {
                 if index < table.entries.len() as u64 {
                     let at = table.offset.saturating_add(index * TABLE_ENTRY);
                     self.push(Step::Fill(at, TABLE_ENTRY))?;
@@ -296,7 +316,7 @@ impl Steps {
         self.writes(writes)
     }
 
-    /// One write within the header's first sector, and a barrier. Nothing if nothing changes.
+    /// One write within the header's first sector. Nothing if nothing changes.
     fn publish_header(&mut self, places: Places, meaning: Meaning) -> Result<()> {
         let target = encode_switched(places, meaning, self.crypt_method);
         let differs = |i: &usize| self.header.get(*i) != target.get(*i);
@@ -305,24 +325,18 @@ impl Steps {
         let (Some(first), Some(last)) = (first, last) else {
             return Ok(());
         };
-        let write = Write {
+        self.header = target;
+        self.push(Step::Publish(vec![Write {
             label: "header",
             at: AT_SIZE + first as u64,
             what: What::bytes(target.get(first..=last).unwrap_or_default())?,
-        };
-        let mut writes = Vec::new();
-        room::push(&mut writes, write)?;
-        self.push(Step::Publish(writes))?;
-        self.push(Step::Barrier)?;
-        self.header = target;
-        Ok(())
+        }]))
     }
 
     /// What makes the old state the new one.
     fn publish_decisive(&mut self, places: Places, meaning: Meaning, plan: &Plan) -> Result<()> {
-        let l1 = &plan.l1;
-        match l1 {
-            ActiveL1::Through(edit, temporary) => {
+        match &plan.l1 {
+            Some((edit, How::Through(temporary))) => {
                 let via = Places {
                     l1_offset: temporary.offset,
                     ..places
@@ -333,30 +347,23 @@ impl Steps {
                 self.push(Step::Barrier)?;
                 self.publish_header(places, meaning)?;
             }
-            ActiveL1::OneSector(edit) | ActiveL1::InPlace(edit) => {
-                let torn = matches!(l1, ActiveL1::InPlace(_));
+            Some((edit, how @ (How::OneSector | How::InPlace))) => {
+                let torn = matches!(how, How::InPlace);
                 debug_assert!(torn || edit.sectors_published().count() <= 1);
                 self.publish_header(places, meaning)?;
+                // Nothing, if only bit 63 changes: later.
                 let writes = changes(edit, At::Before, edit, At::Published)?;
-                // Else only bit 63 changes, later.
-                if !writes.is_empty() {
-                    self.push(Step::Publish(writes))?;
-                    self.push(Step::Barrier)?;
-                }
+                self.push(Step::Publish(writes))?;
                 self.push(Step::Done)?;
             }
-            ActiveL1::Kept | ActiveL1::Moved(_) | ActiveL1::EachEntry(_) => {
+            None | Some((_, How::Moved | How::EachEntry)) => {
                 self.publish_header(places, meaning)?;
                 if plan.let_go {
-                    let write = Write {
+                    self.push(Step::Publish(vec![Write {
                         label: "header: backing file",
                         at: AT_BACKING,
                         what: What::bytes(&[0; 12])?,
-                    };
-                    let mut writes = Vec::new();
-                    room::push(&mut writes, write)?;
-                    self.push(Step::Publish(writes))?;
-                    self.push(Step::Barrier)?;
+                    }]))?;
                 }
                 self.push(Step::Done)?;
             }
@@ -365,8 +372,8 @@ impl Steps {
     }
 
     /// Counts down, COPIED set, holes. Nothing that is referred to changes its meaning.
-    fn reclaim(&mut self, refs: &Refcounts, plan: Plan, length: u64) -> Result<()> {
-        let g = self.g;
+    fn reclaim(&mut self, replay: &Replay, plan: Plan, rounded: bool) -> Result<()> {
+        let (g, refs, length) = (self.g, &replay.refs, replay.final_length());
         let lowered = blocks(refs, Block::is_lowered)?;
         let freed = refs.loaded().filter(|(_, b)| b.frees()).count() as u64;
         let work = lowered.len() as u64 + plan.set.len() as u64 + freed;
@@ -382,7 +389,7 @@ impl Steps {
             self.push(Step::Barrier)?;
         }
         let temporary = match &plan.l1 {
-            ActiveL1::Through(edit, temporary) => Some((edit, temporary)),
+            Some((edit, How::Through(temporary))) => Some((edit, temporary)),
             _ => None,
         };
         let spare = temporary.map_or(0..0, |(edit, t)| {
@@ -395,7 +402,10 @@ impl Steps {
             let last = match &plan.l1 {
                 // Entries published one by one are on the disk already, and stay: pieces are
                 // written whole.
-                ActiveL1::EachEntry(last) if last.offset == edit.offset && flags_to_set(edit)? => {
+                Some((last, How::EachEntry))
+                    if last.offset == edit.offset
+                        && !edit.changes(At::Published, edit, At::After)?.is_empty() =>
+                {
                     last
                 }
                 _ => edit,
@@ -404,12 +414,12 @@ impl Steps {
             self.writes(writes)?;
         }
         self.writes(plan.flags)?;
-        match &plan.l1 {
-            ActiveL1::Kept | ActiveL1::EachEntry(_) => {}
-            ActiveL1::OneSector(edit)
-            | ActiveL1::Moved(edit)
-            | ActiveL1::Through(edit, _)
-            | ActiveL1::InPlace(edit) => self.edit(edit, At::Published, At::After)?,
+        let l1 = plan
+            .l1
+            .iter()
+            .filter(|(_, how)| !matches!(how, How::EachEntry));
+        for (edit, _) in l1 {
+            self.edit(edit, At::Published, At::After)?;
         }
         if let Some(edit) = &plan.left {
             self.edit(edit, At::Before, At::After)?;
@@ -418,7 +428,12 @@ impl Steps {
             self.push(Step::GiveBack(another(temporary)))?;
         }
         self.push(Step::Punch(explicit_holes(g, refs)?, freed))?;
-        self.push(Step::Grow(length))?;
+        self.push(if rounded && replay.truncated && length == self.file {
+            // It may be shorter than it was said to be, and as long it shall become.
+            Step::Truncate(length)
+        } else {
+            Step::Grow(length)
+        })?;
         // Unless something that lying counts called free is in a dropped block's cluster.
         for dropped in refs.dropped() {
             if refs.count_after(g.cluster_of(dropped.offset))? == 0 {
@@ -444,11 +459,6 @@ fn another<T>(shared: &Rc<T>) -> Rc<T> {
     Rc::clone(shared)
 }
 
-/// Does reclaim have flags to set in this table?
-fn flags_to_set(edit: &Edit) -> Result<bool> {
-    Ok(!edit.changes(At::Published, edit, At::After)?.is_empty())
-}
-
 /// The writes that make a table, which is as `edit` is at `from`, what `last` is at `to`.
 fn changes(edit: &Edit, from: At, last: &Rc<Edit>, to: At) -> Result<Vec<Write>> {
     let runs = edit.changes(from, last, to)?.into_iter();
@@ -458,61 +468,6 @@ fn changes(edit: &Edit, from: At, last: &Rc<Edit>, to: At) -> Result<Vec<Write>>
         what: What::Words(another(last), to, run),
     });
     room::collected(writes)
-}
-
-/// Where an epoch's new blocks are to be entered in tables that are older than they (place, block):
-/// a block whose own count stands in another new block waits for that one's entry.
-fn hook_ups(
-    g: Geometry,
-    refs: &Refcounts,
-    epoch: &Epoch,
-    n: usize,
-) -> Result<Vec<Vec<(u64, u64)>>> {
-    let mut entries = Vec::new();
-    // One that the epoch makes is written whole, and so is one that is made later.
-    for table in refs
-        .tables()
-        .iter()
-        .filter(|t| t.born.is_none_or(|e| e < n))
-    {
-        for index in epoch.blocks.iter().copied() {
-            let block = refs.block(index).map_or(0, |b| b.offset);
-            if table.entry(index) == block {
-                let at = table.offset.saturating_add(index * TABLE_ENTRY);
-                room::push(&mut entries, (index, at, block))?;
-            }
-        }
-    }
-    let (mut known, mut rounds): (Vec<u64>, _) = (Vec::new(), Vec::new());
-    while !entries.is_empty() {
-        let waits = |index: u64, block: u64| {
-            let describing = g.reftable_index(g.cluster_of(block));
-            describing != index
-                && !known.contains(&describing)
-                && epoch.blocks.contains(&describing)
-        };
-        let (mut later, mut now) = (Vec::new(), Vec::new());
-        for entry in entries {
-            let list = if waits(entry.0, entry.2) {
-                &mut later
-            } else {
-                &mut now
-            };
-            room::push(list, entry)?;
-        }
-        if now.is_empty() {
-            return Err(Error::Corrupt(
-                "Refcount blocks describe each other in a circle".into(),
-            ));
-        }
-        for (index, ..) in &now {
-            room::push(&mut known, *index)?;
-        }
-        let round = room::collected(now.into_iter().map(|(_, at, block)| (at, block)))?;
-        room::push(&mut rounds, round)?;
-        entries = later;
-    }
-    Ok(rounds)
 }
 
 /// Ranges of clusters that QEMU punches besides those that lose their count. What was freed and
@@ -525,11 +480,17 @@ fn explicit_holes(g: Geometry, refs: &Refcounts) -> Result<Vec<(u64, u64)>> {
     let mut ranges: Vec<(u64, u64)> = Vec::new();
     for c in refs.fates.punched()? {
         if dropped.binary_search(&c).is_err() && refs.count_after(HostCluster(c))? == 0 {
-            match ranges.last_mut() {
-                Some((first, n)) if *first + *n == c => *n += 1,
-                _ => room::push(&mut ranges, (c, 1))?,
-            }
+            add_to(&mut ranges, c)?;
         }
     }
     Ok(ranges)
+}
+
+/// Another cluster, to ranges of them (first, number).
+pub(super) fn add_to(ranges: &mut Vec<(u64, u64)>, cluster: u64) -> Result<()> {
+    match ranges.last_mut() {
+        Some((first, n)) if *first + *n == cluster => *n += 1,
+        _ => room::push(ranges, (cluster, 1))?,
+    }
+    Ok(())
 }

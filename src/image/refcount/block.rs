@@ -4,6 +4,7 @@ use super::packed::BlockCounts;
 use crate::error::Result;
 use crate::format::geometry::Geometry;
 use crate::format::refblock;
+use crate::image::device::zeroed;
 use crate::image::room;
 use std::borrow::Cow;
 
@@ -15,21 +16,13 @@ pub(crate) struct Block {
     pub(super) now: BlockCounts,
     /// Counts that published states in between need, where there is more than one publish.
     pub(super) peak: Option<BlockCounts>,
-    pub(super) origin: Origin,
+    /// The epoch that makes it; none if the image has it.
+    pub(crate) born: Option<usize>,
     pub(super) moved: Moved,
     /// The counts are among the open ones.
     pub(super) open: bool,
     /// Bytes that the block takes, without open counts.
     pub(super) held: u64,
-}
-
-/// Where a block comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Origin {
-    /// The image has it.
-    Disk,
-    /// The verb makes it, in this epoch: nothing of it is on disk.
-    Made(usize),
 }
 
 /// Where its counts have gone.
@@ -46,12 +39,12 @@ pub(super) struct Moved {
 }
 
 impl Block {
-    pub(super) fn new(g: Geometry, offset: u64, counts: Vec<u8>, origin: Origin) -> Block {
+    pub(super) fn new(g: Geometry, offset: u64, counts: Vec<u8>, born: Option<usize>) -> Block {
         Block {
             offset,
             now: BlockCounts::new(g, counts),
             peak: None,
-            origin,
+            born,
             moved: Moved::default(),
             open: false,
             held: 0,
@@ -65,17 +58,9 @@ impl Block {
         self.moved.down |= !up;
     }
 
-    /// The epoch that makes it; none if the image has it.
-    pub(crate) fn made_in(&self) -> Option<usize> {
-        match self.origin {
-            Origin::Disk => None,
-            Origin::Made(epoch) => Some(epoch),
-        }
-    }
-
     /// Does the verb write it?
     pub(crate) fn is_written(&self) -> bool {
-        self.moved.up || self.moved.down || self.origin != Origin::Disk
+        self.moved.up || self.moved.down || self.born.is_some()
     }
 
     /// Does QEMU write it?
@@ -85,7 +70,7 @@ impl Block {
 
     /// Do its counts on disk go up before the first publish?
     pub(crate) fn is_raised(&self) -> bool {
-        self.origin == Origin::Disk && (self.moved.up || self.peak.is_some())
+        self.born.is_none() && (self.moved.up || self.peak.is_some())
     }
 
     /// Do they go down after the last?
@@ -128,13 +113,9 @@ impl Block {
 
     /// The counts as they are now are needed by a published state: keep them as part of the peak.
     pub(super) fn mark_published(&mut self, g: Geometry) -> Result<()> {
-        let counts = self.now.bytes(g)?;
-        let mut peak = match &self.peak {
-            Some(peak) => room::owned(peak.bytes(g)?)?,
-            None => room::copy_of(&counts)?,
-        };
-        refblock::raise_to(g, &mut peak, &counts, g.refblock_entries() as usize);
-        let mut peak = BlockCounts::new(g, peak);
+        let mut counts = zeroed(g.cluster_size())?;
+        self.peak_counts(g, &mut counts)?;
+        let mut peak = BlockCounts::new(g, counts);
         peak.pack(g);
         self.peak = Some(peak);
         Ok(())

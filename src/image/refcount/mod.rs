@@ -13,14 +13,12 @@
 //! | `structure` | the refcount table and its blocks: growth and shrinking |
 //! | `block` | one block: its counts now and at the peak, where it comes from, how it has moved |
 //! | `tally` | the hot loops of a walk |
-//! | `fates` | what became of a cluster |
-//! | `dates` | when the disk has forgotten what was in it: epochs |
+//! | `fates` | what became of a cluster, and when the disk has forgotten what was in it: epochs |
 //! | `packed` | counts of a block, as narrow or as packed as they can be |
 //! | `residents` | how many blocks stay open, and what all of them may take |
 //! | `residency` | which blocks are in memory, in which form, and what is put away; windows |
 
 mod block;
-mod dates;
 mod fates;
 pub(crate) mod packed;
 mod residency;
@@ -32,12 +30,12 @@ mod tally;
 use super::device::Device;
 use crate::error::{Error, Result};
 use crate::format::geometry::{Geometry, HostCluster, MAX_CLUSTER_OFFSET};
+use crate::format::header::Places;
 use crate::format::refblock;
 use crate::format::run::Tally;
-use dates::Dates;
 use packed::BlockCounts;
 use residency::Residency;
-use structure::Structure;
+use structure::{Dropped, Reftable};
 
 pub(crate) use block::Block;
 pub(crate) use fates::{Fates, Forgotten, Freed};
@@ -45,13 +43,17 @@ pub(crate) use fates::{Fates, Forgotten, Freed};
 /// See the module's text.
 pub(crate) struct Refcounts {
     g: Geometry,
-    structure: Structure,
+    /// Places of the refcount table, the current one last; never empty.
+    tables: Vec<Reftable>,
+    /// Refcount blocks dropped by a shrinking resize.
+    dropped: Vec<Dropped>,
     residency: Residency,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
-    next: u64,
+    pub(crate) next: u64,
+    /// The length that QEMU's writes and truncates give the file, up to this point.
+    pub(crate) reach: u64,
     /// What became of the clusters that explicit allocations and frees have touched.
     pub(crate) fates: Fates,
-    dates: Dates,
 }
 
 /// Does a caller have to look for clusters again?
@@ -63,26 +65,38 @@ enum Reserved {
 }
 
 impl Refcounts {
-    /// The table at `offset`. Counts may take `memory` bytes.
+    /// Those of an image in a file of `length` bytes, whose table has these entries. Counts may take
+    /// `memory` bytes.
     pub(crate) fn new(
         g: Geometry,
-        offset: u64,
-        clusters: u64,
+        places: Places,
         entries: Vec<u64>,
+        length: u64,
         memory: u64,
     ) -> Refcounts {
         Refcounts {
             g,
-            structure: Structure::new(offset, clusters, entries),
+            tables: vec![Reftable {
+                offset: places.reftable_offset,
+                clusters: places.reftable_clusters.into(),
+                entries,
+                born: None,
+            }],
+            dropped: Vec::new(),
             residency: Residency::new(memory),
             next: 0,
+            reach: length,
             fates: Fates::default(),
-            dates: Dates::default(),
         }
     }
 
     pub(crate) fn geometry(&self) -> Geometry {
         self.g
+    }
+
+    /// QEMU writes up to this place of the file.
+    pub(crate) fn reach_to(&mut self, end: u64) {
+        self.reach = self.reach.max(end);
     }
 
     /// The refcount of a cluster when the walk of create was done, whatever was freed since: the
@@ -107,13 +121,6 @@ impl Refcounts {
         }
         let at = self.g.refblock_index(cluster);
         self.block(index).map_or(Ok(0), |b| b.now.get(self.g, at))
-    }
-
-    /// Add 1 to or take 1 from a count and return it. The block must exist.
-    #[inline]
-    pub(crate) fn bump(&mut self, dev: &mut Device, cluster: HostCluster, up: bool) -> Result<u64> {
-        let tally = if up { Tally::Up } else { Tally::Down(1) };
-        self.tally(dev, cluster, tally)
     }
 
     /// Do `tally` to a count and return it. To be changed, its block must exist.
@@ -172,7 +179,7 @@ impl Refcounts {
                 // Undo, and try the same clusters first.
                 for undo in start..c {
                     self.store(HostCluster(undo), 0)?;
-                    self.fates.give_back(undo)?;
+                    self.fates.give_back(undo);
                 }
                 self.next = self.next.min(start);
                 return Ok(Reserved::Again);
@@ -200,16 +207,6 @@ impl Refcounts {
         self.store(cluster, n)
     }
 
-    /// Where the search for free clusters goes on.
-    pub(crate) fn searched(&self) -> u64 {
-        self.next
-    }
-
-    /// Let the search begin at this cluster: those before it have been looked at.
-    pub(crate) fn search_from(&mut self, cluster: u64) {
-        self.next = cluster;
-    }
-
     /// Store a count in a loaded block.
     fn store(&mut self, cluster: HostCluster, count: u64) -> Result<()> {
         let g = self.g;
@@ -235,40 +232,42 @@ impl Refcounts {
         bytes_end_up: Freed,
         forgotten: Forgotten,
     ) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        let g = self.g;
-        let first = g.cluster_of(offset).0;
-        let last = g.cluster_of(offset.saturating_add(bytes - 1)).0;
-        for c in first..=last {
-            if self.get(dev, HostCluster(c))? == 0 {
-                return Ok(());
+        self.free_each(dev, offset, bytes, |refs, c, left| {
+            refs.store(HostCluster(c), left)?;
+            match left {
+                0 => refs.fates.free(c, bytes_end_up, forgotten),
+                _ => Ok(()),
             }
-        }
-        for c in first..=last {
-            let left = self.bump(dev, HostCluster(c), false)?;
-            self.store(HostCluster(c), left)?;
-            if left == 0 {
-                self.fates.free(c, bytes_end_up, forgotten)?;
-            }
-        }
-        Ok(())
+        })
     }
 
     /// Take one reference from each cluster of a data range, holes punched, nothing remembered:
     /// for the many clusters of a resize, none of which this verb writes to again.
     pub(crate) fn free_data(&mut self, dev: &mut Device, offset: u64, bytes: u64) -> Result<()> {
-        let g = self.g;
-        let first = g.cluster_of(offset).0;
-        let last = g.cluster_of(offset.saturating_add(bytes.max(1) - 1)).0;
+        self.free_each(dev, offset, bytes, |_, _, _| Ok(()))
+    }
+
+    /// Take a reference from each cluster of a range, if all have one. `freed` is told what is left.
+    fn free_each(
+        &mut self,
+        dev: &mut Device,
+        offset: u64,
+        bytes: u64,
+        mut freed: impl FnMut(&mut Refcounts, u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let first = self.g.cluster_of(offset).0;
+        let last = self.g.cluster_of(offset.saturating_add(bytes - 1)).0;
         for c in first..=last {
             if self.get(dev, HostCluster(c))? == 0 {
                 return Ok(());
             }
         }
         for c in first..=last {
-            self.bump(dev, HostCluster(c), false)?;
+            let left = self.tally(dev, HostCluster(c), Tally::Down(1))?;
+            freed(self, c, left)?;
         }
         Ok(())
     }
@@ -317,7 +316,7 @@ impl Refcounts {
         let at = g.refblock_index(cluster);
         let index = g.reftable_index(cluster);
         let dropped = self.dropped_at(index);
-        if let Some(d) = dropped.and_then(|i| self.structure.dropped.get_mut(i)) {
+        if let Some(d) = dropped.and_then(|i| self.dropped.get_mut(i)) {
             if let Some(peak) = &mut d.peak {
                 refblock::set(g, peak, at, 1);
             }
@@ -367,14 +366,15 @@ mod tests {
             self.enter_window(0..u64::MAX).unwrap();
             loaded - self.loaded().count()
         }
+    }
 
-        /// Clusters of the newest table, and of the blocks made together with it.
-        fn table_and_blocks(&self) -> usize {
-            let behind = self
-                .loaded()
-                .filter(|(_, b)| b.offset >= 64 * 256 * 512)
-                .count();
-            behind + self.table().clusters as usize
+    /// A refcount table of one cluster.
+    fn table(reftable_offset: u64) -> Places {
+        Places {
+            l1_offset: 0,
+            l1_size: 0,
+            reftable_offset,
+            reftable_clusters: 1,
         }
     }
 
@@ -388,7 +388,7 @@ mod tests {
         let dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
         let mut entries = vec![0; 64];
         entries[0] = 1024;
-        (dev, Refcounts::new(g, 512, 1, entries, MOST))
+        (dev, Refcounts::new(g, table(512), entries, 0, MOST))
     }
 
     #[test]
@@ -402,17 +402,6 @@ mod tests {
         block.peak_counts(r.g, &mut peak).unwrap();
         assert_eq!(refblock::get(r.g, &peak, 3), 1);
         assert!(block.is_written() && block.is_raised() && block.is_lowered() && !block.is_qemus());
-    }
-
-    #[test]
-    fn clusters_are_found_first_fit_and_search_goes_on_behind() {
-        let (mut dev, mut r) = small();
-        assert_eq!(r.alloc(&mut dev, 1).unwrap(), 3 * 512);
-        assert_eq!(r.alloc(&mut dev, 1025).unwrap(), 4 * 512);
-        assert_eq!(r.alloc(&mut dev, 0).unwrap(), 7 * 512);
-        r.free(&mut dev, 5 * 512, 1, Freed::Kept, Forgotten::With(0))
-            .unwrap();
-        assert_eq!(r.alloc(&mut dev, 512).unwrap(), 5 * 512);
     }
 
     /// Count a table of clusters in order, as `walk` does.
@@ -457,7 +446,7 @@ mod tests {
                 refblock::set(g, &mut file[at..at + 512], index, *count);
             }
             let mut dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
-            let mut r = Refcounts::new(g, 0, 1, entries, MOST);
+            let mut r = Refcounts::new(g, table(0), entries, 0, MOST);
             let mut visited = Vec::new();
             let mut table = [0u8; 512];
             for round in 0..2000u64 {
@@ -509,34 +498,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn a_new_block_leaves_the_first_free_cluster_to_the_data() {
-        let (mut dev, mut r) = small();
-        assert_eq!(r.alloc(&mut dev, 253 * 512).unwrap(), 3 * 512);
-        // Clusters 0 to 255 are full: QEMU puts the L1 copy at 256 and 257, the block at 258.
-        assert_eq!(r.alloc(&mut dev, 1024).unwrap(), 256 * 512);
-        assert_eq!(r.table().entries[1], 258 * 512);
-        assert_eq!(r.alloc(&mut dev, 512).unwrap(), 259 * 512);
-    }
-
-    #[test]
-    #[cfg_attr(miri, ignore = "many minutes there")]
-    fn the_table_grows_behind_everything_described() {
-        let (mut dev, mut r) = small();
-        // 64 entries describe 64 * 256 clusters; one by one nothing is skipped for new blocks.
-        let mut at = 0;
-        while r.tables().len() == 1 {
-            at = r.alloc(&mut dev, 512).unwrap();
-        }
-        let taken = (0..100_000).filter(|c| r.fates.is_taken(*c)).count();
-        assert_eq!(taken, 64 * 256 - 3 + 1 + r.table_and_blocks());
-        assert!(r.table().entries.len() > 64);
-        // The old table's cluster is free and below everything: QEMU takes it at once.
-        assert_eq!(at, 512);
-        assert_eq!(r.fates.forgotten(1), Forgotten::With(0));
-        r.forget_before_writing(&mut dev, at, 512).unwrap();
-        assert_eq!(r.epoch(), 1);
     }
 }

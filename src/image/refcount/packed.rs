@@ -83,6 +83,15 @@ fn sum(bytes: &[u8]) -> u64 {
     })
 }
 
+/// Fields of an order in the block's own width.
+fn widened(g: Geometry, order: u32, bytes: Cow<'_, [u8]>) -> Result<Cow<'_, [u8]>> {
+    if order == g.refcount_order {
+        return Ok(bytes);
+    }
+    let wide = refblock::converted(of_order(g, order), &bytes, g)?;
+    Ok(Cow::Owned(wide))
+}
+
 fn of_order(g: Geometry, order: u32) -> Geometry {
     Geometry {
         refcount_order: order,
@@ -100,21 +109,9 @@ impl BlockCounts {
     /// The bytes of the block.
     pub(crate) fn bytes(&self, g: Geometry) -> Result<Cow<'_, [u8]>> {
         Ok(match self {
-            BlockCounts::Open { order, bytes } if *order == g.refcount_order => {
-                Cow::Borrowed(bytes)
-            }
-            BlockCounts::Open { order, bytes } => {
-                Cow::Owned(refblock::converted(of_order(g, *order), bytes, g)?)
-            }
+            BlockCounts::Open { order, bytes } => widened(g, *order, Cow::Borrowed(bytes))?,
             BlockCounts::Packed(runs) => Cow::Owned(unpacked(runs)?),
-            BlockCounts::Away(away) => {
-                let bytes = away.fetch(g)?;
-                Cow::Owned(if away.order == g.refcount_order {
-                    bytes
-                } else {
-                    refblock::converted(of_order(g, away.order), &bytes, g)?
-                })
-            }
+            BlockCounts::Away(away) => widened(g, away.order, Cow::Owned(away.fetch(g)?))?,
         })
     }
 
@@ -156,11 +153,6 @@ impl BlockCounts {
                 order_for(g, highest.unwrap_or(0).saturating_add(1))
             }
         }
-    }
-
-    /// Are the counts in the temporary file?
-    pub(crate) fn is_away(&self) -> bool {
-        matches!(self, BlockCounts::Away(_))
     }
 
     /// The fields, if they have this width.
@@ -229,7 +221,7 @@ impl BlockCounts {
 
     /// Write the counts to the temporary file, at `at`, and forget them.
     pub(crate) fn put_away(&mut self, g: Geometry, scratch: &Arc<Scratch>, at: u64) -> Result<()> {
-        if self.is_away() {
+        if matches!(self, BlockCounts::Away(_)) {
             return Ok(());
         }
         self.open(g)?;
@@ -276,16 +268,10 @@ impl BlockCounts {
 
     /// Keep the counts as runs, if that saves most of the memory, else in narrow fields.
     pub(crate) fn pack(&mut self, g: Geometry) {
-        let BlockCounts::Open { order, bytes } = self else {
+        if self.order().is_none() {
             return;
-        };
-        let runs = if *order == g.refcount_order {
-            packed(bytes)
-        } else {
-            let wide = refblock::converted(of_order(g, *order), bytes, g);
-            wide.ok().and_then(|wide| packed(&wide))
-        };
-        match runs {
+        }
+        match self.bytes(g).ok().and_then(|bytes| packed(&bytes)) {
             Some(runs) => *self = BlockCounts::Packed(runs),
             None => self.narrow(g),
         }
@@ -399,7 +385,7 @@ mod tests {
             .collect();
         let mut counts = BlockCounts::new(g(), noise.clone());
         counts.put_away(g(), &scratch, 1 << 20).unwrap();
-        assert!(counts.is_away() && counts.size() == 0);
+        assert!(matches!(counts, BlockCounts::Away(_)) && counts.size() == 0);
         assert_eq!(counts.bytes(g()).unwrap(), noise);
         assert_eq!(counts.get(g(), 3).unwrap(), u64::from(noise[7]));
         // What a disk that has failed may give.

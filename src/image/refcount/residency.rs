@@ -9,7 +9,7 @@
 //! again and again: it is then cut into *windows*. In each it goes over all the tables that are left
 //! and counts only in so many blocks as fit in memory, so that what is beyond the cap costs passes.
 
-use super::block::{Block, Origin};
+use super::block::Block;
 use super::packed::BlockCounts;
 use super::residents::Residents;
 use super::tally::{CACHED, JUMPS};
@@ -19,6 +19,7 @@ use crate::format::entry::OFFSET_MASK;
 use crate::format::run;
 use crate::image::device::Device;
 use crate::image::room;
+use crate::image::tables::read_refblock;
 use crate::io::scratch::Scratch;
 use byteorder::{BigEndian, ByteOrder};
 use std::borrow::Cow;
@@ -76,6 +77,7 @@ struct Reading {
 }
 
 /// How a walk goes.
+#[derive(Default)]
 pub(super) struct Walk {
     /// Runs of few clusters since the last long one: it jumps about.
     pub(super) short_runs: u32,
@@ -103,12 +105,7 @@ impl Residency {
             open: Residents::new(cap),
             overflow: Overflow::default(),
             reading: Reading::default(),
-            walk: Walk {
-                short_runs: 0,
-                back: 0,
-                entries: 0,
-                think_at: BACK,
-            },
+            walk: Walk::default(),
             window: Window {
                 first: 0,
                 blocks: u64::MAX,
@@ -179,12 +176,8 @@ impl Refcounts {
         }
         self.ask_ahead(dev, index);
         dev.progress.pass(self.g.cluster_size())?;
-        let counts = dev.read_vec(
-            "Could not read a refcount block",
-            offset,
-            self.g.cluster_size(),
-        )?;
-        self.insert(index, Block::new(self.g, offset, counts, Origin::Disk))?;
+        let counts = read_refblock(dev, self.g, offset)?;
+        self.insert(index, Block::new(self.g, offset, counts, None))?;
         self.admit(index)?;
         Ok(true)
     }

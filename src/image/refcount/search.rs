@@ -4,8 +4,8 @@ use super::Refcounts;
 use crate::error::{Error, Result};
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
 use crate::format::refblock;
-use crate::image::device::Device;
-use crate::image::room;
+use crate::image::device::{zeroed, Device};
+use crate::image::tables::read_refblock;
 
 impl Refcounts {
     /// QEMU's `alloc_clusters_noref`: the first of `n` free clusters in a row.
@@ -93,49 +93,35 @@ impl Refcounts {
         n: u64,
     ) -> Result<Option<u64>> {
         let g = self.g;
-        let (mut run, mut c) = (0, from);
-        let (mut scratch, mut in_scratch) = (Vec::new(), None);
-        let end = g
-            .first_cluster_of_block(self.table().entries.len() as u64)
-            .0;
-        while c < end {
-            let index = g.reftable_index(HostCluster(c));
-            if in_scratch != Some(index) {
-                dev.progress.pass(TABLE_ENTRY)?;
-            }
-            if self.entry(index) == 0 || self.block(index).is_some_and(|b| b.made_in().is_some()) {
+        let (mut run, mut scratch) = (0, Vec::new());
+        for index in g.reftable_index(HostCluster(from))..self.table().entries.len() as u64 {
+            dev.progress.pass(TABLE_ENTRY)?;
+            let (entries, loaded) = (g.refblock_entries(), self.block(index));
+            if self.entry(index) == 0 || loaded.is_some_and(|b| b.born.is_some()) {
                 run = 0;
-                c = g.first_cluster_of_block(index + 1).0;
                 continue;
             }
-            let at = g.refblock_index(HostCluster(c));
-            if in_scratch != Some(index) {
-                if let Some(block) = self.block(index) {
-                    scratch = room::owned(block.counts(g)?)?;
-                    if let Some(peak) = &block.peak {
-                        let entries = g.refblock_entries() as usize;
-                        refblock::raise_to(g, &mut scratch, &peak.bytes(g)?, entries);
-                    }
-                } else {
-                    self.counts(dev, index, &mut scratch)?;
-                }
-                in_scratch = Some(index);
-            }
-            // What a resize has freed in a block that is loaded is still in use on the disk.
-            let counted = refblock::get(g, &scratch, at) != 0
-                || self.block(index).is_some() && self.count_before(dev, HostCluster(c))? != 0;
-            run = if counted || !self.fates.is_untouched(c) {
-                0
+            let is_loaded = loaded.is_some();
+            if let Some(block) = loaded {
+                scratch = zeroed(g.cluster_size())?;
+                block.peak_counts(g, &mut scratch)?;
             } else {
-                run + 1
-            };
-            c += 1;
-            if run == n {
-                let (first, last) = (HostCluster(c - n), HostCluster(c - 1));
-                for index in g.reftable_index(first)..=g.reftable_index(last) {
-                    self.load(dev, index)?;
+                self.counts(dev, index, &mut scratch)?;
+            }
+            let base = g.first_cluster_of_block(index).0;
+            for c in from.max(base)..base.saturating_add(entries) {
+                // What a resize has freed in a block that is loaded is still in use on the disk.
+                let counted = refblock::get(g, &scratch, (c - base) as usize) != 0
+                    || is_loaded && self.count_before(dev, HostCluster(c))? != 0;
+                let free = !counted && self.fates.is_untouched(c);
+                run = if free { run + 1 } else { 0 };
+                if run == n {
+                    let first = c + 1 - n;
+                    for index in g.reftable_index(HostCluster(first))..=index {
+                        self.load(dev, index)?;
+                    }
+                    return Ok(Some(first));
                 }
-                return Ok(Some(first.0));
             }
         }
         self.find_untouched_in_dropped(dev, n)
@@ -148,15 +134,11 @@ impl Refcounts {
         if n > g.refblock_entries() {
             return Ok(None);
         }
-        let mut dropped = std::mem::take(&mut self.structure.dropped);
+        let mut dropped = std::mem::take(&mut self.dropped);
         let mut found = None;
         for d in &mut dropped {
             dev.progress.pass(g.cluster_size())?;
-            let before = dev.read_vec(
-                "Could not read a refcount block",
-                d.offset,
-                g.cluster_size(),
-            )?;
+            let before = read_refblock(dev, g, d.offset)?;
             let after = d.counts.as_ref().map(|c| c.bytes(g)).transpose()?;
             let base = g.first_cluster_of_block(d.index).0;
             let mut run = 0;
@@ -180,7 +162,7 @@ impl Refcounts {
                 break;
             }
         }
-        self.structure.dropped = dropped;
+        self.dropped = dropped;
         Ok(found)
     }
 }

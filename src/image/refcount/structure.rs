@@ -1,6 +1,6 @@
 //! The refcount table and its blocks: where they are, how they grow and how they shrink.
 
-use super::block::{Block, Origin};
+use super::block::Block;
 use super::fates::{Forgotten, Freed};
 use super::packed::BlockCounts;
 use super::{Refcounts, Reserved};
@@ -44,47 +44,21 @@ pub(crate) struct Dropped {
     pub(crate) peak: Option<Vec<u8>>,
 }
 
-/// Where the structure has been and is.
-pub(super) struct Structure {
-    /// Places of the refcount table, the current one last; never empty.
-    pub(super) tables: Vec<Reftable>,
-    /// Refcount blocks dropped by a shrinking resize.
-    pub(super) dropped: Vec<Dropped>,
-    /// Length that QEMU's writes of refcount structures give the file at least.
-    pub(super) reach: u64,
-}
-
-impl Structure {
-    /// A table at `offset`.
-    pub(super) fn new(offset: u64, clusters: u64, entries: Vec<u64>) -> Structure {
-        Structure {
-            tables: vec![Reftable {
-                offset,
-                clusters,
-                entries,
-                born: None,
-            }],
-            dropped: Vec::new(),
-            reach: 0,
-        }
-    }
-}
-
 impl Refcounts {
     /// Places of the refcount table, the current one last.
     pub(crate) fn tables(&self) -> &[Reftable] {
-        &self.structure.tables
+        &self.tables
     }
 
     /// The refcount table as it is now.
     pub(crate) fn table(&self) -> &Reftable {
         // Never empty: made with one, only pushed to.
-        &self.structure.tables[self.structure.tables.len() - 1]
+        &self.tables[self.tables.len() - 1]
     }
 
     pub(super) fn table_mut(&mut self) -> &mut Reftable {
-        let last = self.structure.tables.len() - 1;
-        &mut self.structure.tables[last]
+        let last = self.tables.len() - 1;
+        &mut self.tables[last]
     }
 
     /// The entries of the refcount table as they are now: the verb is over.
@@ -99,27 +73,13 @@ impl Refcounts {
 
     /// Blocks that a shrinking resize takes out of the table.
     pub(crate) fn dropped(&self) -> &[Dropped] {
-        &self.structure.dropped
+        &self.dropped
     }
 
     /// Which of the dropped blocks was at `index`? They are in order.
     pub(super) fn dropped_at(&self, index: u64) -> Option<usize> {
-        let dropped = &self.structure.dropped;
+        let dropped = &self.dropped;
         dropped.binary_search_by_key(&index, |d| d.index).ok()
-    }
-
-    /// Length that QEMU's writes of refcount structures give the file at least.
-    pub(crate) fn reach(&self) -> u64 {
-        self.structure.reach
-    }
-
-    /// QEMU has cut the file: what it wrote before does not matter any more.
-    pub(crate) fn forget_reach(&mut self) {
-        self.structure.reach = 0;
-    }
-
-    pub(super) fn reach_to(&mut self, end: u64) {
-        self.structure.reach = self.structure.reach.max(end);
     }
 
     pub(super) fn check_aligned(&self, index: u64, offset: u64) -> Result<()> {
@@ -192,10 +152,7 @@ impl Refcounts {
         self.forget_before_writing(dev, offset, self.g.cluster_size())?;
         let epoch = self.epoch();
         self.reach_to(offset.saturating_add(self.g.cluster_size()));
-        self.insert(
-            index,
-            Block::new(self.g, offset, counts, Origin::Made(epoch)),
-        )
+        self.insert(index, Block::new(self.g, offset, counts, Some(epoch)))
     }
 
     /// QEMU's `qcow2_refcount_area`: a larger table, and the blocks that describe it, behind
@@ -248,7 +205,7 @@ impl Refcounts {
             entries: table,
             born: Some(self.epoch()),
         };
-        room::push(&mut self.structure.tables, table)?;
+        room::push(&mut self.tables, table)?;
         for index in first..total_blocks {
             self.load(dev, index)?;
         }
@@ -283,29 +240,16 @@ impl Refcounts {
             if offset == 0 {
                 continue;
             }
-            self.check_aligned(index, offset)?;
-            // Zeros, and a table may name a million of these: terabytes to look at.
-            if offset >= dev.length() && self.block(index).is_none() {
-                room::push(&mut unused, (index, offset))?;
-                continue;
-            }
-            let mut copy = match self.block(index) {
-                Some(b) => room::owned(b.counts(g)?)?,
-                None => {
-                    dev.progress.pass(g.cluster_size())?;
-                    room::resize(&mut scratch, g.cluster_len(), 0)?;
-                    dev.read("Could not read a refcount block", offset, &mut scratch)?;
-                    std::mem::take(&mut scratch)
-                }
+            let Some(counts) = self.counts(dev, index, &mut scratch)? else {
+                continue; // not reached: the entry is not zero
             };
-            let itself = g.cluster_of(offset);
+            let (mut counts, itself) = (room::copy_of(counts)?, g.cluster_of(offset));
             if g.reftable_index(itself) == index {
-                refblock::set(g, &mut copy, g.refblock_index(itself), 0);
+                refblock::set(g, &mut counts, g.refblock_index(itself), 0);
             }
-            if copy.iter().all(|b| *b == 0) {
+            if counts.iter().all(|b| *b == 0) {
                 room::push(&mut unused, (index, offset))?;
             }
-            scratch = copy;
         }
         let end = self
             .table()
@@ -327,7 +271,7 @@ impl Refcounts {
                 .free(cluster.0, Freed::Punched, Forgotten::Never)?;
             self.table_mut().entries[index as usize] = 0;
             let block = self.take_block(index);
-            if block.as_ref().is_none_or(|b| b.made_in().is_none()) {
+            if block.as_ref().is_none_or(|b| b.born.is_none()) {
                 // Nothing is left in it but, at times, the block itself.
                 let counts = block.map(|mut b| {
                     // Its place in the temporary file is that of the next block here.
@@ -342,7 +286,7 @@ impl Refcounts {
                     counts,
                     peak: None,
                 };
-                room::push(&mut self.structure.dropped, dropped)?;
+                room::push(&mut self.dropped, dropped)?;
             }
         }
         Ok(())

@@ -1,5 +1,6 @@
 //! A verb in memory: what QEMU would do to the image, before a byte of it is written.
 
+pub(crate) mod named;
 pub(crate) mod overlap;
 mod remade;
 pub(crate) mod resize;
@@ -7,7 +8,6 @@ pub(crate) mod walk;
 
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
-use crate::format::features;
 use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Header, Meaning, Places};
 use crate::image::device::{self, Device};
@@ -52,14 +52,8 @@ pub(crate) struct Replay {
     pub(crate) left_l1: Option<(u64, Vec<u64>)>,
     /// Contents for new clusters.
     pub(crate) new_data: Vec<NewData>,
-    /// The length that QEMU's writes and truncates give the file, up to this point.
-    pub(crate) reach: u64,
     /// QEMU has set the file's length.
     pub(crate) truncated: bool,
-    /// The image is of version 3.
-    v3: bool,
-    /// A backing file shows through unallocated clusters.
-    has_backing: bool,
 }
 
 impl Replay {
@@ -68,7 +62,6 @@ impl Replay {
         l1: Vec<u64>,
         reftable: Vec<u64>,
         mut overlap: Overlap,
-        has_backing: bool,
         length: u64,
         memory: u64,
     ) -> Replay {
@@ -76,13 +69,7 @@ impl Replay {
         overlap.seal();
         Replay {
             g,
-            refs: Refcounts::new(
-                g,
-                header.reftable_offset,
-                header.reftable_clusters.into(),
-                reftable,
-                memory,
-            ),
+            refs: Refcounts::new(g, header.places(), reftable, length, memory),
             overlap,
             meaning: header.meaning(),
             l1_places: vec![L1Place {
@@ -94,10 +81,7 @@ impl Replay {
             remade: Remade::default(),
             left_l1: None,
             new_data: Vec::new(),
-            reach: length,
             truncated: false,
-            v3: header.version >= 3,
-            has_backing,
         }
     }
 
@@ -142,13 +126,13 @@ impl Replay {
             .forget_before_writing(dev, offset, data.len() as u64)?;
         let last = g.cluster_of(end - 1).0;
         if self.refs.fates.is_punched(last) {
-            let zeros_end = g.round_up(end).min(self.reach.max(end));
+            let zeros_end = g.round_up(end).min(self.refs.reach.max(end));
             room::resize(&mut data, (zeros_end - offset) as usize, 0)?;
         }
         for c in g.cluster_of(offset).0..=last {
-            self.refs.fates.rewrite(c)?;
+            self.refs.fates.rewrite(c);
         }
-        self.reach = self.reach.max(end);
+        self.refs.reach_to(end);
         let epoch = self.refs.epoch();
         let new = NewData {
             label,
@@ -206,7 +190,7 @@ impl Replay {
             Freed::Kept,
             Forgotten::With(epoch),
         )?;
-        self.overlap.release(Protected::ActiveL1, old_offset);
+        self.overlap.release(Protected::ActiveL1, &[old_offset]);
         self.overlap.protect(Protected::ActiveL1, offset, bytes)?;
         self.overlap.seal();
         self.l1 = l1;
@@ -255,7 +239,7 @@ impl Replay {
                 "Preventing invalid allocation of L2 table at offset 0".into(),
             ));
         }
-        self.reach = self.reach.max(new.saturating_add(g.cluster_size()));
+        self.refs.reach_to(new.saturating_add(g.cluster_size()));
         let table = if offset == 0 {
             Contents::Zeros
         } else {
@@ -269,26 +253,6 @@ impl Replay {
                 .free(dev, offset, g.cluster_size(), Freed::Kept, forgotten)?;
         }
         Ok((new, table))
-    }
-
-    /// The L2 entry that QEMU leaves where a cluster is discarded so that it reads as zeros
-    /// (`discard_in_l2_slice`, not full). `None`: it stays as it is.
-    pub(crate) fn zeroed_entry(&self, word: &[u8]) -> Option<[u8; 16]> {
-        let old = BigEndian::read_u64(word);
-        let allocated = !matches!(
-            entry::cluster(self.g, old),
-            Cluster::Unallocated | Cluster::ZeroPlain
-        );
-        if !self.has_backing && !allocated {
-            return None;
-        }
-        let mut new = [0u8; 16];
-        if self.g.extended_l2 {
-            BigEndian::write_u64(&mut new[8..], entry::SUBCLUSTERS_ALL_ZERO);
-        } else if self.v3 {
-            BigEndian::write_u64(&mut new[..8], entry::ZERO);
-        }
-        (new.get(..word.len()) != Some(word)).then_some(new)
     }
 
     /// Take the active disk's reference from what an L2 entry refers to; the bytes stay (QEMU's
@@ -313,8 +277,7 @@ impl Replay {
 
     /// Set the length that QEMU's own truncate leaves.
     pub(crate) fn truncate(&mut self, length: u64) {
-        (self.reach, self.truncated) = (length, true);
-        self.refs.forget_reach();
+        (self.refs.reach, self.truncated) = (length, true);
     }
 
     /// Where the tables stand in the end.
@@ -335,16 +298,6 @@ impl Replay {
             .map(|(_, b)| b.offset.saturating_add(self.g.cluster_size()))
             .max()
             .unwrap_or(0);
-        self.length().max(end)
-    }
-
-    /// The file's length so far, refcount structures included.
-    pub(crate) fn length(&self) -> u64 {
-        self.reach.max(self.refs.reach())
-    }
-
-    /// Does the image have valid bitmaps, which a change of the guest's data would break?
-    pub(crate) fn active_bitmaps(header: &Header, has_bitmaps: bool) -> bool {
-        header.autoclear & features::BITMAPS != 0 && has_bitmaps
+        self.refs.reach.max(end)
     }
 }

@@ -96,10 +96,10 @@ impl Overlap {
         room::reserve(&mut self.furthest, self.ranges.len())
     }
 
-    /// No longer protect ranges of this kind that begin at `offset`.
-    pub(crate) fn release(&mut self, kind: Protected, offset: u64) {
+    /// No longer protect ranges of this kind that begin at these offsets, which are sorted.
+    pub(crate) fn release(&mut self, kind: Protected, offsets: &[u64]) {
         self.ranges
-            .retain(|(start, _, k)| !(*k == kind && *start == offset));
+            .retain(|(start, _, k)| !(*k == kind && offsets.binary_search(start).is_ok()));
         self.seal();
     }
 
@@ -108,18 +108,11 @@ impl Overlap {
         let reftable = |r: &&(u64, u64, Protected)| r.2 == Protected::Reftable;
         let old = self.ranges.iter().find(reftable).map(|r| r.0);
         if let Some(old) = old.filter(|old| *old != offset) {
-            self.release(Protected::Reftable, old);
+            self.release(Protected::Reftable, &[old]);
             self.protect(Protected::Reftable, offset, bytes)?;
             self.seal();
         }
         Ok(())
-    }
-
-    /// [`Overlap::release`] for many offsets, which are sorted.
-    pub(crate) fn release_all(&mut self, kind: Protected, offsets: &[u64]) {
-        self.ranges
-            .retain(|(start, _, k)| !(*k == kind && offsets.binary_search(start).is_ok()));
-        self.seal();
     }
 
     /// Sort the ranges for [`Overlap::check`]; call after the last `protect`.

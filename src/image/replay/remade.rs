@@ -50,7 +50,7 @@ impl Contents {
 #[derive(Default)]
 pub(crate) struct Remade {
     /// Contents that differ from those on the disk, by the table's offset.
-    contents: Known<Contents>,
+    pub(crate) contents: Known<Contents>,
     /// Tables of zeros besides.
     zeros: Clusters,
     /// Clusters that are taken until the goto frees them.
@@ -71,16 +71,6 @@ impl Remade {
         self.zeros.contains(g.cluster_of(offset).0)
     }
 
-    /// The table at `offset` holds this now.
-    pub(crate) fn change(&mut self, offset: u64, contents: Contents) -> Result<()> {
-        self.contents.insert(offset, contents)
-    }
-
-    /// The table at `offset` is gone.
-    pub(crate) fn remove(&mut self, offset: u64) {
-        self.contents.remove(offset);
-    }
-
     /// A cluster is taken for a while only.
     pub(crate) fn take(&mut self, g: Geometry, offset: u64) -> Result<()> {
         self.zeros.remove(g.cluster_of(offset).0);
@@ -92,14 +82,5 @@ impl Remade {
         self.take(g, offset)?;
         self.contents.remove(offset);
         self.zeros.insert(g.cluster_of(offset).0)
-    }
-
-    /// How many tables are kept, and where they are.
-    pub(crate) fn len(&self) -> usize {
-        self.contents.len()
-    }
-
-    pub(crate) fn offsets(&self) -> Result<Vec<u64>> {
-        self.contents.sorted()
     }
 }

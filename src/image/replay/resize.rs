@@ -1,6 +1,6 @@
 //! Resizing the disk in the middle of a goto (QEMU's `qcow2_co_truncate`), in memory.
 
-use super::walk::check_repeats;
+use super::named::check_repeats;
 use super::{Contents, Replay};
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
@@ -42,7 +42,7 @@ impl Replay {
                 .l1_place()
                 .offset
                 .saturating_add(self.l1.len() as u64 * TABLE_ENTRY);
-            self.reach = self.reach.max(end);
+            self.refs.reach_to(end);
         }
         let mut remaining = Vec::new();
         for index in (keep..self.l1.len()).rev() {
@@ -56,7 +56,7 @@ impl Replay {
                     Freed::Punched,
                     Forgotten::Never,
                 )?;
-                self.remade.remove(offset);
+                self.remade.contents.remove(offset);
                 self.l1[index] = 0;
                 let emptied = index.checked_sub(discarded.first);
                 let emptied = emptied.and_then(|i| discarded.emptied.get(i));
@@ -74,14 +74,14 @@ impl Replay {
 
         self.refs.shrink_table(dev)?;
         self.overlap.follow(&self.l1, &self.refs.table().entries)?;
-        let length = self.length();
+        let length = self.refs.reach;
         let last = self.refs.last_cluster(dev, length)?;
         let wanted = (last + 1) << g.cluster_bits;
         if wanted < length && !dev.fixed_length() {
             self.truncate(wanted);
         }
         // What QEMU's cache still holds of tables that are free by now makes the file longer again.
-        self.reach = self.reach.max(discarded.unwritten);
+        self.refs.reach_to(discarded.unwritten);
         Ok(())
     }
 
@@ -135,7 +135,7 @@ impl Replay {
             room::push(&mut emptied, owned && changed)?;
             // Only the table at the new end still matters: the others go with the L1's tail.
             if from != 0 && (changed || !owned) {
-                self.remade.change(offset, table)?;
+                self.remade.contents.insert(offset, table)?;
             }
             at = next;
         }
@@ -215,11 +215,11 @@ impl Replay {
 
     /// Remember the contents of a table that the resize changes.
     fn keep_table(&mut self, offset: u64, table: Contents) -> Result<()> {
-        let copies = self.remade.len() as u64 * self.g.cluster_size();
+        let copies = self.remade.contents.len() as u64 * self.g.cluster_size();
         if copies > MOST_COPIES {
             return Err(Error::NoMemory(copies));
         }
-        self.remade.change(offset, table)
+        self.remade.contents.insert(offset, table)
     }
 
     /// Own the table at `l1_index`; if it had to be made, remember what is in it until it is freed.
@@ -269,13 +269,13 @@ impl Replay {
                         )));
                     }
                 }
-                self.reach = self.reach.max(host.saturating_add(end));
+                self.refs.reach_to(host.saturating_add(end));
                 return Ok(());
             }
             _ => {}
         }
         let new = self.refs.alloc(dev, g.cluster_size())?;
-        self.reach = self.reach.max(new.saturating_add(reach));
+        self.refs.reach_to(new.saturating_add(reach));
         self.remade.take(g, new)?;
         let mut table = table.whole(g)?;
         if let Some(word) = table.get_mut(at..at + 8) {
@@ -283,7 +283,7 @@ impl Replay {
             BigEndian::write_u64(word, new | COPIED);
             self.forget_cluster(dev, &old_word, Forgotten::Never)?;
         }
-        self.remade.change(offset, Contents::Bytes(table))
+        self.remade.contents.insert(offset, Contents::Bytes(table))
     }
 }
 

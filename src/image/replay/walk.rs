@@ -4,20 +4,18 @@
 //! [`Replay::walk`] looks: it counts in memory, checks what it meets and notes which L2 tables
 //! would change. Those are written later, when the counts are final (`plan::passes`).
 
+use super::named::{check_l2_offset, check_repeats, Named, Part, Share};
 use super::overlap::Protected;
 use super::Replay;
 use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
-use crate::format::geometry::{Geometry, HostCluster};
+use crate::format::geometry::HostCluster;
 use crate::format::run::Tally;
 use crate::image::device::Device;
 use crate::image::refcount::Refcounts;
 use crate::image::room;
 use crate::image::tables::{self, Reader};
 use byteorder::{BigEndian, ByteOrder};
-
-/// Our limit for the entries of L2 tables that an L1 table names again: about a second.
-const MAX_REPEATED_ENTRIES: u64 = 1 << 28;
 
 /// What a walk found.
 #[derive(Default)]
@@ -32,62 +30,6 @@ pub(crate) struct Walked {
     pub(crate) ones: bool,
     /// L2 tables that nothing names any more.
     pub(crate) freed: u64,
-}
-
-/// L2 tables to go through.
-#[derive(Clone, Copy)]
-pub(crate) struct Tables<'a> {
-    /// Where they are, as an L1 table says it.
-    pub(crate) words: &'a [u64],
-    /// What to count of each; without it all of it, once.
-    pub(crate) shares: &'a [Share],
-}
-
-/// What is counted of an L2 table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Share {
-    pub(crate) part: Part,
-    /// How often, where it is taken away.
-    pub(crate) times: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Part {
-    /// The table and what it names.
-    All,
-    /// The table and what its first entries name, so many.
-    Before(u32),
-    /// What those behind them name.
-    Behind(u32),
-}
-
-impl<'a> Tables<'a> {
-    /// Those that an L1 table names.
-    pub(crate) fn of(l1: &'a [u64]) -> Tables<'a> {
-        Tables {
-            words: l1,
-            shares: &[],
-        }
-    }
-
-    fn share(&self, index: usize) -> Share {
-        self.shares.get(index).copied().unwrap_or(Share {
-            part: Part::All,
-            times: 1,
-        })
-    }
-}
-
-impl Part {
-    /// These entries of the table.
-    fn of(self, table: &[u8], entry_size: usize) -> &[u8] {
-        let at = |entries: u32| (entries as usize * entry_size).min(table.len());
-        match self {
-            Part::All => table,
-            Part::Before(n) => table.get(..at(n)).unwrap_or_default(),
-            Part::Behind(n) => table.get(at(n)..).unwrap_or_default(),
-        }
-    }
 }
 
 /// An L2 table that is to be rewritten.
@@ -150,96 +92,100 @@ impl Counted {
     }
 }
 
+impl Own {
+    fn of(count: u64) -> Own {
+        match count {
+            0 => Own::None,
+            1 => Own::One,
+            _ => Own::More,
+        }
+    }
+}
+
 impl Replay {
     /// Walk `l1`, in QEMU's order: the clusters of an L2 table, then the table itself.
     pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], tally: Tally) -> Result<Walked> {
-        self.walk_tables(dev, Tables::of(l1), tally)
+        self.walk_tables(dev, &Named::of(l1), tally)
     }
 
     /// Walk these tables, in their order.
     pub(crate) fn walk_tables(
         &mut self,
         dev: &mut Device,
-        named: Tables<'_>,
+        named: &Named<'_>,
         tally: Tally,
     ) -> Result<Walked> {
-        let g = self.g;
-        let mut out = Walked {
-            l1: room::copy_of(named.words)?,
-            ..Walked::default()
-        };
-
-        check_repeats(g, named.words)?;
-        self.refs.begin_walk();
-        let mut tables = Reader::new(g, tables::Source::L2Tables, named.words);
-        for index in 0..named.words.len() {
-            if self.refs.thrashes(g.l2_entries()) {
-                self.walk_in_windows(dev, named, index, tally, &mut out)?;
-                break;
-            }
-            let counted = self.count_table(dev, &mut tables, index, named.share(index), tally)?;
-            self.note(&mut out, index, counted, tally)?;
-        }
-        Ok(out)
+        self.walk_but(dev, named, tally, &[])
     }
 
     /// Look at what `l1` reaches when all counts are final, as [`Replay::walk`] does. Tables that
     /// `counted`, which has just been walked, names at the same place are not read again: which of
     /// their flags change is found out when they are written.
     pub(crate) fn look(&mut self, dev: &mut Device, l1: &[u64], counted: &[u64]) -> Result<Walked> {
-        let same = |(a, b): (&u64, &u64)| (a ^ b) & OFFSET_MASK == 0;
-        let shared = l1.iter().zip(counted).filter(|pair| same(*pair));
-        if self.refs.jumped() || shared.count() == 0 {
-            return self.walk(dev, l1, Tally::Look);
-        }
-        let g = self.g;
+        let counted = if self.refs.jumped() { &[] } else { counted };
+        self.walk_but(dev, &Named::of(l1), Tally::Look, counted)
+    }
+
+    fn walk_but(
+        &mut self,
+        dev: &mut Device,
+        named: &Named<'_>,
+        tally: Tally,
+        counted: &[u64],
+    ) -> Result<Walked> {
         let mut out = Walked {
-            l1: room::copy_of(l1)?,
+            l1: room::copy_of(&named.words)?,
             ..Walked::default()
         };
-        check_repeats(g, l1)?;
+        check_repeats(self.g, &named.words)?;
         self.refs.begin_walk();
-        let mut tables = Reader::new(g, tables::Source::L2Tables, l1);
-        for (index, entry) in l1.iter().enumerate() {
-            let known = counted.get(index).is_some_and(|c| same((entry, c)));
-            if known && self.is_sound(dev, entry & OFFSET_MASK)? {
-                dev.progress.step(g.cluster_size())?;
-                self.note_known(dev, &mut out, index)?;
-            } else {
-                let share = Tables::of(l1).share(index);
-                let counted = self.count_table(dev, &mut tables, index, share, Tally::Look)?;
-                self.note(&mut out, index, counted, Tally::Look)?;
+        let mut tables = Reader::new(self.g, tables::Source::L2Tables, &named.words);
+        for (index, word) in named.words.iter().enumerate() {
+            if self.refs.thrashes(self.g.l2_entries()) {
+                self.walk_in_windows(dev, named, index, tally, &mut out)?;
+                break;
             }
+            let same = |c: &&u64| (**c ^ word) & OFFSET_MASK == 0;
+            let mut known = None;
+            if counted.get(index).filter(same).is_some() {
+                known = self.known(dev, word & OFFSET_MASK)?;
+            }
+            let counted = match known {
+                Some(known) => known,
+                None => self.count_table(dev, &mut tables, index, named.share(index), tally)?,
+            };
+            self.note(&mut out, index, counted, tally)?;
         }
         Ok(out)
     }
 
-    /// Can the L2 table at `offset` be written, whatever is in it, without an error or a longer file?
-    fn is_sound(&mut self, dev: &mut Device, offset: u64) -> Result<bool> {
-        let own = self.g.cluster_of(offset);
-        let protected =
-            self.overlap
-                .check(offset, self.g.cluster_size(), Some(Protected::ActiveL2));
-        Ok(offset != 0
-            && offset.saturating_add(self.g.cluster_size()) <= self.reach
-            && protected.is_ok()
-            && !self.refs.fates.is_taken(own.0)
-            && self.refs.get(dev, own)? != 0)
-    }
-
-    /// [`Replay::note`] for a table whose entries are looked at when it is written.
-    fn note_known(&mut self, dev: &mut Device, out: &mut Walked, index: usize) -> Result<()> {
-        let Some(slot) = out.l1.get_mut(index) else {
-            return Ok(());
-        };
-        let offset = *slot & OFFSET_MASK;
-        let flags = Flags::Final;
-        room::push(&mut out.tables, Marked { offset, flags })?;
-        let one = self.refs.get(dev, self.g.cluster_of(offset))? == 1;
-        let new = offset | if one { COPIED } else { 0 };
-        out.l1_changed |= new != *slot;
-        *slot = new;
-        Ok(())
+    /// What is known of an L2 table that was just counted: it is to be written, if it can be, whatever
+    /// is in it, without an error or a longer file.
+    fn known(&mut self, dev: &mut Device, offset: u64) -> Result<Option<Counted>> {
+        let (g, own) = (self.g, self.g.cluster_of(offset));
+        let of_table = Some(Protected::ActiveL2);
+        if offset == 0
+            || offset.saturating_add(g.cluster_size()) > self.refs.reach
+            || self
+                .overlap
+                .check(offset, g.cluster_size(), of_table)
+                .is_err()
+            || self.refs.fates.is_taken(own.0)
+        {
+            return Ok(None);
+        }
+        let count = self.refs.get(dev, own)?;
+        if count == 0 {
+            return Ok(None);
+        }
+        dev.progress.step(g.cluster_size())?;
+        Ok(Some(Counted {
+            changed: g.cluster_size() as u32,
+            ones: true,
+            others: true,
+            own: Some(Own::of(count)),
+            in_memory: false,
+        }))
     }
 
     /// The rest of a walk, from `first` on, where the refcount blocks do not fit in memory: once for
@@ -247,7 +193,7 @@ impl Replay {
     fn walk_in_windows(
         &mut self,
         dev: &mut Device,
-        named: Tables<'_>,
+        named: &Named<'_>,
         first: usize,
         tally: Tally,
         out: &mut Walked,
@@ -256,7 +202,7 @@ impl Replay {
         let mut all = room::filled(n, Counted::default())?;
         for window in self.refs.windows()? {
             self.refs.enter_window(window)?;
-            let mut tables = Reader::new(self.g, tables::Source::L2Tables, named.words);
+            let mut tables = Reader::new(self.g, tables::Source::L2Tables, &named.words);
             for (index, counted) in (first..).zip(&mut all) {
                 let share = named.share(index);
                 counted.add(self.count_table(dev, &mut tables, index, share, tally)?);
@@ -299,7 +245,7 @@ impl Replay {
             None => tables.get(dev, index)?,
         };
         let table = share.part.of(table, g.l2_entry_size());
-        let mut counted = count_entries(&mut self.refs, dev, g, table, offset, tally)?;
+        let mut counted = count_entries(&mut self.refs, dev, table, offset, tally)?;
         counted.in_memory = changed.is_some();
         if matches!(share.part, Part::Behind(_)) {
             counted.own = Some(Own::More);
@@ -308,11 +254,7 @@ impl Replay {
 
         let own = g.cluster_of(offset);
         if !self.refs.outside(g.reftable_index(own)) {
-            counted.own = Some(match self.refs.tally(dev, own, tally)? {
-                0 => Own::None,
-                1 => Own::One,
-                _ => Own::More,
-            });
+            counted.own = Some(Own::of(self.refs.tally(dev, own, tally)?));
         }
         Ok(counted)
     }
@@ -339,9 +281,8 @@ impl Replay {
             let (end, slice) = (counted.changed.into(), g.l2_slice_bytes(self.meaning.size));
             let freed = matches!(tally, Tally::Down(_)) && own == Own::None;
             if !freed || end > slice {
-                self.reach = self
-                    .reach
-                    .max(offset.saturating_add(u64::div_ceil(end, slice) * slice));
+                let end = u64::div_ceil(end, slice) * slice;
+                self.refs.reach_to(offset.saturating_add(end));
             }
             if !freed {
                 self.overlap
@@ -364,49 +305,15 @@ impl Replay {
     }
 }
 
-/// An L1 table may name an L2 table twice: QEMU counts it twice. It may not do so a million times,
-/// which would take hours.
-pub(crate) fn check_repeats(g: Geometry, l1: &[u64]) -> Result<()> {
-    if (l1.len() as u64).saturating_mul(g.l2_entries()) <= MAX_REPEATED_ENTRIES {
-        return Ok(());
-    }
-    let named = l1.iter().map(|e| e & OFFSET_MASK).filter(|o| *o != 0);
-    let mut tables = room::collected(named)?;
-    tables.sort_unstable();
-    let repeats = tables.windows(2).filter(|w| w[0] == w[1]).count() as u64;
-    if repeats.saturating_mul(g.l2_entries()) > MAX_REPEATED_ENTRIES {
-        return Err(Error::Corrupt(format!(
-            "The L1 table names L2 tables {repeats} times more than there are"
-        )));
-    }
-    Ok(())
-}
-
-/// An L2 table must be at a cluster boundary and not in the header's cluster.
-pub(crate) fn check_l2_offset(g: Geometry, offset: u64, l1_index: usize) -> Result<()> {
-    if g.in_cluster(offset) != 0 {
-        return Err(Error::Corrupt(format!(
-            "L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})"
-        )));
-    }
-    if offset == 0 {
-        return Err(Error::Corrupt(format!(
-            "L1 entry {l1_index:#x} has flags but no offset"
-        )));
-    }
-    Ok(())
-}
-
 /// Count the clusters of one L2 table.
 fn count_entries(
     refs: &mut Refcounts,
     dev: &mut Device,
-    g: Geometry,
     table: &[u8],
     offset: u64,
     tally: Tally,
 ) -> Result<Counted> {
-    let size = g.l2_entry_size();
+    let size = refs.geometry().l2_entry_size();
     let (mut at, mut all) = (0, Counted::default());
     while let Some(rest) = table.get(at..).filter(|r| !r.is_empty()) {
         let run = refs.count_run(dev, rest, tally)?;
@@ -419,14 +326,14 @@ fn count_entries(
         if run.entries == 0 {
             let old = BigEndian::read_u64(rest);
             let place = (offset, at / size);
-            let count = count_entry(refs, dev, g, old, place, tally, &mut all.ones)?;
+            let count = count_entry(refs, dev, old, place, tally, &mut all.ones)?;
             at += size;
             let Some(count) = count else {
                 continue;
             };
             all.ones |= count == 1;
             // Flags of compressed clusters and of entries that name none do not hang on a count.
-            let kind = entry::cluster(g, old & !COPIED);
+            let kind = entry::cluster(refs.geometry(), old & !COPIED);
             all.others |=
                 count != 1 && matches!(kind, Cluster::Standard(_) | Cluster::ZeroAllocated(_));
             if (old & COPIED != 0) != (count == 1) {
@@ -442,12 +349,12 @@ fn count_entries(
 fn count_entry(
     refs: &mut Refcounts,
     dev: &mut Device,
-    g: Geometry,
     entry: u64,
     place: (u64, usize),
     tally: Tally,
     ones: &mut bool,
 ) -> Result<Option<u64>> {
+    let g = refs.geometry();
     let mut bump = |refs: &mut Refcounts, c: HostCluster| -> Result<Option<u64>> {
         if refs.outside(g.reftable_index(c)) {
             return Ok(None);
@@ -480,13 +387,8 @@ fn count_entry(
 }
 
 /// Bit 63 of one L2 entry as `flags` demands; none where the cluster is passed over for now.
-fn wanted(
-    refs: &mut Refcounts,
-    dev: &mut Device,
-    g: Geometry,
-    old: u64,
-    flags: Flags,
-) -> Result<Option<bool>> {
+fn wanted(refs: &mut Refcounts, dev: &mut Device, old: u64, flags: Flags) -> Result<Option<bool>> {
+    let g = refs.geometry();
     let (Cluster::Standard(at) | Cluster::ZeroAllocated(at)) = entry::cluster(g, old & !COPIED)
     else {
         return Ok(Some(false));
@@ -508,33 +410,21 @@ fn wanted(
 pub(crate) fn set_copied(
     refs: &mut Refcounts,
     dev: &mut Device,
-    g: Geometry,
     table: &mut [u8],
     flags: Flags,
     set: bool,
 ) -> Result<bool> {
-    let size = g.l2_entry_size();
-    if flags == Flags::NoneIsOne {
-        let mut changed = false;
+    let size = refs.geometry().l2_entry_size();
+    // No counts need be looked at where all come to the same.
+    if flags == Flags::NoneIsOne || flags == Flags::AllAreOne && set {
+        let mut differs = 0;
         for word in table.chunks_exact_mut(size) {
-            changed |= word[0] & 0x80 != 0;
-            word[0] &= 0x7f;
+            let one = flags == Flags::AllAreOne && entry::is_counted(BigEndian::read_u64(word));
+            let new = word[0] & 0x7f | u8::from(one) << 7;
+            differs |= new ^ word[0];
+            word[0] = new;
         }
-        return Ok(changed);
-    }
-    if flags == Flags::AllAreOne && set {
-        let mut changed = false;
-        for word in table.chunks_exact_mut(size) {
-            let old = BigEndian::read_u64(word);
-            let new = if entry::is_counted(old) {
-                old | COPIED
-            } else {
-                old & !COPIED
-            };
-            changed |= new != old;
-            BigEndian::write_u64(word, new);
-        }
-        return Ok(changed);
+        return Ok(differs != 0);
     }
     // Peaks are kept only where a verb publishes more than once.
     let runs = match flags {
@@ -553,7 +443,7 @@ pub(crate) fn set_copied(
             }
         }
         let old = BigEndian::read_u64(rest);
-        let copied = wanted(refs, dev, g, old, flags)?;
+        let copied = wanted(refs, dev, old, flags)?;
         at += size;
         let Some(copied) = copied else {
             continue;

@@ -5,6 +5,7 @@ use super::{is_zero, used, Flatten, Lack, Node, Span};
 use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
+use crate::format::run::Tally;
 use crate::image::device::zeroed;
 use crate::image::plan::{Plan, What, Write};
 use crate::image::replay::overlap::Protected;
@@ -85,7 +86,7 @@ impl Flatten<'_> {
             return Ok(pending);
         }
         let mut replay = self.image.replay()?;
-        replay.refs.search_from(self.searched);
+        replay.refs.next = self.searched;
         Ok(Generation {
             replay,
             number: self.written,
@@ -119,16 +120,18 @@ impl Flatten<'_> {
         for (offset, table) in generation.tables {
             replay.write_new(dev, "L2 table", offset, table)?;
         }
-        self.searched = replay.refs.searched();
+        self.searched = replay.refs.next;
         for (cluster, n) in generation.lower {
             for _ in 0..n {
-                replay.refs.bump(dev, cluster, false)?;
+                replay.refs.tally(dev, cluster, Tally::Down(1))?;
             }
         }
-        let mut plan = Plan::new();
-        plan.decisive = replay.refs.epoch();
-        plan.entries = writes(generation.patches)?;
-        plan.flags = writes(generation.flags)?;
+        let plan = Plan {
+            decisive: replay.refs.epoch(),
+            entries: writes(generation.patches)?,
+            flags: writes(generation.flags)?,
+            ..Plan::default()
+        };
         self.written += 1;
         self.image.commit_part(generation.replay, plan, false)
     }

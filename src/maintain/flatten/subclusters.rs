@@ -127,7 +127,7 @@ impl Generation {
             let offset = host + run.start as u64;
             let data = room::copy_of(contents.get(run).unwrap_or_default())?;
             self.bytes += data.len() as u64;
-            replay.reach = replay.reach.max(offset + data.len() as u64);
+            replay.refs.reach_to(offset + data.len() as u64);
             let new = NewData {
                 label: "guest data",
                 offset,
