@@ -344,6 +344,7 @@ fn a_repair_that_is_cut_anywhere_leaves_nothing_worse_and_a_second_one_finishes(
         }
     }
     println!("{cuts} cuts; {large} repairs left out, since the file is above 4 MiB after them");
+    assert!(large * 500 < cuts, "too many left out");
     assert!(cuts > 0 && bad.is_empty(), "{}", bad.join("\n\n"));
 }
 

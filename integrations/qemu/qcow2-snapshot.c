@@ -224,9 +224,8 @@ int coroutine_fn qcow2_check_read_snapshot_table(BlockDriverState *bs, BdrvCheck
     if (ret >= 0) {
         ret = api->check(call.image, QCOW2_CHECK_TABLE_ONLY, &found, mend ? NULL : tell, NULL, NULL);
         if (mend && (found.corruptions || ret == -EFBIG))
-            ret = end(&call, api->check(call.image, (int)fix, &found, tell, NULL, NULL), NULL);
-        else
-            ret = done(&call, ret < 0 ? ret : take(&call, QCOW2_CHANGED_SNAPSHOTS), NULL);
+            ret = api->check(call.image, (int)fix, &found, tell, NULL, NULL) ?: found.check_errors ? -EIO : 0;
+        ret = ret < 0 ? end(&call, ret, NULL) : done(&call, take(&call, QCOW2_CHANGED_SNAPSHOTS), NULL);
     }
     result->corruptions += found.corruptions;
     result->corruptions_fixed += found.corruptions_fixed;

@@ -88,9 +88,11 @@ pub(super) struct Noticed {
 }
 
 impl Noticed {
-    /// Every reference that is known is counted, and flags are as counted.
+    /// Every reference that is known is counted, and flags are as counted; behind the end of the file nothing
+    /// is counted, and what is allocated there later would seem to be what an entry means.
     pub(super) fn counts_hold(&self) -> bool {
-        !self.unread && !self.rebuild && self.too_low == 0 && self.wrong_flags == 0
+        let counted = self.too_low == 0 && self.wrong_flags == 0 && !self.rebuild;
+        counted && !self.unread && self.behind_end.is_empty()
     }
 
     fn is_cut(&self, cluster: u64) -> bool {

@@ -196,7 +196,8 @@ impl Image {
     fn check_and_mend(&mut self, fix: Fix, report: &mut dyn FnMut(&str)) -> Result<CheckResult> {
         let mut found = Findings::new(report);
         let errors = fix.has(Fix::ERRORS);
-        let table = table::read(&mut self.dev, &self.header, errors, &mut found)?;
+        let word = errors.then_some("Repairing");
+        let table = table::read(&mut self.dev, &self.header, word, &mut found)?;
         if fix.has(Fix::TABLE_ONLY) {
             let result = found.result;
             return self.mend_table_alone(table, errors, result);

@@ -118,7 +118,11 @@ impl Image {
         if result.corruptions == 0 && result.check_errors == 0 {
             self.clear_marks(features::DIRTY | features::CORRUPT)?;
             self.found_good();
-        } else if fix.has(Fix::ERRORS) && noticed.counts_hold() {
+        } else if fix.has(Fix::ERRORS)
+            && result.check_errors == 0
+            && !self.header.has_data_file()
+            && noticed.counts_hold()
+        {
             // That counts may be too low is what the bit says. Now the snapshot that cannot be read can be deleted.
             self.clear_marks(features::DIRTY)?;
         }
@@ -144,11 +148,8 @@ impl Image {
         }
         if noticed.unread {
             // What it names may be a refcount block, or where new structures would go.
-            report("Nothing is freed or mended: reading a table fails. Copy the image to a sound disk, or delete the snapshot that has it");
-            if first {
-                self.dev.progress.end()?;
-            }
-            return Ok(u64::from(errors && table.changed != 0));
+            report("Nothing is freed or mended: reading a table fails. Copy the image to a sound disk first");
+            return Ok(u64::from(errors && table.changed + table.dropped != 0));
         }
         if noticed.blind {
             report("Nothing is freed: tables cannot be read, and what they refer to is not known");
@@ -167,7 +168,6 @@ impl Image {
         };
 
         // What the first round is told of, the others are not.
-        let strict = !noticed.blind;
         if first {
             self.dev.progress.end()?;
         }
@@ -177,7 +177,7 @@ impl Image {
         }
         let entries = errors && !unknown && (noticed.misplaced | noticed.compressed_flags) != 0;
         if entries {
-            self.phase(&table, None, (true, strict), |check, _| {
+            self.phase(&table, None, true, |check, _| {
                 mend_entries(check, &overlapped).map(|()| Vec::new())
             })?;
             self.dev.barrier()?;
@@ -190,7 +190,7 @@ impl Image {
             true if noticed.block_in_cut => {
                 Some("a refcount block lies in a table that the end of the file cuts off")
             }
-            true if self.overlaps(&table, false, strict)?.0 => {
+            true if self.overlaps(&table, false)?.0 => {
                 Some("the active L1 table shares a cluster with something else")
             }
             _ => None,
@@ -207,7 +207,7 @@ impl Image {
         }
         if rebuild || entries {
             // References are gone that were of no use.
-            (noticed.l1_shared, overlapped) = self.overlaps(&table, true, strict)?;
+            (noticed.l1_shared, overlapped) = self.overlaps(&table, true)?;
         }
         if policy.flags && (noticed.l1_shared || !overlapped.is_empty()) {
             report(
@@ -230,7 +230,7 @@ impl Image {
             self.dev.progress.begin(Stage::Reclaim, || 0);
         }
         if rebuild && !noticed.blind {
-            self.phase(&table, None, (true, strict), |check, windows| {
+            self.phase(&table, None, true, |check, windows| {
                 punch_free(check, windows, end).map(|()| Vec::new())
             })?;
         }
@@ -342,7 +342,12 @@ impl Image {
         let reftable = self.dev.read_vec(op, self.header.reftable_offset, bytes)?;
         self.reftable = device::words(&reftable)?;
         let mut found = Findings::new(report);
-        let table = super::table::read(&mut self.dev, &self.header, table_left, &mut found)?;
+        let table = super::table::read(
+            &mut self.dev,
+            &self.header,
+            table_left.then_some("ERROR"),
+            &mut found,
+        )?;
         let mode = Mode {
             stage: None,
             structures: true,
@@ -354,12 +359,7 @@ impl Image {
     }
 
     /// Does the active L1 table share a cluster, and which L2 tables do?
-    fn overlaps(
-        &mut self,
-        table: &Table,
-        structures: bool,
-        strict: bool,
-    ) -> Result<(bool, Vec<u64>)> {
+    fn overlaps(&mut self, table: &Table, structures: bool) -> Result<(bool, Vec<u64>)> {
         let mut nobody = |_: &str| {};
         let mut found = Findings::new(&mut nobody);
         found.mute = true;
@@ -367,7 +367,7 @@ impl Image {
             stage: None,
             structures,
             overlaps: true,
-            strict,
+            strict: true,
         };
         let (_, noticed, overlapped) = self.look(table, found, mode)?;
         Ok((noticed.l1_shared, overlapped))
@@ -453,7 +453,7 @@ impl Image {
         &mut self,
         table: &Table,
         stage: Option<Stage>,
-        (structures, strict): (bool, bool),
+        structures: bool,
         work: impl FnOnce(&mut Check<'_, '_>, &[Range<u64>]) -> Result<Vec<(usize, u64)>>,
     ) -> Result<()> {
         let mut nobody = |_: &str| {};
@@ -469,7 +469,7 @@ impl Image {
             stage,
             structures,
             overlaps: false,
-            strict,
+            strict: true,
         };
         let mut check = Check::new(&mut self.dev, it, &self.reftable, found, mode)?;
         let windows = check.windows(self.refcount_memory);
@@ -486,7 +486,7 @@ impl Image {
         overlapped: &[u64],
         noticed: &Noticed,
     ) -> Result<()> {
-        self.phase(table, stage, (true, !noticed.blind), |check, windows| {
+        self.phase(table, stage, true, |check, windows| {
             let mut l1 = Vec::new();
             for index in 0..windows.len() {
                 check.enter(windows, index)?;
@@ -529,8 +529,7 @@ impl Image {
         let (mut made, blind) = (None, noticed.blind);
         let stage = first.then_some(Stage::Prepare);
         // Where references may be missing, what the old structures say is kept.
-        // Every table must be read now: nothing is put where one of them leads.
-        self.phase(table, stage, (blind, true), |check, windows| {
+        self.phase(table, stage, blind, |check, windows| {
             made = Some(build(check, windows, blind)?);
             Ok(Vec::new())
         })?;

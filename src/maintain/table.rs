@@ -60,16 +60,18 @@ impl Records<'_> {
     }
 }
 
-/// Read the table that the header names. With `repair`, what QEMU would remove from it is left out.
+/// Read the table that the header names. With `repair`, what QEMU would remove from it is left out; it is the
+/// word for an entry that is not complete.
 ///
 /// # Errors
 /// `TooBig` and `Invalid` for a table that cannot be read (and is not to be repaired), `Io`.
 pub(super) fn read(
     dev: &mut Device,
     header: &Header,
-    repair: bool,
+    repair: Option<&str>,
     found: &mut Findings<'_>,
 ) -> Result<Table> {
+    let (repair, word) = (repair.is_some(), repair.unwrap_or("ERROR"));
     let mut table = Table {
         entries: Vec::new(),
         bytes: 0,
@@ -101,7 +103,6 @@ pub(super) fn read(
     })?;
     found.result.corruptions += table.dropped + table.changed;
     if header.version >= 3 {
-        let word = if repair { "Repairing" } else { "ERROR" };
         for (i, s) in table.entries.iter().enumerate() {
             if s.extra_data_size < COMPLETE {
                 table.changed += 1;
@@ -158,9 +159,11 @@ fn entries(
         .into_fixed(&fixed);
         at += FIXED_BYTES;
         bytes.extend_from_slice(reader.get(at, kept)?);
-        // Of what is cut off only what is known has a meaning.
+        // Of what is cut off only what is known has a meaning, and of what is not in the file nothing.
         let known = if cut { KNOWN_EXTRA.into() } else { kept };
-        table.kept = at + known - start;
+        if at < reader.dev.length() {
+            table.kept = at + known - start;
+        }
         at += extra;
         let names = u64::from(lengths.id) + u64::from(lengths.name);
         bytes.extend_from_slice(reader.get(at, names)?);
