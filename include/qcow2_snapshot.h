@@ -1663,13 +1663,16 @@ int qcow2_set_progress(struct Qcow2Image *bs,
  *
  * A damaged image is opened with QCOW2_O_CHECK. When a repair has left nothing wrong (but
  * for leaks that were not to be mended), the dirty and the corrupt bit are cleared and the
- * handle is as any other.
+ * handle is as any other. The dirty bit alone is also cleared by QCOW2_FIX_ERRORS where all
+ * counts are right and what is left is a snapshot whose tables lead nowhere: it can then be
+ * deleted by a new handle.
  *
  * What a repair writes, it writes in this order: counts that are too low are raised and
  * flags that allow too much are cleared; when that is stable, counts that are too high are
  * lowered and clusters given back. So a power cut leaves an image that a second repair
- * finishes, and no disk or snapshot reads worse for it. While a table cannot be read, a
- * repair lowers and frees nothing and says so: what the table refers to is not known. Data
+ * finishes, and no disk or snapshot reads worse for it. While a table leads nowhere, a
+ * repair lowers and frees nothing and says so: what it refers to is not known; while reading
+ * one fails it writes nothing. Data
  * of a cluster that was counted as free is kept. What cannot be mended stays: entries that
  * lead nowhere, reserved bits, counts that the refcount width cannot hold.
  *
