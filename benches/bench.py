@@ -481,7 +481,7 @@ class Nbd:
             if not shutil.which(program):
                 print(f"SKIPPED: no {program} here: copies over NBD were not timed")
                 return
-        for what, path in images:
+        for what, _, path in images:
             for name, target in self.TARGETS:
                 ms = {"qemu-nbd": [], "ours": []}
                 for r in range(self.b.rounds):
