@@ -43,6 +43,9 @@ impl Raw<'_> {
         let mut h = DefaultHasher::new();
         let end = at.saturating_add(n).min(self.0.len() as u64);
         let part = self.0.get(at as usize..end as usize).unwrap_or_default();
+        // Behind the end of the file zeros are read, and stay so when it becomes longer.
+        let mut part = part.to_vec();
+        part.resize(n as usize, 0);
         part.hash(&mut h);
         h.finish()
     }
