@@ -1672,9 +1672,9 @@ int qcow2_set_progress(struct Qcow2Image *bs,
  * lowered and clusters given back. So a power cut leaves an image that a second repair
  * finishes, and no disk or snapshot reads worse for it. While a table leads nowhere, a
  * repair lowers and frees nothing and says so: what it refers to is not known; while reading
- * one fails it writes nothing. Data
- * of a cluster that was counted as free is kept. What cannot be mended stays: entries that
- * lead nowhere, reserved bits, counts that the refcount width cannot hold.
+ * one fails it writes nothing. Data of a cluster that was counted as free is kept. What
+ * cannot be mended stays: entries that lead nowhere, reserved bits, counts that the refcount
+ * width cannot hold.
  *
  * qcow2_set_progress() works as for a verb: until counts are lowered a repair can be
  * cancelled.

@@ -73,9 +73,7 @@ pub fn count<const WIDTH: u32>(
             break;
         }
         let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-        let next = rest.get(size..).and_then(|r| r.get(..8));
-        let behind = entry.wrapping_add(g.cluster_size()).to_be_bytes();
-        if WIDTH == USUAL && next == Some(&behind[..]) && run.entries >= one_by_one {
+        if WIDTH == USUAL && run.entries >= one_by_one && has_next(g, rest, entry) {
             let n = in_order(g, rest, entry, index);
             let at = index.wrapping_mul(2);
             let these = counts.get_mut(at..at.wrapping_add(n.wrapping_mul(2)));
@@ -136,6 +134,13 @@ fn zeros(table: &[u8], size: usize) -> usize {
     let n = whole.wrapping_mul(if size == 8 { 8 } else { 4 });
     let rest = table.get(n.wrapping_mul(size)..).unwrap_or_default();
     n.wrapping_add(rest.chunks_exact(size).take_while(zero).count())
+}
+
+/// Is the second entry the cluster behind the first, which is `entry`, with the same flags?
+#[inline(always)]
+fn has_next(g: Geometry, table: &[u8], entry: u64) -> bool {
+    let next = table.get(g.l2_entry_size()..).and_then(|r| r.get(..8));
+    next == Some(&entry.wrapping_add(g.cluster_size()).to_be_bytes()[..])
 }
 
 /// How many entries from the first on, which is `entry` and counted at `index`, are clusters behind
@@ -261,9 +266,7 @@ pub fn set_copied<const WIDTH: u32>(
             break;
         }
         let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-        let next = rest.get(size..).and_then(|r| r.get(..8));
-        let behind = entry.wrapping_add(g.cluster_size()).to_be_bytes();
-        if WIDTH == USUAL && next == Some(&behind[..]) {
+        if WIDTH == USUAL && has_next(g, rest, entry) {
             let n = in_order(g, rest, entry, index);
             let at = index.wrapping_mul(2);
             let these = counts.get(at..at.wrapping_add(n.wrapping_mul(2)));
