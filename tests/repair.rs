@@ -47,7 +47,7 @@ fn reference() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Seeds of soaks that found something, with the reference images of 2026-11-26.
-const FOUND: [u64; 9] = [
+const FOUND: [u64; 11] = [
     534_105_872_184_377_572,
     483_790_244_412_391_756,
     // A new snapshot table where an L1 entry points behind the end of the file.
@@ -64,6 +64,10 @@ const FOUND: [u64; 9] = [
     // Counts raised in a refcount block that is an L2 table of a state whose L1 table could not be read.
     2_882_238_722_827_354_145,
     2_882_238_722_827_354_810,
+    // An L2 table in the refcount table's cluster, while the refcount structures need not be made anew otherwise.
+    3_937_640_800_250_234_701,
+    // A snapshot table that has to be left: a repair ends with that, and no more with EFBIG.
+    3_650_081_663_062_376_658,
 ];
 
 fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {
@@ -204,13 +208,22 @@ fn one(before: &[u8], fix: Fix, tally: &mut BTreeMap<&'static str, u64>) -> Resu
     if !discarded {
         no_worse(before, &after).map_err(|e| format!("{e}\n{}", few(&said)))?;
     }
-    let (again, rest) = check(after.clone()).map_err(|e| e.to_string())?;
+    let failed = said
+        .iter()
+        .any(|l| l.starts_with("ERROR failed to update snapshot table"));
+    let (again, rest) = match check(after.clone()) {
+        // It was said that the table is left, and a check does not look past it.
+        Err(Error::TooBig(_)) if failed && result.check_errors != 0 => {
+            *tally.entry("the snapshot table is left").or_default() += 1;
+            return Ok(());
+        }
+        other => other.map_err(|e| e.to_string())?,
+    };
     let numbers = CheckResult {
         corruptions_fixed: 0,
         leaks_fixed: 0,
         ..result
     };
-    let failed = said.iter().any(|l| l.starts_with("ERROR failed to update"));
     if again != numbers && !failed {
         return Err(format!("said {numbers:?}\nis   {again:?}"));
     }

@@ -72,6 +72,8 @@ pub(super) struct Noticed {
     pub(super) too_low: u64,
     /// Entries of the active disk whose COPIED is not as counted.
     pub(super) wrong_flags: u64,
+    /// A cluster of the refcount table has another use: with a new one elsewhere that can be written.
+    pub(super) reftable_shared: bool,
     /// A cluster of the active L1 table has another use.
     pub(super) l1_shared: bool,
     /// A table lies in the header: what is written there would be read as entries.
@@ -502,6 +504,8 @@ impl<'a, 'f> Check<'a, 'f> {
         self.noticed.l1_shared |= bytes != 0 && self.is_shared(h.l1_offset, bytes);
         // Its entries are never written one by one here.
         self.noticed.rebuild |= h.reftable_clusters == 0;
+        let bytes = u64::from(h.reftable_clusters) << self.g().cluster_bits;
+        self.noticed.reftable_shared |= bytes != 0 && self.is_shared(h.reftable_offset, bytes);
     }
 
     /// Is a cluster of these in the window, and referred to more or less than once?

@@ -183,9 +183,9 @@ impl Image {
             self.dev.barrier()?;
         }
         let end = self.dev.length();
-        let mut rebuild = noticed.rebuild && errors;
+        let mut rebuild = (noticed.rebuild || noticed.reftable_shared) && errors;
         let mut policy = policy;
-        let hinders = match rebuild {
+        let mut hinders = match rebuild {
             true if noticed.table_in_header => Some("a table shares a cluster with the header"),
             true if noticed.block_in_cut => {
                 Some("a refcount block lies in a table that the end of the file cuts off")
@@ -195,6 +195,10 @@ impl Image {
             }
             _ => None,
         };
+        if !noticed.rebuild && hinders.take().is_some() {
+            // They are good where they are.
+            rebuild = false;
+        }
         if let Some(why) = hinders {
             report(&format!("Refcount structures are left as they are: {why}"));
             // Nor can counts be written in blocks that may be something else.
@@ -290,12 +294,7 @@ impl Image {
         // The table, whose entries may get all of their extra data, and refcount structures.
         let longest = table.bytes.saturating_add(table.entries.len() as u64 * 64);
         let most = g.clusters_for(longest).saturating_add(8);
-        let mut start = file_end;
-        let hit =
-            |r: &&Range<u64>, start: u64| r.start < start.saturating_add(most) && start < r.end;
-        while let Some(range) = behind.iter().find(|r| hit(r, start)) {
-            start = range.end;
-        }
+        let start = apart(behind, file_end, most);
         let far = g.clusters_for(MAX_SNAPSHOT_TABLE_BYTES);
         (behind.len() < MOST_BEHIND && start - file_end <= far).then_some(start)
     }
@@ -828,12 +827,25 @@ fn build(check: &mut Check<'_, '_>, windows: &[Range<u64>], blind: bool) -> Resu
     Ok(made)
 }
 
+/// The first place from `start` on where `n` clusters hit none of these ranges, which are in order.
+fn apart(ranges: &[Range<u64>], mut start: u64, n: u64) -> u64 {
+    let from = ranges.partition_point(|r| r.end <= start);
+    for range in ranges.get(from..).unwrap_or_default() {
+        if range.start >= start.saturating_add(n) {
+            break;
+        }
+        start = range.end;
+    }
+    start
+}
+
 /// Where new structures go that describe the blocks `needed` and themselves: behind the end of the file,
 /// and nowhere where something refers to already.
 fn place(check: &mut Check<'_, '_>, needed: &mut BTreeSet<u64>) -> Result<(u64, u64)> {
     let g = check.g();
     let bits = g.refblock_bits();
     let counted = needed.clone();
+    let file_end = g.clusters_for(check.dev.length());
     let behind = &mut check.noticed.behind_end;
     if behind.len() >= MOST_BEHIND {
         return Err(Error::Corrupt(
@@ -841,7 +853,6 @@ fn place(check: &mut Check<'_, '_>, needed: &mut BTreeSet<u64>) -> Result<(u64, 
         ));
     }
     merge_ranges(behind);
-    let file_end = g.clusters_for(check.dev.length());
     // Something may reach into the cluster behind the end.
     let mut start = check.noticed.clusters.max(file_end);
     loop {
@@ -852,13 +863,14 @@ fn place(check: &mut Check<'_, '_>, needed: &mut BTreeSet<u64>) -> Result<(u64, 
                 "The refcount table would become too large".into(),
             ));
         }
-        let end = start + needed.len() as u64 + table;
-        let hit = behind.iter().find(|r| r.start < end && start < r.end);
-        if let Some(range) = hit {
-            start = range.end;
+        let n = needed.len() as u64 + table;
+        let free = apart(behind, start, n);
+        if free != start {
+            start = free;
             needed.clone_from(&counted);
             continue;
         }
+        let end = start + n;
         let before = needed.len();
         let last = (end - 1) >> bits;
         if last * TABLE_ENTRY > MAX_REFTABLE_BYTES {
