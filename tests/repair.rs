@@ -47,7 +47,7 @@ fn reference() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Seeds of soaks that found something, with the reference images of 2026-11-26.
-const FOUND: [u64; 11] = [
+const FOUND: [u64; 13] = [
     534_105_872_184_377_572,
     483_790_244_412_391_756,
     // A new snapshot table where an L1 entry points behind the end of the file.
@@ -68,6 +68,9 @@ const FOUND: [u64; 11] = [
     3_937_640_800_250_234_701,
     // A snapshot table that has to be left: a repair ends with that, and no more with EFBIG.
     3_650_081_663_062_376_658,
+    // A second repair found more to do: the first ended when its numbers were the same, and what was wrong was not.
+    2_348_041_475_213_758_648,
+    2_348_041_475_213_764_239,
 ];
 
 fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {

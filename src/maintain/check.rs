@@ -54,6 +54,8 @@ pub(super) struct Subject<'a> {
 /// What has been noticed besides the numbers.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Noticed {
+    /// A hash of all findings: where it is the same, nothing has changed.
+    pub(super) findings: u64,
     /// References may be missing: a table cannot be read. Then nothing may be freed.
     pub(super) blind: bool,
     /// Reading one of them fails, and it may name any cluster: nothing may be written.

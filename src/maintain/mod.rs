@@ -11,6 +11,7 @@
 //! ```
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 mod bitmaps;
 mod blocks;
@@ -101,6 +102,8 @@ struct Findings<'a> {
     result: CheckResult,
     report: &'a mut dyn FnMut(&str),
     told: u64,
+    /// Of all that was told.
+    hash: DefaultHasher,
     /// Neither count nor tell.
     mute: bool,
     /// Tell what does not hang on a window of the file, too.
@@ -113,6 +116,7 @@ impl<'a> Findings<'a> {
             result: CheckResult::default(),
             report,
             told: 0,
+            hash: DefaultHasher::new(),
             mute: false,
             first: true,
         }
@@ -126,6 +130,7 @@ impl<'a> Findings<'a> {
         let n = n.min(MOST_TOLD.saturating_sub(self.told));
         if n != 0 {
             let text = text.to_string();
+            (n, &text).hash(&mut self.hash);
             for _ in 0..n {
                 (self.report)(&text);
             }
@@ -232,6 +237,7 @@ impl Image {
         let mut check = Check::new(&mut self.dev, it, &self.reftable, found, mode)?;
         let windows = check.windows(self.refcount_memory);
         let overlapped = check.look(&windows)?;
+        check.noticed.findings = check.found.hash.finish();
         Ok((check.found.result, check.noticed, overlapped))
     }
 }

@@ -36,8 +36,8 @@ use crate::image::{Image, Outcome, SnapshotList};
 /// Changes are written in pieces of this many bytes.
 const PIECE: usize = 4096;
 
-/// So often a repair looks for something that it has made better.
-const ROUNDS: u32 = 4;
+/// So often a repair mends what it finds, if it finds something else each time.
+const ROUNDS: u32 = 8;
 
 /// What a look has come to: numbers, what was noticed, and L2 tables that share a cluster.
 pub(super) type Looked = (CheckResult, Noticed, Vec<u64>);
@@ -79,7 +79,7 @@ enum Phase {
 }
 
 impl Image {
-    /// Mend what the first look has found, and look again, until nothing more gets better: new refcount
+    /// Mend what the first look has found, and look again, until that finds the same: new refcount
     /// structures make the file longer, and references that were wrong lead somewhere.
     pub(super) fn repair(
         &mut self,
@@ -89,18 +89,14 @@ impl Image {
         report: &mut dyn FnMut(&str),
     ) -> Result<CheckResult> {
         let left = |r: &CheckResult| r.corruptions + r.leaks + r.check_errors;
-        // A leak is better than an error: a new snapshot table leaves the old one behind.
-        let badness = |r: &CheckResult| (r.corruptions + r.check_errors, r.leaks);
         let found = first.0;
         let (mut table, mut looked, mut failures) = (table, first, 0);
         if left(&found) != 0 {
             for round in 0..ROUNDS {
-                let hindered = |l: &Looked| (l.1.blind, l.1.rebuild, l.1.l1_shared, l.2.len());
-                let before = (badness(&looked.0), hindered(&looked));
+                let before = looked.1.findings;
                 failures = self.mend(table, fix, looked, round == 0, report)?;
                 (table, looked) = self.look_again(&mut |_| {}, true, failures != 0)?;
-                let same = hindered(&looked) == before.1;
-                if left(&looked.0) == 0 || (badness(&looked.0) >= before.0 && same) {
+                if left(&looked.0) == 0 || looked.1.findings == before {
                     break;
                 }
             }
