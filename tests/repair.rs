@@ -47,7 +47,7 @@ fn reference() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Seeds of soaks that found something, with the reference images of 2026-11-26.
-const FOUND: [u64; 13] = [
+const FOUND: [u64; 14] = [
     534_105_872_184_377_572,
     483_790_244_412_391_756,
     // A new snapshot table where an L1 entry points behind the end of the file.
@@ -71,6 +71,8 @@ const FOUND: [u64; 13] = [
     // A second repair found more to do: the first ended when its numbers were the same, and what was wrong was not.
     2_348_041_475_213_758_648,
     2_348_041_475_213_764_239,
+    // A refcount table that grew was freed, and the new snapshot table was put where the search began anew.
+    2_465_361_448_956_594_254,
 ];
 
 fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {

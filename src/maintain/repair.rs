@@ -287,9 +287,13 @@ impl Image {
         }
         merge_ranges(behind);
         let file_end = g.clusters_for(self.dev.length());
-        // The table, whose entries may get all of their extra data, and refcount structures.
+        // The table, whose entries may get all of their extra data, and refcount structures: a larger refcount
+        // table stands behind all that is described.
         let longest = table.bytes.saturating_add(table.entries.len() as u64 * 64);
-        let most = g.clusters_for(longest).saturating_add(8);
+        let clusters = g.clusters_for(longest);
+        let blocks = clusters / g.refblock_entries() + 2;
+        let reftable = 2 * u64::from(self.header.reftable_clusters) + blocks;
+        let most = clusters.saturating_add(2 * blocks + reftable + g.refblock_entries());
         let start = apart(behind, file_end, most);
         let far = g.clusters_for(MAX_SNAPSHOT_TABLE_BYTES);
         (behind.len() < MOST_BEHIND && start - file_end <= far).then_some(start)

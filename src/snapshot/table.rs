@@ -382,7 +382,7 @@ impl Image {
             if old < self.dev.length() && end > self.dev.length() {
                 from = from.max(g.clusters_for(end));
             }
-            replay.refs.next = from;
+            replay.refs.least = from;
             self.replay_new_table(&mut replay, &mut plan, &list)?
         } else {
             self.replay_table(&mut replay, &mut plan, &list)?

@@ -50,6 +50,8 @@ pub(crate) struct Refcounts {
     residency: Residency,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
     pub(crate) next: u64,
+    /// It takes no cluster below this one.
+    pub(crate) least: u64,
     /// The length that QEMU's writes and truncates give the file, up to this point.
     pub(crate) reach: u64,
     /// What became of the clusters that explicit allocations and frees have touched.
@@ -85,6 +87,7 @@ impl Refcounts {
             dropped: Vec::new(),
             residency: Residency::new(memory),
             next: 0,
+            least: 0,
             reach: length,
             fates: Fates::default(),
         }

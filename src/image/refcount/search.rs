@@ -12,7 +12,7 @@ impl Refcounts {
     pub(super) fn find(&mut self, dev: &mut Device, n: u64, max_offset: u64) -> Result<u64> {
         let g = self.g;
         let mut scratch = Vec::new();
-        let (mut at, mut run) = (self.next, 0);
+        let (mut at, mut run) = (self.next.max(self.least), 0);
         while run < n {
             dev.progress.pass(TABLE_ENTRY)?;
             let index = g.reftable_index(HostCluster(at));
