@@ -32,6 +32,8 @@ pub struct State {
     pub requests: u64,
     /// A request failed, because the disk is full.
     pub failed: bool,
+    /// No file may be longer; 0: [`MAX_LENGTH`].
+    pub most: u64,
 }
 
 impl State {
@@ -76,7 +78,8 @@ impl State {
     }
 
     fn grow(&mut self, end: u64) -> Result<()> {
-        if end > MAX_LENGTH {
+        let most = if self.most == 0 { MAX_LENGTH } else { self.most };
+        if end > most {
             return Err(self.fail(27)); // EFBIG
         }
         self.length = self.length.max(end);
