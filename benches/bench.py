@@ -385,6 +385,7 @@ class Copies:
                 ms = {program: [] for program in (*pair, *also)}
                 for r in range(self.b.rounds):
                     for program in list(ms) if r % 2 == 0 else list(ms)[::-1]:
+                        os.sync()                      # nobody pays for what the one before left to be written
                         ms[program].append(measure(self.command(program, here, out)))
                         if os.path.exists(out):
                             os.unlink(out)

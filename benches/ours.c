@@ -16,17 +16,17 @@
 #include <string.h>
 #include <time.h>
 
-/* Two readers, a handle each, take turns of this many bytes. */
+/* Two readers, a handle each; whoever is free takes the next so many bytes. */
 #define TURN (16 << 20)
-struct reader { const char *path, *name; int number; };
+struct reader { const char *path, *name; int64_t *next; };
 
-/* Read what is not zero in every second turn and do nothing with it. */
+/* Read what is not zero in some of the turns and do nothing with it. */
 static void *read_turns(void *opaque)
 {
     struct reader *r = opaque;
     BlockDriverState *bs;
     char *buf = malloc(1 << 20);
-    int64_t at, end, length;
+    int64_t turn, at, end, length;
     void *failed = r;
     if (!buf || qcow2_open(r->path, 0, &bs, NULL) < 0) {
         return failed;
@@ -35,7 +35,7 @@ static void *read_turns(void *opaque)
         goto out;
     }
     length = qcow2_getlength(bs);
-    for (int64_t turn = (int64_t)r->number * TURN; turn < length; turn += 2 * TURN) {
+    while ((turn = __sync_fetch_and_add(r->next, TURN)) < length) {
         int64_t until = turn + TURN < length ? turn + TURN : length;
         for (at = turn; at < until; at = end) {
             Qcow2Extent e;
@@ -61,7 +61,8 @@ out:
 /* All that is not zero, as the header says that one reads in parallel. */
 static int read_all(const char *path, const char *name)
 {
-    struct reader first = { path, name, 0 }, second = { path, name, 1 };
+    int64_t next = 0;
+    struct reader first = { path, name, &next }, second = first;
     pthread_t thread;
     void *failed;
     if (pthread_create(&thread, NULL, read_turns, &second)) {

@@ -8,15 +8,15 @@ use std::thread::JoinHandle;
 
 use qcow2_snapshot::io::lock::start_writeback;
 
-/// Read and written at once: a few of these stay in a processor's cache between reading and writing.
-pub(crate) const CHUNK: usize = 512 << 10;
+/// Read and written at once: of smaller ones the threads wait for each other too often.
+pub(crate) const CHUNK: usize = 2 << 20;
 /// The same of compressed clusters: they are unpacked on all processors until all of this is there.
 pub(crate) const PACKED_CHUNK: usize = 8 << 20;
 /// Zeros in pieces of this size, aligned, become holes: `qemu-img convert` does the same.
 const PIECE: usize = 4096;
 /// Buffers under way between the two threads.
 const BUFFERS: usize = 4;
-static ZEROS: [u8; CHUNK] = [0; CHUNK];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// Where it goes.
 #[derive(Clone, Copy)]
@@ -105,7 +105,7 @@ fn joined(thread: JoinHandle<io::Result<()>>) -> io::Result<()> {
 /// Is it all zeros?
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     bytes
-        .chunks(CHUNK)
+        .chunks(ZEROS.len())
         .all(|part| ZEROS.get(..part.len()) == Some(part))
 }
 
