@@ -47,7 +47,7 @@ fn reference() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Seeds of soaks that found something, with the reference images of 2026-11-26.
-const FOUND: [u64; 14] = [
+const FOUND: [u64; 16] = [
     534_105_872_184_377_572,
     483_790_244_412_391_756,
     // A new snapshot table where an L1 entry points behind the end of the file.
@@ -73,6 +73,10 @@ const FOUND: [u64; 14] = [
     2_348_041_475_213_764_239,
     // A refcount table that grew was freed, and the new snapshot table was put where the search began anew.
     2_465_361_448_956_594_254,
+    // COPIED was set for a cluster behind the end of the file, whose references are not counted and were two.
+    1_564_938_103_859_185_536,
+    // An L1 entry that leads behind the end of the file, unless the repair makes it longer.
+    3_355_805_278_627_955_823,
 ];
 
 fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {
@@ -309,6 +313,11 @@ fn errors_alone_are_mended_without_freeing_anything() {
 
 #[test]
 fn a_repair_that_is_cut_anywhere_leaves_nothing_worse_and_a_second_one_finishes() {
+    let found = |image: &[u8]| {
+        check(image.to_vec())
+            .map(|c| c.1)
+            .map_err(|e| e.to_string())
+    };
     let images = reference();
     let (mut cuts, mut large, mut bad) = (0, 0, Vec::new());
     for seed in seeds(CUT) {
@@ -346,7 +355,12 @@ fn a_repair_that_is_cut_anywhere_leaves_nothing_worse_and_a_second_one_finishes(
                 // What cannot be mended may be counted in other places afterwards (an L1 table that
                 // names the header as an L2 table has its fields for entries).
                 let left = |r: &CheckResult| r.corruptions + r.leaks + r.check_errors;
-                if left(&whole) == 0 && left(&second) != 0 {
+                // New structures may make the file longer, and what was named behind its end lies in it then; after a
+                // cut they may not be needed any more.
+                let behind =
+                    |lines: &[String]| lines.iter().any(|l| l.contains("exceeding the end"));
+                let stays = || Ok::<_, String>(behind(&found(&before)?) && behind(&found(&end)?));
+                if left(&whole) == 0 && left(&second) != 0 && !stays()? {
                     return Err(format!("left {second:?}, by a whole one {whole:?}"));
                 }
                 if !dropped {
@@ -410,7 +424,9 @@ fn a_repair_in_which_a_request_fails_leaves_nothing_worse() {
             }
         }
     }
-    println!("{failures} failing requests; {large} repairs were left when the file was above 4 MiB");
+    println!(
+        "{failures} failing requests; {large} repairs were left when the file was above 4 MiB"
+    );
     assert!(large * 100 < failures, "too many left out");
     assert!(failures > 0 && bad.is_empty(), "{}", bad.join("\n\n"));
 }

@@ -78,7 +78,11 @@ impl State {
     }
 
     fn grow(&mut self, end: u64) -> Result<()> {
-        let most = if self.most == 0 { MAX_LENGTH } else { self.most };
+        let most = if self.most == 0 {
+            MAX_LENGTH
+        } else {
+            self.most
+        };
         if end > most {
             return Err(self.fail(27)); // EFBIG
         }

@@ -651,21 +651,21 @@ fn punch(dev: &mut Device, g: Geometry, freed: &[u64]) {
     }
 }
 
-/// Is the count of a cluster one in the end?
-fn is_one(check: &mut Check<'_, '_>, cluster: u64) -> Result<bool> {
-    if check.window.clusters.contains(&cluster) {
-        return Ok(check.window.is_one(cluster));
-    }
-    Ok(check.blocks.count(check.dev, cluster)? == Some(1))
-}
-
-/// An entry with the flag that it gets in this phase.
-fn flagged(entry: u64, one: bool, policy: Policy, phase: Phase) -> u64 {
-    match phase {
+/// An entry with the flag that it gets in this phase, by what the count of its cluster is in the end. Behind the
+/// end of the file references are not counted: whatever the image's count says, nothing is set there.
+fn flagged(check: &mut Check<'_, '_>, entry: u64, policy: Policy, phase: Phase) -> Result<u64> {
+    let cluster = (entry & OFFSET_MASK) >> check.g().cluster_bits;
+    let counted = check.window.clusters.contains(&cluster);
+    let one = if counted {
+        check.window.is_one(cluster)
+    } else {
+        check.blocks.count(check.dev, cluster)? == Some(1)
+    };
+    Ok(match phase {
         Phase::Raise if !one => entry & !COPIED,
-        Phase::Lower if one && policy.set => entry | COPIED,
+        Phase::Lower if one && counted && policy.set => entry | COPIED,
         _ => entry,
-    }
+    })
 }
 
 /// COPIED in the active L2 tables, of clusters of this window.
@@ -683,8 +683,12 @@ fn mend_flags(
         if !counted || !check.judged_here(cluster) || (data_file && entry & !COPIED == 0) {
             return Ok((entry, bitmap));
         }
-        let one = data_file || is_one(check, cluster)?;
-        Ok((flagged(entry, one, policy, phase), bitmap))
+        let new = match (data_file, phase) {
+            (false, _) => flagged(check, entry, policy, phase)?,
+            (true, Phase::Lower) if policy.set => entry | COPIED,
+            (true, _) => entry,
+        };
+        Ok((new, bitmap))
     })
 }
 
@@ -701,8 +705,7 @@ fn l1_flags(
         if entry & OFFSET_MASK == 0 || !check.judged_here(cluster) {
             continue;
         }
-        let one = is_one(check, cluster)?;
-        let new = flagged(*entry, one, policy, phase);
+        let new = flagged(check, *entry, policy, phase)?;
         if new != *entry {
             out.push((index, new));
         }
