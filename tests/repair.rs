@@ -47,7 +47,7 @@ fn reference() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Seeds of soaks that found something, with the reference images of 2026-11-26.
-const FOUND: [u64; 16] = [
+const FOUND: [u64; 17] = [
     534_105_872_184_377_572,
     483_790_244_412_391_756,
     // A new snapshot table where an L1 entry points behind the end of the file.
@@ -77,6 +77,8 @@ const FOUND: [u64; 16] = [
     1_564_938_103_859_185_536,
     // An L1 entry that leads behind the end of the file, unless the repair makes it longer.
     3_355_805_278_627_955_823,
+    // The active L1 table lies in what a damaged snapshot table calls its extra data.
+    3_516_349_296_431_600_879,
 ];
 
 fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {

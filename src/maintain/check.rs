@@ -515,8 +515,19 @@ impl<'a, 'f> Check<'a, 'f> {
         let g = self.g();
         let last = g.cluster_of(offset.saturating_add(bytes - 1)).0;
         (g.cluster_of(offset).0..=last).any(|c| {
-            self.judged_here(c) && (self.window.tally.get(c) != 1 || self.noticed.is_cut(c))
+            let alone = self.window.tally.get(c) == 1 + self.discarded(c);
+            self.judged_here(c) && (!alone || self.noticed.is_cut(c))
         })
+    }
+
+    /// References to this cluster by what nobody keeps of the snapshot table: they go with it.
+    fn discarded(&self, cluster: u64) -> u64 {
+        let table = self.it.table;
+        let parts = &table.discarded;
+        let at = parts.partition_point(|r| r.end <= cluster);
+        let there = parts.get(at).is_some_and(|r| r.contains(&cluster));
+        let end = self.it.header.snapshots_offset.saturating_add(table.bytes);
+        u64::from(there && !self.exceeds(end))
     }
 
     /// Note the L2 tables of the window whose clusters are referred to by something else as well.
@@ -526,7 +537,7 @@ impl<'a, 'f> Check<'a, 'f> {
             for t in batch {
                 let cluster = g.cluster_of(t.offset).0;
                 let alone = g.in_cluster(t.offset) == 0
-                    && check.window.tally.get(cluster) == t.total
+                    && check.window.tally.get(cluster) == t.total + check.discarded(cluster)
                     && !check.noticed.is_cut(cluster);
                 if check.judged_here(cluster) && !alone {
                     overlapped

@@ -7,7 +7,9 @@ use crate::format::geometry::{MAX_EXTRA_DATA, MAX_SNAPSHOTS, MAX_SNAPSHOT_TABLE_
 use crate::format::header::{validate_table, Header};
 use crate::format::record::{self, Lengths, FIXED_BYTES, KNOWN_EXTRA};
 use crate::image::device::Device;
+use crate::image::room;
 use crate::snapshot::Snapshot;
+use std::ops::Range;
 
 /// The table is read in requests of this size.
 const READ_AHEAD: u64 = 1 << 20;
@@ -23,6 +25,8 @@ pub(super) struct Table {
     pub(super) bytes: u64,
     /// So far from its start on something of it is kept that is in the file.
     pub(super) kept: u64,
+    /// Clusters in extra data that is not kept, in order. Whatever else has them, nothing of the table is lost there.
+    pub(super) discarded: Vec<Range<u64>>,
     /// Snapshots at the end that a repair drops: the header is to name fewer.
     pub(super) dropped: u64,
     /// Entries that are to be written anew: with extra data cut off, or completed.
@@ -76,6 +80,7 @@ pub(super) fn read(
         entries: Vec::new(),
         bytes: 0,
         kept: 0,
+        discarded: Vec::new(),
         dropped: 0,
         changed: 0,
     };
@@ -164,10 +169,17 @@ fn entries(
         if at < reader.dev.length() {
             table.kept = at + known - start;
         }
+        if cut {
+            let g = header.geometry;
+            let part = g.clusters_for(at + known)..g.cluster_of(at + extra).0;
+            if !part.is_empty() {
+                room::push(&mut table.discarded, part)?;
+            }
+        }
         at += extra;
         let names = u64::from(lengths.id) + u64::from(lengths.name);
         bytes.extend_from_slice(reader.get(at, names)?);
-        if at < reader.dev.length() {
+        if names != 0 && at < reader.dev.length() {
             table.kept = at + names - start;
         }
         at += names;
