@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 from collections import namedtuple
@@ -135,13 +136,20 @@ def meaning(path):
     """What qemu-img reads in it, or what is wrong."""
     if path.endswith('.raw'):
         return Meaning(digest(path), (), False)
-    out = path + '.disk'
+    out, copy = path + '.disk', path + '.copy'
 
-    def disk(*which):
-        run('qemu-img', 'convert', '-f', 'qcow2', *which, '-O', 'raw', path, out)
+    def disk(snapshot=None):
+        of, how = path, ['-l', f'snapshot.id={snapshot}'] if snapshot else []
+        if how and 'grow' in path:  # -l takes the disk of today for as long as the snapshot's: go there instead
+            shutil.copy(path, copy)
+            run('qemu-img', 'snapshot', '-a', snapshot, copy)
+            of, how = copy, []
+        run('qemu-img', 'convert', '-f', 'qcow2', *how, '-O', 'raw', of, out)
         return digest(out)
     info = json.loads(run('qemu-img', 'info', '-f', 'qcow2', '--output=json', path))
-    snapshots = tuple((s['id'], s['name'], disk('-l', 'snapshot.id=' + s['id'])) for s in info.get('snapshots', []))
+    snapshots = tuple((s['id'], s['name'], disk(s['id'])) for s in info.get('snapshots', []))
     found = Meaning(disk(), snapshots, 'backing-filename' in info)
-    os.unlink(out)
+    for made in out, copy:
+        if os.path.exists(made):
+            os.unlink(made)
     return found

@@ -8,10 +8,12 @@ From the record come the disks that a power cut could leave (replay.py). Each is
 qemu-img reads in the images on it must be the state before the verb or the one after it (images.py)."""
 import hashlib
 import io
+import json
 import lzma
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -23,7 +25,8 @@ import replay
 
 MIB = 1 << 20
 SIZE = 320 * MIB          # of a file system; XFS takes no less than 300
-DISK = SIZE + MIB         # marks stand behind it
+AT = MIB                  # where it begins; marks stand before it, in a partition of their own
+DISK = AT + SIZE
 BATCH = 24                # disks that one start of the machine mounts
 SUITE = 'trixie'
 PACKAGES = 'qemu-system-x86,linux-image-cloud-amd64,busybox-static,xfsprogs,btrfs-progs,e2fsprogs,initramfs-tools'
@@ -139,17 +142,22 @@ tar xf /dev/vda -C /tmp; . /tmp/job; echo "job: done"; reboot -f
 
 
 def record(machine, folder, fs, verbs, names, preload):
-    """Run the verbs; the log. A mark is a write behind the file system, without a flush."""
-    disk, log = os.path.join(folder, 'disk'), os.path.join(folder, 'log')
-    for path, size in (disk, SIZE), (log, 0):
+    """Run the verbs; the log. A mark is a write to the second partition, which its last close brings to the disk, without
+    a flush."""
+    part, disk, log = (os.path.join(folder, n) for n in ('stable', 'disk', 'log'))
+    for path, size in (part, SIZE), (log, 0):
         with open(path, 'wb') as f:
             f.truncate(size)
-    images.run(*program(MKFS[fs][0], *MKFS[fs][1:], disk))
-    os.truncate(disk, DISK)
-    shutil.copy(disk, os.path.join(folder, 'stable'))
+    images.run(*program(MKFS[fs][0], *MKFS[fs][1:], part))
+    with open(disk, 'wb') as f:
+        f.write(bytes(446) + b''.join(struct.pack('<4xB3xLL', 0x83, at // 512, size // 512) for at, size in ((AT, SIZE), (AT // 2, AT // 2)))
+                + bytes(32) + b'\x55\xaa')
+        f.truncate(DISK)
+    images.run('dd', 'if=' + part, 'of=' + disk, f'bs={MIB}', 'seek=1', 'conv=sparse,notrunc')
+    shutil.copy(disk, part)
     before = 'LD_PRELOAD=/bin/preload.so ' if preload else ''
-    job = f'''mkdir /m/d; mount -t {fs} /dev/vdb /m/d || exit
-mark() {{ echo "$*" | dd of=/dev/vdb bs=512 seek={SIZE // 512} conv=sync,notrunc oflag=direct 2> /dev/null || echo "mark: failed"; }}
+    job = f'''mkdir /m/d; mount -t {fs} /dev/vdb1 /m/d || exit
+mark() {{ echo "$*" | dd of=/dev/vdb2 bs=512 conv=sync 2> /dev/null; }}
 cp {' '.join('/tmp/' + n for n in names)} /m/d; cd /m/d; sync; mark ready
 # Somebody else, whose fsync makes the file system commit what we have half done.
 while sleep 0.05; do dd if=/dev/zero of=other bs=4k count=5 conv=fsync 2> /dev/null; done &
@@ -165,8 +173,6 @@ while sleep 0.05; do dd if=/dev/zero of=other bs=4k count=5 conv=fsync 2> /dev/n
     said = machine.start(folder, job, [os.path.join(folder, '../images', n) for n in names], [
         'driver=blklogwrites,node-name=recorded,file.driver=raw,file.cache.no-flush=on,file.file.driver=file,'
         f'file.file.filename={disk},log.driver=file,log.filename={log}'])
-    if 'mark: failed' in said:
-        raise RuntimeError(said)
     return replay.read(log), said
 
 
@@ -176,8 +182,8 @@ class Time:
     def __init__(self, entries, verbs, start):
         self.verbs, self.begin, self.end, self.code = verbs, {}, {}, {}
         for n, entry in enumerate(entries):
-            if entry.data and entry.at >= SIZE:
-                word, *args = entry.data.rstrip(b'\0').decode().split()
+            if entry.data and entry.at < AT:
+                word, *args = entry.data[:512].rstrip(b'\0').decode().split()
                 if word == 'ready':
                     self.ready = n + 1
                 elif word == 'begin':
@@ -238,7 +244,7 @@ class Judge:
     def wrong(self, path, damaged):
         """Beside its meaning. A flag that is more careful than it must be is no fault; a guest shows it."""
         was = images.meaning(path)
-        copy = os.path.join(os.path.dirname(path), 'copy.qcow2')
+        copy = os.path.join(os.path.dirname(path), 'copy-' + os.path.basename(path))
 
         def code(*args):
             done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -246,7 +252,7 @@ class Judge:
 
         def guest(what):
             shutil.copy(path, copy)
-            size = os.path.getsize(path) and int(__import__('json').loads(images.run('qemu-img', 'info', '--output=json', path))['virtual-size'])
+            size = json.loads(images.run('qemu-img', 'info', '--output=json', path))['virtual-size']
             images.run('qemu-io', '-f', 'qcow2', '-c', f'write -P 90 0 {size}', copy)
             if images.meaning(copy).snapshots != was.snapshots:
                 return f'a guest that writes the whole disk {what} harms a snapshot'
@@ -289,7 +295,7 @@ def mounted(machine, folder, fs, disks, wanted):
     os.truncate(brought, 512 * MIB)
     job = '{\n'
     for n, names in enumerate(wanted):
-        job += f'''losetup -o {n * DISK} /dev/loop0 /dev/vdb; mkdir /m/{n}
+        job += f'''losetup -o {n * DISK + AT} /dev/loop0 /dev/vdb; mkdir /m/{n}
 if mount -t {fs} /dev/loop0 /m/{n} 2> /dev/null; then cd /m; for f in {' '.join(sorted(names))}; do [ -e {n}/$f ] && set -- "$@" {n}/$f; done
 [ $# = 0 ] || tar c "$@"; set --; cd /; umount /m/{n}; else echo "disk {n}: $(dmesg | tail -n 3)" > /dev/console; fi
 losetup -d /dev/loop0
@@ -341,7 +347,8 @@ def one(machine, tool, folder, fs, names, start, preload, drop):
                 else:
                     got, wrong = judge.look(name, files[name], harmed)
                 if got not in allowed or wrong:
-                    bad.append(f'{fs}, entry {cut} of {len(entries)}, {name}: {wrong or "neither old nor new"}\n   is {short(got)}\n   may be {" or ".join(map(str, map(short, allowed)))}')
+                    near = [(n, time.begin[n], time.end[n]) for n in time.begin if time.begin[n] <= cut][-2:]
+                    bad.append(f'{fs}, entry {cut} of {len(entries)} (verbs {near}), {name}: {wrong or "neither old nor new"}\n   is {short(got)}\n   may be {" or ".join(map(str, map(short, allowed)))}')
                     keep = os.path.join(folder, f'loss-{fs}-{cut}-{name}')
                     if name in files:
                         with open(keep, 'wb') as f:
