@@ -39,10 +39,11 @@ def make(folder):
           [['write -P 1 3k 2M'], ['write -P 2 512 1k', 'write -P 2 8M 5k'], ['write -P 3 64k 10k', 'discard 1M 64k']])
     image('old.qcow2', 'cluster_size=4k,compat=0.10', '8M',
           [['write -c -P 1 0 1M', 'write -P 5 4M 1M'], ['write -P 2 32k 200k'], ['write -c -P 3 2M 100k']])
-    # Disks of three sizes: L1 tables of 1, 6 and 3 clusters.
+    # Disks of two sizes: L1 tables of 1 and 3 clusters. With a larger one there is no place for goto's temporary L1 (the one
+    # exception of docs/crash-safety.md: QEMU's shrink allocates a table for each empty L1 entry, here of one cluster).
     path = image('grow.qcow2', 'cluster_size=512', '256k', [['write -P 1 0 256k'], []])
-    resize('grow.qcow2', 12 << 20)
-    for c in 'write -P 2 100k 64k', 'write -P 3 11M 64k':
+    resize('grow.qcow2', 6 << 20)
+    for c in 'write -P 2 100k 64k', 'write -P 3 5M 64k':
         run('qemu-io', '-f', 'qcow2', '-c', c, path)
     run('qemu-img', 'snapshot', '-c', 's2', path)
     with open(os.path.join(folder, 'base.raw'), 'wb') as f:

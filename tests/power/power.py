@@ -1,11 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """Power cuts seen from below: the real tool in a virtual machine, on a disk that QEMU's blklogwrites driver records.
-
-usage: power.py TOOL [FILESYSTEM...]        (ext4 xfs btrfs; the variables stand in `make power`'s comment)
-
 From the record come the disks that a power cut could leave (replay.py). Each is mounted in the machine again, and what
-qemu-img reads in the images on it must be the state before the verb or the one after it (images.py)."""
+qemu-img reads in the images on it must be what stood there before the verb or stands there after it (images.py)."""
+import argparse
 import hashlib
 import io
 import json
@@ -22,18 +20,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import images
 import replay
+from images import run
 
 MIB = 1 << 20
 SIZE = 320 * MIB          # of a file system; XFS takes no less than 300
-AT = MIB                  # where it begins; marks stand before it, in a partition of their own
+AT = MIB                  # where it begins; before it lies a partition for marks
 DISK = AT + SIZE
 BATCH = 24                # disks that one start of the machine mounts
-SUITE = 'trixie'
-PACKAGES = 'qemu-system-x86,linux-image-cloud-amd64,busybox-static,xfsprogs,btrfs-progs,e2fsprogs,initramfs-tools'
+PACKAGES = 'qemu-system-x86,linux-image-cloud-amd64,initramfs-tools,busybox-static,xfsprogs,btrfs-progs,e2fsprogs'
 MKFS = {'ext4': ['mkfs.ext4', '-q', '-F', '-E', 'lazy_itable_init=0'], 'xfs': ['mkfs.xfs', '-q', '-f'], 'btrfs': ['mkfs.btrfs', '-q', '-f']}
-SEED = int(os.environ.get('POWER_SEED', '1'))
-CUTS = int(os.environ.get('POWER_CUTS', '600'))      # for each file system
-ROOT = os.environ.get('POWER_ROOT', '/var/tmp/qcow2-snapshot-power')
+ROOT = os.environ.get('POWER_ROOT') or '/var/tmp/qcow2-snapshot-power'
 
 
 def skip(why):
@@ -41,188 +37,169 @@ def skip(why):
     sys.exit(0)
 
 
+def find_pieces():
+    for name in 'qemu-img', 'qemu-io', 'ldd':
+        if not shutil.which(name):
+            skip(f'no {name} here')
+    if not os.path.exists(ROOT) and os.geteuid() == 0 and shutil.which('debootstrap'):
+        print(f'Making a Debian 13 root in {ROOT} (POWER_ROOT), some 1.2 GB', flush=True)
+        subprocess.run(['debootstrap', '--variant=minbase', '--include=' + PACKAGES, 'trixie', ROOT], stdout=subprocess.DEVNULL, check=True)
+    for name in 'qemu-system-x86_64', 'busybox', *(words[0] for words in MKFS.values()):
+        program(name)
+    if not kernel():
+        skip(f'no kernel in {ROOT}/boot (POWER_ROOT)')
+
+
 def program(name, *args):
-    """A program of that root, with that root's libraries: neither chroot nor installation is needed."""
-    for folder in 'usr/bin', 'usr/sbin':
-        path = os.path.join(ROOT, folder, name)
+    """A program of that root with that root's libraries: neither chroot nor installing is needed."""
+    for path in f'{ROOT}/usr/bin/{name}', f'{ROOT}/usr/sbin/{name}':
         if os.path.exists(path):
-            return [ROOT + '/lib64/ld-linux-x86-64.so.2', '--library-path', ROOT + '/usr/lib/x86_64-linux-gnu', path, *args]
-    skip(f'{ROOT} has no {name} (POWER_ROOT names another root; one with debootstrap --variant=minbase --include={PACKAGES})')
-
-
-def short(m):
-    return m and ' '.join([m.disk[:6], *(f'{i}:{n}:{d[:6]}' for i, n, d in m.snapshots), 'over a backing file' * m.backing])
+            return [f'{ROOT}/lib64/ld-linux-x86-64.so.2', '--library-path', f'{ROOT}/usr/lib/x86_64-linux-gnu', path, *args]
+    skip(f'no {name} in {ROOT} (POWER_ROOT; as root, debootstrap makes one: --variant=minbase --include={PACKAGES})')
 
 
 def kernel():
-    found = sorted(f for f in (os.listdir(ROOT + '/boot') if os.path.isdir(ROOT + '/boot') else []) if f.startswith('vmlinuz-'))
-    if not found:
-        skip(f'{ROOT}/boot has no kernel')
-    return found[-1][len('vmlinuz-'):]
+    found = [f for f in os.listdir(f'{ROOT}/boot') if f.startswith('vmlinuz-')] if os.path.isdir(f'{ROOT}/boot') else []
+    return max(found, default='')[len('vmlinuz-'):]
 
 
 class Machine:
-    """The kernel, and what it begins with: busybox, the tool with its libraries, modules, scripts."""
+    """The kernel, and what it begins with: busybox, the tool with its libraries, modules."""
 
     def __init__(self, folder, tool, preload):
-        self.version = kernel()
-        self.initrd = os.path.join(folder, 'initrd')
-        tree = os.path.join(folder, 'tree')
+        self.initrd, tree = f'{folder}/initrd', f'{folder}/tree'
         for d in 'bin', 'dev', 'proc', 'sys', 'tmp', 'm', 'modules':
-            os.makedirs(os.path.join(tree, d))
-        shutil.copy(os.path.join(ROOT, 'usr/bin/busybox'), tree + '/bin/busybox')
-        shutil.copy(tool, tree + '/bin/qcow2-snapshot')
-        for line in images.run('ldd', tool).splitlines():
-            library = next((w for w in line.split() if w.startswith('/')), None)
-            if library:
-                os.makedirs(os.path.dirname(tree + library), exist_ok=True)
-                shutil.copy(library, tree + library)
+            os.makedirs(f'{tree}/{d}')
+        shutil.copy(f'{ROOT}/usr/bin/busybox', f'{tree}/bin/busybox')
+        shutil.copy(tool, f'{tree}/bin/qcow2-snapshot')
         if preload:
-            shutil.copy(preload, tree + '/bin/preload.so')
+            shutil.copy(preload, f'{tree}/bin/preload.so')
+        for library in (w for w in run('ldd', tool).split() if w.startswith('/')):
+            os.makedirs(os.path.dirname(tree + library), exist_ok=True)
+            shutil.copy(library, tree + library)
         for n, path in enumerate(self.modules('virtio_blk', 'loop', 'xfs', 'btrfs')):
             with (lzma.open if path.endswith('.xz') else open)(path, 'rb') as f, open(f'{tree}/modules/{n:02}.ko', 'wb') as out:
                 shutil.copyfileobj(f, out)
-        with open(tree + '/init', 'w') as f:
+        with open(f'{tree}/init', 'w') as f:
             f.write('''#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev; mount -t tmpfs none /tmp
 for m in /modules/*; do insmod $m; done
-tar xf /dev/vda -C /tmp; . /tmp/job; echo "job: done"; reboot -f
+tar xf /dev/vda -C /tmp; . /tmp/job; echo 'job: done'; reboot -f
 ''')
-        os.chmod(tree + '/init', 0o755)
+        os.chmod(f'{tree}/init', 0o755)
+        names = subprocess.run(['find', '.'], cwd=tree, stdout=subprocess.PIPE, check=True).stdout
         with open(self.initrd, 'wb') as f:
-            names = subprocess.run(['find', '.'], cwd=tree, stdout=subprocess.PIPE, check=True).stdout
-            subprocess.run([ROOT + '/usr/bin/busybox', 'cpio', '-o', '-H', 'newc'], cwd=tree, input=names, stdout=f, stderr=subprocess.DEVNULL, check=True)
-        self.accel = next((a for a in (os.environ.get('POWER_ACCEL') or 'kvm tcg').split() if self.works(folder, a)), None)
-        if not self.accel:
-            raise SystemExit('the machine does not start: see the lines above')
+            subprocess.run([f'{ROOT}/usr/bin/busybox', 'cpio', '-o', '-H', 'newc'], cwd=tree, input=names, stdout=f, stderr=subprocess.DEVNULL, check=True)
+        # A hypervisor in a hypervisor may have /dev/kvm and yet stop at the first rare instruction.
+        for self.accel in (os.environ.get('POWER_ACCEL') or 'kvm tcg').split():
+            try:
+                self.start(folder, ':\n', seconds=60)
+                return
+            except (RuntimeError, subprocess.TimeoutExpired) as e:
+                said = str(e)
+                print(f'The machine does not start with {self.accel}', flush=True)
+        raise SystemExit(said)
 
-    def modules(self, *names):
-        """Their files, each behind those that it needs."""
-        base = os.path.join(ROOT, 'usr/lib/modules', self.version)
-        with open(base + '/modules.dep') as f:
+    @staticmethod
+    def modules(*names):
+        """Their files, each behind those that it needs. What is built in has none."""
+        base = f'{ROOT}/usr/lib/modules/{kernel()}/'
+        with open(base + 'modules.dep') as f:
             needs = {k: v.split() for k, v in (line.rstrip('\n').split(':') for line in f)}
-        out = []
-        for name in names:
-            for path in (p for p in needs if os.path.basename(p).split('.')[0] == name):
-                out += [m for m in (*reversed(needs[path]), path) if m not in out]
-        return [os.path.join(base, m) for m in out]
+        wanted = [p for n in names for p in needs if os.path.basename(p).split('.')[0] == n]
+        return dict.fromkeys(base + m for p in wanted for m in (*reversed(needs[p]), p))
 
-    def works(self, folder, accel):
-        """A hypervisor in a hypervisor may have /dev/kvm and yet stop at the first rare instruction."""
-        self.accel = accel
-        try:
-            self.start(folder, 'true\n', [], [], seconds=60)
-            return True
-        except (RuntimeError, subprocess.TimeoutExpired) as e:
-            print(f'{accel}: {str(e)[-300:]}' if accel != 'kvm' else 'KVM does not run this kernel here: TCG instead', flush=True)
-            return False
-
-    def start(self, folder, job, files, disks, seconds=900):
-        """Run a shell script with these files in /tmp. The disks (QEMU's -blockdev) are vdb, vdc ..."""
-        given = os.path.join(folder, 'given.tar')
+    def start(self, folder, job, files=(), disks=(), seconds=1800):
+        """Run a shell script, with these files beside it in /tmp. The disks (QEMU's -blockdev) are vdb, vdc ..."""
+        given = f'{folder}/given.tar'
         with tarfile.open(given, 'w') as tar:
             info = tarfile.TarInfo('job')
             info.size = len(job)
             tar.addfile(info, io.BytesIO(job.encode()))
             for path in files:
                 tar.add(path, os.path.basename(path))
-        disks = [f'driver=raw,node-name=given,read-only=on,file.driver=file,file.filename={given}', *disks]
-        args = program('qemu-system-x86_64', '-L', ROOT + '/usr/share/qemu', '-L', ROOT + '/usr/share/seabios', '-nodefaults',
-                       '-no-user-config', '-display', 'none', '-M', 'q35', '-accel', self.accel, '-cpu', 'max', '-m', '1024', '-no-reboot',
-                       '-kernel', f'{ROOT}/boot/vmlinuz-{self.version}', '-initrd', self.initrd, '-serial', 'stdio',
-                       '-append', 'console=ttyS0 panic=-1 quiet')
-        for disk in disks:
-            node = disk.split('node-name=')[1].split(',')[0]
-            args += ['-blockdev', disk, '-device', f'virtio-blk-pci,drive={node}']
+        args = program('qemu-system-x86_64', '-L', f'{ROOT}/usr/share/qemu', '-L', f'{ROOT}/usr/share/seabios', '-nodefaults', '-no-user-config',
+                       '-display', 'none', '-M', 'q35', '-accel', self.accel, '-cpu', 'max', '-m', '1024', '-no-reboot', '-serial', 'stdio',
+                       '-kernel', f'{ROOT}/boot/vmlinuz-{kernel()}', '-initrd', self.initrd, '-append', 'console=ttyS0 panic=-1 quiet')
+        for n, disk in enumerate((f'driver=raw,read-only=on,file.driver=file,file.filename={given}', *disks)):
+            args += ['-blockdev', f'{disk},node-name=disk{n}', '-device', f'virtio-blk-pci,drive=disk{n}']
         said = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds).stdout.decode(errors='replace')
         if 'job: done' not in said:
             raise RuntimeError(said[-2000:])
         return said
 
 
-def record(machine, folder, fs, verbs, names, preload):
-    """Run the verbs; the log. A mark is a write to the second partition, which its last close brings to the disk, without
-    a flush."""
-    part, disk, log = (os.path.join(folder, n) for n in ('stable', 'disk', 'log'))
-    for path, size in (part, SIZE), (log, 0):
+def record(machine, folder, fs, options, verbs, names, preload):
+    """Run the verbs: the requests of the disk. A mark is a write to the second partition; its last close brings it to the
+    disk, without a flush."""
+    start, disk, log = f'{folder}/start', f'{folder}/disk', f'{folder}/log'
+    for path, size in (start, SIZE), (log, 0):
         with open(path, 'wb') as f:
             f.truncate(size)
-    images.run(*program(MKFS[fs][0], *MKFS[fs][1:], part))
+    run(*program(*MKFS[fs], start))
     with open(disk, 'wb') as f:
-        f.write(bytes(446) + b''.join(struct.pack('<4xB3xLL', 0x83, at // 512, size // 512) for at, size in ((AT, SIZE), (AT // 2, AT // 2)))
-                + bytes(32) + b'\x55\xaa')
+        f.write(bytes(446) + b''.join(struct.pack('<4xB3xLL', 0x83, at // 512, size // 512) for at, size in ((AT, SIZE), (AT // 2, AT // 2))))
+        f.write(bytes(32) + b'\x55\xaa')
         f.truncate(DISK)
-    images.run('dd', 'if=' + part, 'of=' + disk, f'bs={MIB}', 'seek=1', 'conv=sparse,notrunc')
-    shutil.copy(disk, part)
-    before = 'LD_PRELOAD=/bin/preload.so ' if preload else ''
-    job = f'''mkdir /m/d; mount -t {fs} /dev/vdb1 /m/d || exit
+    run('dd', 'if=' + start, 'of=' + disk, f'bs={MIB}', 'seek=1', 'conv=sparse,notrunc')
+    shutil.copy(disk, start)
+    job = f'''mkdir /m/d; mount -t {fs} -o {options} /dev/vdb1 /m/d || reboot -f
 mark() {{ echo "$*" | dd of=/dev/vdb2 bs=512 conv=sync 2> /dev/null; }}
 cp {' '.join('/tmp/' + n for n in names)} /m/d; cd /m/d; sync; mark ready
-# Somebody else, whose fsync makes the file system commit what we have half done.
-while sleep 0.05; do dd if=/dev/zero of=other bs=4k count=5 conv=fsync 2> /dev/null; done &
+# Somebody else, whose fsync makes the file system commit what is half done.
+while sleep 0.05; do dd if=/dev/zero of=other bs=4k count=5 conv=fsync 2> /dev/null; done & other=$!
 '''
     for n, (name, verb) in enumerate(verbs):
-        if not name:  # fill the disk up to some 100 KiB
-            job += ('kill %1; sync; f=$(df -k . | tail -n 1 | awk \'{ print $4 }\'); fallocate -l $(((f - 4096) * 1024)) full\n'
+        if name:
+            call = ' '.join(name if a == 'IMAGE' else a for a in verb)
+            before = 'LD_PRELOAD=/bin/preload.so ' * bool(preload)
+            job += f'mark begin {n}; {before}qcow2-snapshot {call} > /tmp/said 2>&1; r=$?; mark end {n} $r; [ $r = 0 ] || {{ echo "{call}: $r"; head -n 3 /tmp/said; }}\n'
+        else:  # fill the disk up to some 100 KiB
+            job += ("kill $other; sync; fallocate -l $((($(df -k . | tail -n 1 | awk '{ print $4 }') - 4096) * 1024)) full\n"
                     'dd if=/dev/zero of=rest bs=64k 2> /dev/null; truncate -s -128k rest; sync\n')
-            continue
-        call = ' '.join(name if a == 'IMAGE' else a for a in verb)
-        job += f'mark begin {n}; {before}qcow2-snapshot {call} > /tmp/said 2>&1; r=$?; mark end {n} $r; [ $r = 0 ] || {{ echo "verb {n}: $r"; head -n 3 /tmp/said; }}\n'
-    job += 'cd /; umount /m/d; sync\n'
-    said = machine.start(folder, job, [os.path.join(folder, '../images', n) for n in names], [
-        'driver=blklogwrites,node-name=recorded,file.driver=raw,file.cache.no-flush=on,file.file.driver=file,'
-        f'file.file.filename={disk},log.driver=file,log.filename={log}'])
-    return replay.read(log), said
+    said = machine.start(folder, job + 'cd /; umount /m/d; sync\n', [f'{folder}/../images/{n}' for n in names], [
+        f'driver=blklogwrites,file.driver=raw,file.cache.no-flush=on,file.discard=unmap,file.file.driver=file,file.file.discard=unmap,'
+        f'file.file.filename={disk},discard=unmap,log.driver=file,log.filename={log}'])
+    return replay.read(log), replay.Disk([], start), said
 
 
 class Time:
-    """When each verb ran: numbers of entries in the log."""
+    """When each verb ran, as numbers of entries: with so many done its mark is there."""
 
     def __init__(self, entries, verbs, start):
         self.verbs, self.begin, self.end, self.code = verbs, {}, {}, {}
-        for n, entry in enumerate(entries):
+        for n, entry in enumerate(entries, 1):
             if entry.data and entry.at < AT:
                 word, *args = entry.data[:512].rstrip(b'\0').decode().split()
                 if word == 'ready':
-                    self.ready = n + 1
-                elif word == 'begin':
-                    self.begin[int(args[0])] = n + 1
+                    self.ready = n
                 else:
-                    self.end[int(args[0])] = n + 1
-                    self.code[int(args[0])] = int(args[1])
-        # What each file means from which entry on: [(begin, end, meaning)], None where there is no file.
+                    getattr(self, word)[int(args[0])] = n
+                    self.code[int(args[0])] = int(args[-1])
+        # What each file means, and when that became so: [(begin, end, meaning)]; None: it is not there.
         self.history = {name: [(0, 0, m)] for name, m in start.items()}
+        self.mended = {name: len(entries) for name in start if name.startswith('harm')}
         for n, (name, verb) in enumerate(verbs):
-            if not name:
-                continue
-            target = verb[-1] if verb[0] == 'export' else name
-            past = self.history.setdefault(target, [(0, 0, None)])
-            if self.code[n] == 0:
+            if name and self.code[n] == 0:
+                past = self.history.setdefault(verb[-1] if verb[0] == 'export' else name, [(0, 0, None)])
                 past.append((self.begin[n], self.end[n], images.after(verb, self.history[name][-1][2])))
+                if verb[0] == 'check':
+                    self.mended[name] = self.end[n] - 1
 
     def allowed(self, name, cut):
-        """What it may mean. The mark at the end is written after the tool has returned."""
         past = self.history[name]
-        sure = max(n for n, (_, end, _) in enumerate(past) if end < cut or n == 0)
-        return {m for n, (begin, _, m) in enumerate(past) if n == sure or n > sure and begin <= cut}
+        last = max(n for n, (_, end, _) in enumerate(past) if end <= cut)
+        return {m for n, (begin, _, m) in enumerate(past) if n == last or n > last and begin <= cut}
 
-    def damaged(self, name, cut):
-        return name.startswith('harm') and len(self.history[name]) > 1 and cut <= self.history[name][1][1] or \
-            name.startswith('harm') and len(self.history[name]) == 1
-
-    def touched(self, cut):
-        """The files of the verbs that ran around this time."""
-        near = [n for n in self.begin if self.begin[n] <= cut]
-        out = set()
-        for n in near[-2:]:
-            name, verb = self.verbs[n]
-            out |= {name, verb[-1]} if verb[0] == 'export' else {name}
-        return out
+    def files(self, cut):
+        """Those of the two verbs that ran last."""
+        near = [self.verbs[n] for n in self.begin if self.begin[n] <= cut][-2:]
+        return {f for name, verb in near for f in (name, verb[-1]) if f in self.history} or set(self.history)
 
 
 class Judge:
-    """What is in an image, by qemu-img, and by the tool's check. Equal files are looked at once."""
+    """What an image means to qemu-img, and what is wrong with it beside. Equal files are looked at once."""
 
     def __init__(self, tool, folder):
         self.tool, self.folder, self.seen = tool, folder, {}
@@ -231,183 +208,159 @@ class Judge:
         key = hashlib.sha256(data).digest(), damaged, name.startswith('over')
         if key not in self.seen:
             with tempfile.TemporaryDirectory(dir=self.folder) as d:
-                shutil.copy(os.path.join(self.folder, 'images/base.raw'), d)
-                path = os.path.join(d, name)
-                with open(path, 'wb') as f:
+                shutil.copy(f'{self.folder}/images/base.raw', d)
+                with open(f'{d}/{name}', 'wb') as f:
                     f.write(data)
                 try:
-                    self.seen[key] = images.meaning(path), None if name.endswith('.raw') else self.wrong(path, damaged)
+                    means = images.meaning(f'{d}/{name}')
+                    self.seen[key] = means, '' if name.endswith('.raw') else self.wrong(d, name, means, damaged)
                 except subprocess.CalledProcessError as e:
                     self.seen[key] = None, f'{e.cmd}: {e.stdout[-500:]}'
         return self.seen[key]
 
-    def wrong(self, path, damaged):
-        """Beside its meaning. A flag that is more careful than it must be is no fault; a guest shows it."""
-        was = images.meaning(path)
-        copy = os.path.join(os.path.dirname(path), 'copy-' + os.path.basename(path))
+    def wrong(self, folder, name, means, damaged):
+        path, copy = f'{folder}/{name}', f'{folder}/copy-{name}'
 
-        def code(*args):
+        def said(*args):
             done = subprocess.run(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            return done.returncode, done.stdout
+            return done.returncode, done.stdout[-800:]
 
-        def guest(what):
+        def guest():
+            """COPIED may be more careful than it must; if less, a guest shows it."""
             shutil.copy(path, copy)
-            size = json.loads(images.run('qemu-img', 'info', '--output=json', path))['virtual-size']
-            images.run('qemu-io', '-f', 'qcow2', '-c', f'write -P 90 0 {size}', copy)
-            if images.meaning(copy).snapshots != was.snapshots:
-                return f'a guest that writes the whole disk {what} harms a snapshot'
+            size = json.loads(run('qemu-img', 'info', '--output=json', path))['virtual-size']
+            run('qemu-io', '-f', 'qcow2', '-c', f'write -P 90 0 {size}', copy)
+            return '' if images.meaning(copy).snapshots == means.snapshots else 'a guest that writes the whole disk harms a snapshot'
+
         if not damaged:
-            said = code('qemu-img', 'check', '-f', 'qcow2', path)[1]
-            bad = [line for line in said.splitlines() if line.startswith('ERROR') and 'OFLAG_COPIED' not in line]
-            if bad:
-                return '\n'.join(bad[:5])
-            found = guest('after the cut')
-            if found:
-                return found
+            bad = [line for line in said('qemu-img', 'check', path)[1].splitlines() if line.startswith('ERROR') and 'OFLAG_COPIED' not in line]
+            if bad or guest():
+                return f'{bad} {guest()}'
         how = 'all' if damaged else 'leaks'
-        said = code(self.tool, 'check', '-r', how, path)
-        again = code(self.tool, 'check', path), code('qemu-img', 'check', '-f', 'qcow2', path)
-        if said[0] or again[0][0] or again[1][0]:
-            return f'check -r {how}: {said}; then {again[0]}; qemu-img check {again[1]}'
-        if images.meaning(path) != was:
-            return f'check -r {how} changes what it means'
-        return guest('after the repair')
+        checks = [said(self.tool, 'check', '-r', how, path), said(self.tool, 'check', path), said('qemu-img', 'check', path)]
+        if any(code for code, _ in checks) or images.meaning(path) != means:
+            return f'check -r {how} leaves it so: {checks}, {images.meaning(path)}'
+        return guest()
 
 
-def cuts(rng, entries, time, disk):
-    """(entry, way to choose): every flush and random points of every verb, as many as are wanted."""
-    first, last = time.ready, len(entries)
-    flushes = [n for n in range(first, last + 1) if entries[n - 1].flags & replay.FLUSH]
-    some = flushes if len(flushes) <= CUTS // 2 else sorted(rng.sample(flushes, CUTS // 2))
-    out = [(n, lambda count: set()) for n in some]
+def choose(rng, entries, disk, time, count, drop):
+    """(entries done, of these stable, which others are there): after flushes, and at random points of each verb."""
+    flushes = [n for n in range(time.ready, len(entries) + 1) if entries[n - 1].flags & replay.FLUSH]
+    out = [] if drop else [(n, n, None) for n in sorted(rng.sample(flushes, min(count // 2, len(flushes))))]
     verbs = sorted(time.begin)
-    for k in range(max(CUTS - len(some), 0)):
+    for k in range(count - len(out)):
         n = verbs[k % len(verbs)]
-        out.append((rng.randint(time.begin[n], min(time.end[n] + 3, last)), replay.subset(rng)))
-    return sorted(out, key=lambda c: c[0]), len(flushes)
+        end = rng.randint(time.begin[n], min(time.end[n] + 3, len(entries)))
+        out.append((end, min(time.begin[n], end) if drop else disk.flushed(end), replay.subset(rng)))
+    return sorted(out, key=lambda c: c[:2]), len(flushes)
 
 
-def mounted(machine, folder, fs, disks, wanted):
-    """Mount each disk and bring the wanted files: ({name: bytes} for each disk, None where it cannot be mounted)."""
-    for d in disks, os.path.join(folder, 'brought'):
-        os.truncate(d, max(os.path.getsize(d), 1)) if os.path.exists(d) else open(d, 'wb').close()
-    brought = os.path.join(folder, 'brought')
-    os.truncate(brought, 512 * MIB)
+def mounted(machine, folder, fs, options, disks, wanted):
+    """Mount each disk and bring the wanted files: {name: bytes} for each disk, None where it cannot be mounted."""
+    brought = f'{folder}/brought'
+    with open(brought, 'wb') as f:
+        f.truncate(1024 * MIB)
     job = '{\n'
     for n, names in enumerate(wanted):
-        job += f'''losetup -o {n * DISK + AT} /dev/loop0 /dev/vdb; mkdir /m/{n}
-if mount -t {fs} /dev/loop0 /m/{n} 2> /dev/null; then cd /m; for f in {' '.join(sorted(names))}; do [ -e {n}/$f ] && set -- "$@" {n}/$f; done
-[ $# = 0 ] || tar c "$@"; set --; cd /; umount /m/{n}; else echo "disk {n}: $(dmesg | tail -n 3)" > /dev/console; fi
+        job += f'''losetup -o {n * DISK + AT} /dev/loop0 /dev/vdb; mkdir /m/{n}; set --
+if mount -t {fs} -o {options} /dev/loop0 /m/{n} 2> /dev/null; then
+cd /m; for f in {' '.join(sorted(names))}; do [ ! -e {n}/$f ] || set -- "$@" {n}/$f; done; [ $# = 0 ] || tar c "$@"; cd /; umount /m/{n}
+else echo "disk {n}: $(dmesg | tail -n 3)" > /dev/console; fi
 losetup -d /dev/loop0
 '''
-    job += '} > /dev/vdc; sync\n'
-    said = machine.start(folder, job, [], [f'driver=raw,node-name=cuts,file.driver=file,file.filename={disks},cache.no-flush=on',
-                                           f'driver=raw,node-name=brought,file.driver=file,file.filename={brought},cache.no-flush=on'])
+    said = machine.start(folder, job + '} > /dev/vdc; sync\n', [], [
+        f'driver=raw,file.driver=file,file.filename={path},cache.no-flush=on' for path in (disks, brought)])
     out = [None if f'disk {n}: ' in said else {} for n in range(len(wanted))]
     with tarfile.open(brought, 'r:', ignore_zeros=True) as tar:
         for member in tar:
-            if member.isfile():
-                number, name = member.name.split('/')
-                out[int(number)][name] = tar.extractfile(member).read()
+            number, name = member.name.split('/')
+            out[int(number)][name] = tar.extractfile(member).read()
     return out, said
 
 
-def one(machine, tool, folder, fs, names, start, preload, drop):
-    rng = random.Random(f'{SEED} {fs}')
-    verbs = images.verbs()
-    own = os.path.join(folder, fs)
+def short(m):
+    return m and ' '.join([m.disk[:6], *(f'{i}:{n}:{d[:6]}' for i, n, d in m.snapshots), 'over a backing file' * m.backing])
+
+
+def one(machine, folder, name, names, start, args):
+    """All of one file system: the losses."""
+    fs, _, options = name.partition(':')
+    options = options or 'relatime'
+    rng, verbs, own = random.Random(f'{args.seed} {name}'), images.verbs(), f'{folder}/{fs}{options}'
     os.makedirs(own)
-    entries, said = record(machine, own, fs, verbs, names, preload)
+    entries, disk, said = record(machine, own, fs, options, verbs, names, args.preload)
+    disk.entries = entries
     time = Time(entries, verbs, start)
     refused = [n for n, code in time.code.items() if code]
-    full = verbs.index((None, ['full']))
-    if [n for n in refused if n < full]:
-        raise RuntimeError(f'verbs failed with room on the disk:\n{said}')
-    disk = replay.Disk(entries, os.path.join(own, 'stable'), DISK, time.ready if drop else None)
-    planned, flushes = cuts(rng, entries, time, disk)
-    print(f'{fs}: {len(time.code)} verbs ({len(refused)} refused on the full disk), {len(entries)} requests, {flushes} flushes', flush=True)
-    judge = Judge(tool, folder)
-    losses, unmounted, judged = [], 0, 0
+    if any(n < verbs.index((None, ['full'])) for n in refused):
+        raise SystemExit(f'verbs failed with room on the disk:\n{said}')
+    planned, flushes = choose(rng, entries, disk, time, args.cuts, args.drop_flushes)
+    judge, losses, failed, judged = Judge(args.tool, folder), [], [], []
 
     def batch(k, part, disks):
-        bad, failed, count = [], 0, 0
-        wanted = [time.touched(cut) if n % 8 else {f for f in time.history} for n, (cut, _) in enumerate(part)]
-        where = os.path.join(own, f'run{k}')
-        os.makedirs(where, exist_ok=True)
-        found, said = mounted(machine, where, fs, disks, wanted)
-        for (cut, _), names, files in zip(part, wanted, found):
+        wanted = [set(time.history) if n % 8 == 0 else time.files(cut[0]) for n, cut in enumerate(part)]
+        where = tempfile.mkdtemp(dir=own)
+        found, said = mounted(machine, where, fs, options, disks, wanted)
+        for (cut, stable, _), names, files in zip(part, wanted, found):
             if files is None:
-                failed += 1
+                failed.append(f'{name}, entry {cut}, {stable} of them stable: not mounted\n{said[-1000:]}')
                 continue
-            for name in sorted(names):
-                allowed, harmed = time.allowed(name, cut), time.damaged(name, cut)
-                count += 1
-                if name not in files:
-                    got, wrong = None, None
-                else:
-                    got, wrong = judge.look(name, files[name], harmed)
-                if got not in allowed or wrong:
-                    near = [(n, time.begin[n], time.end[n]) for n in time.begin if time.begin[n] <= cut][-2:]
-                    bad.append(f'{fs}, entry {cut} of {len(entries)} (verbs {near}), {name}: {wrong or "neither old nor new"}\n   is {short(got)}\n   may be {" or ".join(map(str, map(short, allowed)))}')
-                    keep = os.path.join(folder, f'loss-{fs}-{cut}-{name}')
-                    if name in files:
-                        with open(keep, 'wb') as f:
-                            f.write(files[name])
+            for f in sorted(names):
+                judged.append(f)
+                means, wrong = judge.look(f, files[f], cut <= time.mended.get(f, -1)) if f in files else (None, '')
+                if means not in time.allowed(f, cut) or wrong:
+                    near = [(verbs[n], time.begin[n], time.end[n]) for n in time.begin if time.begin[n] <= cut][-2:]
+                    losses.append(f'{name}, {cut} of {len(entries)} entries done, {stable} of them stable (ran last: {near}), {f}: {wrong}\n'
+                                  f'   is {short(means)}\n   may be {" or ".join(str(short(m)) for m in time.allowed(f, cut))}')
+                    with open(f'{folder}/loss-{cut}-{f}', 'wb') as out:
+                        out.write(files.get(f, b''))
         shutil.rmtree(where)
         os.unlink(disks)
-        if failed:
-            bad.append(f'{fs}: {failed} disks could not be mounted: {said[-600:]}') if not drop else None
-        return bad, failed, count
 
-    with ThreadPoolExecutor(int(os.environ.get('POWER_JOBS', '2'))) as pool:
+    with ThreadPoolExecutor(2) as pool:
         running = []
         for k in range(0, len(planned), BATCH):
-            part = planned[k:k + BATCH]
-            disks = os.path.join(own, f'cuts{k}')
+            disks, part = f'{own}/cuts{k}', planned[k:k + BATCH]
             out = os.open(disks, os.O_CREAT | os.O_RDWR)
             os.truncate(disks, BATCH * DISK)
-            for n, (cut, keep) in enumerate(part):
-                disk.cut(cut, keep, out, n * DISK)
+            for n, (cut, stable, keep) in enumerate(part):
+                disk.cut(cut, stable, keep or (lambda _: ()), out, n * DISK)
             os.close(out)
             running.append(pool.submit(batch, k, part, disks))
-            if len(running) > 3:
-                running[len(running) - 4].result()
+            for done in running[:-3]:
+                done.result()
         for done in running:
-            bad, failed, count = done.result()
-            losses += bad
-            unmounted += failed
-            judged += count
-    print(f'{fs}: {len(planned)} power cuts, {judged} images judged ({len(judge.seen)} different), {unmounted} not mounted, {len(losses)} losses', flush=True)
-    return losses
+            done.result()
+    print(f'{name}: {len(time.code)} verbs ({len(refused)} refused, disk full), {len(entries)} requests, {flushes} flushes; {len(planned)} power cuts, '
+          f'{len(judged)} images judged ({len(judge.seen)} different), {len(failed)} disks not mounted, {len(losses)} losses', flush=True)
+    return losses + ([] if args.drop_flushes else failed)
 
 
 def main():
-    tool, *filesystems = sys.argv[1:]
-    drop, preload = 'POWER_DROP_FLUSHES' in os.environ, os.environ.get('POWER_PRELOAD')
-    for name in 'qemu-img', 'qemu-io', 'ldd':
-        if not shutil.which(name):
-            skip(f'no {name} here')
-    if not os.path.exists(ROOT) and os.geteuid() == 0 and shutil.which('debootstrap'):
-        print(f'making {ROOT} (POWER_ROOT)', flush=True)
-        subprocess.run(['debootstrap', '--variant=minbase', '--include=' + PACKAGES, SUITE, ROOT], stdout=subprocess.DEVNULL, check=True)
-    for name in 'qemu-system-x86_64', 'busybox', 'mkfs.ext4', 'mkfs.xfs', 'mkfs.btrfs':
-        program(name)
-    folder = tempfile.mkdtemp(prefix='qcow2-power-', dir=os.environ.get('POWER_DIR', '/dev/shm'))
-    os.mkdir(folder + '/images')
-    names = images.make(folder + '/images')
-    start = {n: images.meaning(os.path.join(folder, 'images', n)) for n in names}
-    machine = Machine(folder, tool, preload)
-    print(f'seed {SEED}, {machine.accel}, Linux {machine.version}', flush=True)
-    losses = []
-    for fs in filesystems or ['ext4', 'xfs', 'btrfs']:
-        losses += one(machine, tool, folder, fs, names, start, preload, drop)
-    for line in losses[:20]:
-        print(line)
-    if losses:
-        print(f'{len(losses)} losses; what was there is kept in {folder}')
-    else:
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument('tool')
+    words.add_argument('filesystem', nargs='*', help='ext4, xfs, btrfs; mount options behind a colon', default=['ext4', 'xfs', 'btrfs'])
+    words.add_argument('--cuts', type=int, default=600, help='for each file system')
+    words.add_argument('--seed', type=int, default=1)
+    words.add_argument('--drop-flushes', action='store_true', help='teeth: losses must be found on a disk that ignores flushes while a verb runs')
+    words.add_argument('--preload', help='teeth: losses must be found with this library before the C library')
+    args = words.parse_args()
+    find_pieces()
+    folder = tempfile.mkdtemp(prefix='qcow2-power-', dir=os.environ.get('POWER_DIR') or '/dev/shm')
+    os.mkdir(f'{folder}/images')
+    names = images.make(f'{folder}/images')
+    start = {n: images.meaning(f'{folder}/images/{n}') for n in names}
+    machine = Machine(folder, args.tool, args.preload)
+    print(f'Linux {kernel()}, {machine.accel}, seed {args.seed}', flush=True)
+    losses = [loss for name in args.filesystem for loss in one(machine, folder, name, names, start, args)]
+    if args.drop_flushes or args.preload:
+        print(f'{len(losses)} losses, as there must be' if losses else 'no loss without barriers: this test has no teeth')
         shutil.rmtree(folder)
-    sys.exit(bool(losses))
+        sys.exit(not losses)
+    print('\n'.join(losses[:20]))
+    if losses:
+        sys.exit(f'{len(losses)} losses; what was found is kept in {folder}')
+    shutil.rmtree(folder)
 
 
 if __name__ == '__main__':
