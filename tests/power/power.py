@@ -143,7 +143,7 @@ def record(machine, folder, fs, options, verbs, names, preload):
         f.write(bytes(32) + b'\x55\xaa')
         f.truncate(DISK)
     run('dd', 'if=' + start, 'of=' + disk, f'bs={MIB}', 'seek=1', 'conv=sparse,notrunc')
-    shutil.copy(disk, start)
+    run('cp', '--sparse=always', disk, start)
     job = f'''mkdir /m/d; mount -t {fs} -o {options} /dev/vdb1 /m/d || reboot -f
 mark() {{ echo "$*" | dd of=/dev/vdb2 bs=512 conv=sync 2> /dev/null; }}
 cp {' '.join('/tmp/' + n for n in names)} /m/d; cd /m/d; sync; mark ready
@@ -327,7 +327,7 @@ def one(machine, folder, name, names, start, args):
                 disk.cut(cut, stable, keep or (lambda _: ()), out, n * DISK)
             os.close(out)
             running.append(pool.submit(batch, k, part, disks))
-            for done in running[:-3]:
+            for done in running[:-2]:
                 done.result()
         for done in running:
             done.result()
