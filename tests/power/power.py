@@ -42,7 +42,7 @@ def find_pieces():
         if not shutil.which(name):
             skip(f'no {name} here')
     if not os.path.exists(ROOT) and os.geteuid() == 0 and shutil.which('debootstrap'):
-        print(f'Making a Debian 13 root in {ROOT} (POWER_ROOT), some 1.2 GB', flush=True)
+        print(f'Making a Debian 13 root in {ROOT} (POWER_ROOT), some 600 MB', flush=True)
         subprocess.run(['debootstrap', '--variant=minbase', '--include=' + PACKAGES, 'trixie', ROOT], stdout=subprocess.DEVNULL, check=True)
     for name in 'qemu-system-x86_64', 'busybox', *(words[0] for words in MKFS.values()):
         program(name)
