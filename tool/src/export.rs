@@ -180,15 +180,34 @@ fn new_file(
     made().map_err(|halt| halt.of(out))
 }
 
-/// Nobody else's file is replaced, also where the file system can neither link nor rename without
-/// replacing: first a file is made that was not there, and that one is replaced.
+/// Nobody else's file is replaced, and after a power cut there is the whole file or none.
 fn give_name(file: NamedTempFile, out: &Path) -> io::Result<()> {
+    match file.persist_noclobber(out) {
+        Ok(_) => {}
+        Err(e) if e.error.kind() == io::ErrorKind::AlreadyExists => return Err(e.error),
+        Err(e) => replace_own(e.file, out)?,
+    }
+    keep_names(folder_of(out))
+}
+
+/// Where the file system can neither link nor rename without replacing: first a file is made that was not
+/// there, and that one is replaced.
+fn replace_own(file: NamedTempFile, out: &Path) -> io::Result<()> {
     File::create_new(out)?;
     file.persist(out).map(|_| ()).map_err(|e| {
         // Our own empty one; the error that matters is the first.
         let _ = std::fs::remove_file(out);
         e.error
     })
+}
+
+/// A file is stable when its name is: who deletes a snapshot that was exported must not lose both. A folder that
+/// may not be read, or that cannot be synced at all, is left to the file system.
+pub(crate) fn keep_names(folder: &Path) -> io::Result<()> {
+    match File::open(folder).and_then(|f| f.sync_all()) {
+        Err(e) if e.raw_os_error() == Some(libc::EIO) => Err(e),
+        _ => Ok(()),
+    }
 }
 
 /// Write the disk now seen to the standard output, zeros and all.

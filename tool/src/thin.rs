@@ -9,7 +9,7 @@ use std::path::Path;
 
 use qcow2_snapshot::{Image, OpenFlags, PackedRun, Snapshot};
 
-use crate::export::{folder_of, show, Halt, GONE, STRETCH};
+use crate::export::{folder_of, keep_names, show, Halt, GONE, STRETCH};
 use crate::listing;
 use crate::output::{is_zero, Kind, Output, CHUNK, PACKED_CHUNK};
 use crate::progress;
@@ -332,10 +332,11 @@ fn chain(image: &mut Image, out: &Path, asked: &Asked, quiet: bool) -> Result<()
     let mut file = File::create_new(folder.path().join("index.json"))?;
     file.write_all(listing::array(&index).as_bytes())?;
     file.sync_all()?;
+    keep_names(folder.path())?;
     asked.check(GONE)?;
     // An empty folder that was made meanwhile may be replaced, nothing else.
     std::fs::rename(folder.path(), out)?;
     // It is not there any more under its old name.
     let _ = folder.keep();
-    Ok(())
+    Ok(keep_names(folder_of(out))?)
 }

@@ -363,3 +363,56 @@ fn a_program_that_writes_in_another_way_is_noticed() {
         assert!(said.contains(call), "{call} in {said}");
     }
 }
+
+/// A name is given to what is stable, and is stable when the program ends: after a power cut there is the whole
+/// file or none, and who deletes a snapshot that was exported does not lose both.
+#[test]
+fn what_is_exported_gets_its_name_when_it_is_whole_and_the_name_is_stable() {
+    let case = cases().into_iter().find(|(name, _)| name == "goto-basic");
+    let (_, path) = case.or_else(|| cases().into_iter().next()).unwrap();
+    for way in [
+        &["-O", "raw", "image.qcow2", "s", "out"][..],
+        &["-O", "qcow2", "image.qcow2", "s", "out"],
+        &["--all", "out", "image.qcow2"],
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        prepare(&path, folder.path());
+        let image = folder.path().join("image.qcow2");
+        std::fs::write(&image, unpacked(&path.join("before.qcow2.gz"))).unwrap();
+        let args = ["create", "image.qcow2", "s"];
+        let made = Command::new(tool())
+            .args(args)
+            .current_dir(folder.path())
+            .status();
+        assert!(made.unwrap().success());
+        let args: Vec<OsString> = [&["export"], way]
+            .concat()
+            .iter()
+            .map(OsString::from)
+            .collect();
+        let Some(calls) = traced(folder.path(), tool(), &args) else {
+            return;
+        };
+        assert!(folder.path().join("out").exists(), "{way:?}");
+        let mut steps = vec![];
+        for call in calls.iter().filter(|c| c.result >= 0) {
+            let path = call.path(0).unwrap_or_default();
+            match call.name.as_str() {
+                "fsync" | "fdatasync" if path == folder.path().as_os_str().as_bytes() => {
+                    steps.push("name is stable")
+                }
+                "fsync" | "fdatasync" => steps.push("stable"),
+                "rename" | "renameat" | "renameat2" | "link" | "linkat" => steps.push("named"),
+                "openat"
+                    if call.args[2].contains("O_CREAT")
+                        && plain(&call.args[1]).ends_with(b"out") =>
+                {
+                    steps.push("named while it is empty");
+                }
+                _ => {}
+            }
+        }
+        steps.dedup();
+        assert_eq!(steps, ["stable", "named", "name is stable"], "{way:?}");
+    }
+}
