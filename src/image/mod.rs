@@ -209,7 +209,7 @@ impl Image {
                 changed: Changed::default(),
                 remark: None,
             },
-            refcount_memory: refcount::packed::MOST,
+            refcount_memory: refcount::counts::MOST,
             #[cfg(test)]
             steps: String::new(),
         };

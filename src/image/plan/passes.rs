@@ -126,32 +126,8 @@ fn lower_dropped(dev: &mut Device, refs: &Refcounts, holes: &mut Holes) -> Resul
 }
 
 /// Write bit 63 of the entries of `tables` as they say, which looks at counts only where no walk has
-/// said enough. Where a walk went in windows, so does this.
+/// said enough.
 fn set_flags(dev: &mut Device, refs: &mut Refcounts, tables: &[Marked], set: bool) -> Result<()> {
-    let these = |counted| {
-        let tables = tables.iter().copied();
-        room::collected(tables.filter(move |t| t.flags.need_counts() == counted))
-    };
-    let counted = these(true)?;
-    if counted.is_empty() || !refs.jumped() {
-        return set_flags_in_window(dev, refs, tables, set);
-    }
-    set_flags_in_window(dev, refs, &these(false)?, set)?;
-    for window in refs.windows()? {
-        refs.enter_window(window)?;
-        set_flags_in_window(dev, refs, &counted, set)?;
-    }
-    refs.leave_windows();
-    Ok(())
-}
-
-/// [`set_flags`] as far as entries are not passed over.
-fn set_flags_in_window(
-    dev: &mut Device,
-    refs: &mut Refcounts,
-    tables: &[Marked],
-    set: bool,
-) -> Result<()> {
     let g = refs.geometry();
     let offsets = room::collected(tables.iter().map(|t| t.offset))?;
     let mut reader = Reader::new(g, Source::L2Tables, &offsets);

@@ -28,18 +28,16 @@ impl Refcounts {
                 run += free;
                 continue;
             }
-            let Some(counts) = self.counts(dev, index, &mut scratch)? else {
-                continue; // not reached: the entry is not zero
-            };
+            let (narrow, counts) = self.counts(dev, index, &mut scratch)?;
             let entries = g.refblock_entries() as usize;
             let mut i = g.refblock_index(HostCluster(at));
             while i < entries && run < n {
                 if run == 0 {
                     // Skip what is in use.
-                    i = refblock::find(g, counts, i, entries, true).unwrap_or(entries);
+                    i = refblock::find(narrow, &counts, i, entries, true).unwrap_or(entries);
                 }
                 let limit = entries.min(i.saturating_add((n - run) as usize));
-                let stop = refblock::find(g, counts, i, limit, false);
+                let stop = refblock::find(narrow, &counts, i, limit, false);
                 run += (stop.unwrap_or(limit) - i) as u64;
                 i = stop.unwrap_or(limit);
                 if stop.is_some() && run < n {
@@ -69,11 +67,11 @@ impl Refcounts {
             let index = g.reftable_index(HostCluster(end - 1));
             let first = g.first_cluster_of_block(index).0;
             dev.progress.pass(TABLE_ENTRY)?;
-            let counts = self.counts(dev, index, &mut scratch)?.unwrap_or_default();
+            let (narrow, counts) = self.counts(dev, index, &mut scratch)?;
             // A file may have terabytes of holes: only what is not zero is taken apart.
             if let Some(byte) = counts.iter().rposition(|b| *b != 0) {
-                let n = ((end - first) as usize).min(g.block_entries_in(byte + 8));
-                if let Some(last) = (0..n).rev().find(|i| refblock::get(g, counts, *i) != 0) {
+                let n = ((end - first) as usize).min(narrow.block_entries_in(byte + 8));
+                if let Some(last) = (0..n).rfind(|i| refblock::get(narrow, &counts, *i) != 0) {
                     return Ok(first + last as u64);
                 }
             }

@@ -52,14 +52,7 @@ pub(crate) enum Flags {
     Published,
 }
 
-impl Flags {
-    /// Must counts be looked at again?
-    pub(crate) fn need_counts(self) -> bool {
-        matches!(self, Flags::Final | Flags::Published)
-    }
-}
-
-/// What counting one table, or the part of it that is counted now, came to.
+/// What counting one table came to.
 #[derive(Clone, Copy, Default)]
 struct Counted {
     /// The end of the last entry whose bit 63 changes, in bytes from the table's start; 0: none.
@@ -67,39 +60,10 @@ struct Counted {
     /// Some cluster's count is one now, and some cluster's is not.
     ones: bool,
     others: bool,
-    /// The table's own count, once that is known.
-    own: Option<Own>,
+    /// The table's own count.
+    own: u64,
     /// The contents differ from what is on the disk.
     in_memory: bool,
-}
-
-/// What an L2 table's own count is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Own {
-    None,
-    One,
-    More,
-}
-
-impl Counted {
-    /// Take in what another part of the same table came to.
-    fn add(&mut self, part: Counted) {
-        self.changed = self.changed.max(part.changed);
-        self.ones |= part.ones;
-        self.others |= part.others;
-        self.own = self.own.or(part.own);
-        self.in_memory |= part.in_memory;
-    }
-}
-
-impl Own {
-    fn of(count: u64) -> Own {
-        match count {
-            0 => Own::None,
-            1 => Own::One,
-            _ => Own::More,
-        }
-    }
 }
 
 impl Replay {
@@ -122,7 +86,6 @@ impl Replay {
     /// `counted`, which has just been walked, names at the same place are not read again: which of
     /// their flags change is found out when they are written.
     pub(crate) fn look(&mut self, dev: &mut Device, l1: &[u64], counted: &[u64]) -> Result<Walked> {
-        let counted = if self.refs.jumped() { &[] } else { counted };
         self.walk_but(dev, &Named::of(l1), Tally::Look, counted)
     }
 
@@ -138,13 +101,8 @@ impl Replay {
             ..Walked::default()
         };
         check_repeats(self.g, &named.words)?;
-        self.refs.begin_walk();
         let mut tables = Reader::new(self.g, tables::Source::L2Tables, &named.words);
         for (index, word) in named.words.iter().enumerate() {
-            if self.refs.thrashes(self.g.l2_entries()) {
-                self.walk_in_windows(dev, named, index, tally, &mut out)?;
-                break;
-            }
             let same = |c: &&u64| (**c ^ word) & OFFSET_MASK == 0;
             let mut known = None;
             if counted.get(index).filter(same).is_some() {
@@ -183,36 +141,9 @@ impl Replay {
             changed: g.cluster_size() as u32,
             ones: true,
             others: true,
-            own: Some(Own::of(count)),
+            own: count,
             in_memory: false,
         }))
-    }
-
-    /// The rest of a walk, from `first` on, where the refcount blocks do not fit in memory: once for
-    /// each part of them that does.
-    fn walk_in_windows(
-        &mut self,
-        dev: &mut Device,
-        named: &Named<'_>,
-        first: usize,
-        tally: Tally,
-        out: &mut Walked,
-    ) -> Result<()> {
-        let n = named.words.len() - first;
-        let mut all = room::filled(n, Counted::default())?;
-        for window in self.refs.windows()? {
-            self.refs.enter_window(window)?;
-            let mut tables = Reader::new(self.g, tables::Source::L2Tables, &named.words);
-            for (index, counted) in (first..).zip(&mut all) {
-                let share = named.share(index);
-                counted.add(self.count_table(dev, &mut tables, index, share, tally)?);
-            }
-        }
-        self.refs.leave_windows();
-        for (index, counted) in (first..).zip(all) {
-            self.note(out, index, counted, tally)?;
-        }
-        Ok(())
     }
 
     /// Count what the L2 table at `index` of the L1 refers to, and the table itself.
@@ -247,15 +178,11 @@ impl Replay {
         let table = share.part.of(table, g.l2_entry_size());
         let mut counted = count_entries(&mut self.refs, dev, table, offset, tally)?;
         counted.in_memory = changed.is_some();
-        if matches!(share.part, Part::Behind(_)) {
-            counted.own = Some(Own::More);
-            return Ok(counted);
-        }
-
-        let own = g.cluster_of(offset);
-        if !self.refs.outside(g.reftable_index(own)) {
-            counted.own = Some(Own::of(self.refs.tally(dev, own, tally)?));
-        }
+        counted.own = match share.part {
+            // Counted with the part before it.
+            Part::Behind(_) => 2,
+            _ => self.refs.tally(dev, g.cluster_of(offset), tally)?,
+        };
         Ok(counted)
     }
 
@@ -272,14 +199,12 @@ impl Replay {
             return Ok(());
         };
         let offset = *slot & OFFSET_MASK;
-        // Each table has been counted, in one window or another.
-        let own = counted.own.unwrap_or(Own::None);
-        out.ones |= counted.ones || own == Own::One;
-        out.freed += u64::from(own == Own::None);
+        out.ones |= counted.ones || counted.own == 1;
+        out.freed += u64::from(counted.own == 0);
         if counted.changed != 0 {
             // QEMU drops the first slice of a table that is freed, and writes the others.
             let (end, slice) = (counted.changed.into(), g.l2_slice_bytes(self.meaning.size));
-            let freed = matches!(tally, Tally::Down(_)) && own == Own::None;
+            let freed = matches!(tally, Tally::Down(_)) && counted.own == 0;
             if !freed || end > slice {
                 let end = u64::div_ceil(end, slice) * slice;
                 self.refs.reach_to(offset.saturating_add(end));
@@ -296,7 +221,7 @@ impl Replay {
                 room::push(&mut out.tables, Marked { offset, flags })?;
             }
         }
-        let new = offset | if own == Own::One { COPIED } else { 0 };
+        let new = offset | if counted.own == 1 { COPIED } else { 0 };
         if new != *slot {
             *slot = new;
             out.l1_changed = true;
@@ -328,9 +253,6 @@ fn count_entries(
             let place = (offset, at / size);
             let count = count_entry(refs, dev, old, place, tally, &mut all.ones)?;
             at += size;
-            let Some(count) = count else {
-                continue;
-            };
             all.ones |= count == 1;
             // Flags of compressed clusters and of entries that name none do not hang on a count.
             let kind = entry::cluster(refs.geometry(), old & !COPIED);
@@ -345,7 +267,7 @@ fn count_entries(
 }
 
 /// Count what one entry refers to, of whatever kind it is. Returns the count that decides about its
-/// bit 63; none where that cluster is passed over for now. `place` names the entry in errors.
+/// bit 63. `place` names the entry in errors.
 fn count_entry(
     refs: &mut Refcounts,
     dev: &mut Device,
@@ -353,26 +275,23 @@ fn count_entry(
     place: (u64, usize),
     tally: Tally,
     ones: &mut bool,
-) -> Result<Option<u64>> {
+) -> Result<u64> {
     let g = refs.geometry();
-    let mut bump = |refs: &mut Refcounts, c: HostCluster| -> Result<Option<u64>> {
-        if refs.outside(g.reftable_index(c)) {
-            return Ok(None);
-        }
+    let mut bump = |c: HostCluster| -> Result<u64> {
         let count = refs.tally(dev, c, tally)?;
         *ones |= count == 1;
-        Ok(Some(count))
+        Ok(count)
     };
     match entry::cluster(g, entry & !COPIED) {
         Cluster::Compressed { offset, length } if tally != Tally::Look => {
             let last = g.cluster_of(offset.saturating_add(length - 1)).0;
             for c in g.cluster_of(offset).0..=last {
-                bump(refs, HostCluster(c))?;
+                bump(HostCluster(c))?;
             }
-            Ok(Some(2))
+            Ok(2)
         }
         // Whatever its count, a compressed cluster is never written in place.
-        Cluster::Compressed { .. } => Ok(Some(2)),
+        Cluster::Compressed { .. } => Ok(2),
         Cluster::Standard(at) | Cluster::ZeroAllocated(at) => {
             if g.in_cluster(at) != 0 {
                 let (table, index) = place;
@@ -380,29 +299,26 @@ fn count_entry(
                     "Cluster allocation offset {at:#x} unaligned (L2 offset: {table:#x}, L2 index: {index:#x})"
                 )));
             }
-            bump(refs, g.cluster_of(at))
+            bump(g.cluster_of(at))
         }
-        Cluster::ZeroPlain | Cluster::Unallocated => Ok(Some(0)),
+        Cluster::ZeroPlain | Cluster::Unallocated => Ok(0),
     }
 }
 
-/// Bit 63 of one L2 entry as `flags` demands; none where the cluster is passed over for now.
-fn wanted(refs: &mut Refcounts, dev: &mut Device, old: u64, flags: Flags) -> Result<Option<bool>> {
+/// Bit 63 of one L2 entry as `flags` demands.
+fn wanted(refs: &mut Refcounts, dev: &mut Device, old: u64, flags: Flags) -> Result<bool> {
     let g = refs.geometry();
     let (Cluster::Standard(at) | Cluster::ZeroAllocated(at)) = entry::cluster(g, old & !COPIED)
     else {
-        return Ok(Some(false));
+        return Ok(false);
     };
-    if refs.outside(g.reftable_index(g.cluster_of(at))) {
-        return Ok(None);
-    }
     let count = match flags {
         Flags::Final => refs.get(dev, g.cluster_of(at))?,
         Flags::Published => refs.get_published(dev, g.cluster_of(at))?,
         Flags::NoneIsOne => 0,
         Flags::AllAreOne => 1,
     };
-    Ok(Some(count == 1))
+    Ok(count == 1)
 }
 
 /// Clear bit 63 in the entries of a table, or a part of one, and with `set` also set it, as `flags`
@@ -445,9 +361,6 @@ pub(crate) fn set_copied(
         let old = BigEndian::read_u64(rest);
         let copied = wanted(refs, dev, old, flags)?;
         at += size;
-        let Some(copied) = copied else {
-            continue;
-        };
         if (old & COPIED != 0) != copied && (set || !copied) {
             BigEndian::write_u64(rest, old ^ COPIED);
             changed = true;
