@@ -167,20 +167,17 @@ pub fn convert(from: Geometry, block: &[u8], to: Geometry, out: &mut [u8]) {
 }
 
 /// Raise each count of `into` to that of `other` where that is higher.
-pub fn raise_to(g: Geometry, into: &mut [u8], other: &[u8], entries: usize) {
+pub fn raise_to(g: Geometry, into: &mut [u8], other: &[u8]) {
     // Whole equal chunks are the rule; only chunks that differ are taken apart.
-    let per_chunk = usize::try_from(512u64 >> g.refcount_order).unwrap_or(1);
-    let mut first = 0usize;
     for (a, b) in into.chunks_mut(64).zip(other.chunks(64)) {
         if a != b {
-            for i in 0..per_chunk.min(entries.saturating_sub(first)) {
+            for i in 0..g.block_entries_in(a.len()) {
                 let (x, y) = (get(g, a, i), get(g, b, i));
                 if y > x {
                     set(g, a, i, y);
                 }
             }
         }
-        first = first.saturating_add(per_chunk);
     }
 }
 
@@ -279,7 +276,7 @@ mod tests {
                 set(g, &mut b, i, (i as u64 * 11 + 3) & g.refcount_max());
             }
             let before = a.clone();
-            raise_to(g, &mut a, &b, n);
+            raise_to(g, &mut a, &b);
             for i in 0..n {
                 assert_eq!(get(g, &a, i), get(g, &before, i).max(get(g, &b, i)));
             }

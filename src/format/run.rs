@@ -9,6 +9,7 @@ use super::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use super::geometry::Geometry;
 use super::refblock::{self, with_width};
 use byteorder::{BigEndian, ByteOrder};
+use std::ops::Range;
 
 /// What is done to each count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,8 +60,6 @@ pub fn count<const WIDTH: u32>(
     let fields = with_width::<WIDTH>(g);
     let max = fields.refcount_max();
     let size = g.l2_entry_size();
-    // Clusters in order are counted by the byte. Wider counts are rare: none then.
-    let per_byte = fields.block_entries_in(1);
     let (mut run, mut one_by_one) = (Tallied::default(), 0);
     let mut rest = table;
     while let Some(word) = rest.get(..size) {
@@ -75,25 +74,20 @@ pub fn count<const WIDTH: u32>(
             break;
         }
         let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-        if index.checked_rem(per_byte) == Some(0)
-            && run.entries >= one_by_one
-            && has_next(g, rest, entry)
-        {
-            let n = in_order(g, rest, entry, index);
-            let n = n.wrapping_sub(n.checked_rem(per_byte).unwrap_or(0));
-            let byte = |index: usize| index.checked_div(per_byte).unwrap_or(0);
-            let these = counts.get_mut(byte(index)..byte(index.wrapping_add(n)));
-            match these
-                .filter(|c| !c.is_empty())
-                .and_then(|c| count_all::<WIDTH>(c, tally))
-            {
-                Some(all) => {
-                    run.add(fields, all, n, index, entry & COPIED != 0, tally);
-                    rest = rest.get(n.wrapping_mul(size)..).unwrap_or_default();
-                    continue;
+        if run.entries >= one_by_one {
+            if let Some((n, bytes)) = by_the_byte(fields, rest, entry, index, g) {
+                match counts
+                    .get_mut(bytes)
+                    .and_then(|c| count_all::<WIDTH>(c, tally))
+                {
+                    Some(all) => {
+                        run.add(fields, all, n, index, entry & COPIED != 0, tally);
+                        rest = rest.get(n.wrapping_mul(size)..).unwrap_or_default();
+                        continue;
+                    }
+                    // One of them is at its bound.
+                    None => one_by_one = run.entries.wrapping_add(n),
                 }
-                // One of them is at its bound.
-                None => one_by_one = run.entries.wrapping_add(n),
             }
         }
         let old = refblock::get(fields, counts, index);
@@ -140,6 +134,35 @@ pub fn zeros(table: &[u8], size: usize) -> usize {
     let n = whole.wrapping_mul(if size == 8 { 8 } else { 4 });
     let rest = table.get(n.wrapping_mul(size)..).unwrap_or_default();
     n.wrapping_add(rest.chunks_exact(size).take_while(zero).count())
+}
+
+/// How many entries from the first on, which is `entry` and counted at `index`, are clusters in order whose
+/// counts, in the width of `fields`, are whole bytes of the block; and which bytes. None where counts are
+/// wider, which is rare.
+#[inline(always)]
+fn by_the_byte(
+    fields: Geometry,
+    table: &[u8],
+    entry: u64,
+    index: usize,
+    g: Geometry,
+) -> Option<(usize, Range<usize>)> {
+    let per_byte = fields.block_entries_in(1);
+    if index.checked_rem(per_byte) != Some(0) || !has_next(g, table, entry) {
+        return None;
+    }
+    let bytes = in_order(g, table, entry, index).checked_div(per_byte)?;
+    let first = index.checked_div(per_byte)?;
+    let range = first..first.wrapping_add(bytes);
+    (bytes != 0).then(|| (bytes.wrapping_mul(per_byte), range))
+}
+
+/// Are all the counts in these bytes, some of which stand in each, this one?
+#[inline(always)]
+fn are_all(fields: Geometry, bytes: &[u8], count: u64) -> bool {
+    let ones = 0xffu64.checked_div(fields.refcount_max()).unwrap_or(0);
+    let all = count.wrapping_mul(ones);
+    bytes.iter().all(|b| u64::from(*b) == all)
 }
 
 /// Is the second entry the cluster behind the first, which is `entry`, with the same flags?
@@ -279,7 +302,7 @@ pub fn set_copied<const WIDTH: u32>(
 ) -> (usize, bool) {
     let fields = with_width::<WIDTH>(g);
     let size = g.l2_entry_size();
-    let (mut entries, mut changed) = (0usize, false);
+    let (mut entries, mut one_by_one, mut changed) = (0usize, 0, false);
     let mut rest = table;
     while let Some(word) = rest.get(..size) {
         let entry = BigEndian::read_u64(word);
@@ -293,25 +316,25 @@ pub fn set_copied<const WIDTH: u32>(
             break;
         }
         let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-        if has_next(g, rest, entry) {
-            let n = in_order(g, rest, entry, index);
-            let mut differs = 0;
-            for (i, word) in (index..).zip(rest.chunks_exact_mut(size).take(n)) {
-                let copied = u8::from(refblock::get(fields, counts, i) == 1).wrapping_shl(7);
-                let Some(first) = word.first_mut() else { break };
-                let keep = if only_clear { copied | 0x7f } else { 0x7f };
-                let set = if only_clear { 0 } else { copied };
-                let new = *first & keep | set;
-                differs |= new ^ *first;
-                *first = new;
+        let count = refblock::get(fields, counts, index);
+        let copied = count == 1;
+        let differs = (entry & COPIED != 0) != copied && !(only_clear && copied);
+        if entries >= one_by_one {
+            if let Some((n, bytes)) = by_the_byte(fields, rest, entry, index, g) {
+                if are_all(fields, counts.get(bytes).unwrap_or_default(), count) {
+                    let words = rest
+                        .chunks_exact_mut(size)
+                        .take(if differs { n } else { 0 });
+                    words.flat_map(|w| w.first_mut()).for_each(|b| *b ^= 0x80);
+                    changed |= differs;
+                    entries = entries.wrapping_add(n);
+                    rest = rest.get_mut(n.wrapping_mul(size)..).unwrap_or_default();
+                    continue;
+                }
+                one_by_one = entries.wrapping_add(n);
             }
-            changed |= differs != 0;
-            entries = entries.wrapping_add(n);
-            rest = rest.get_mut(n.wrapping_mul(size)..).unwrap_or_default();
-            continue;
         }
-        let copied = refblock::get(fields, counts, index) == 1;
-        if (entry & COPIED != 0) != copied && !(only_clear && copied) {
+        if differs {
             BigEndian::write_u64(rest, entry ^ COPIED);
             changed = true;
         }

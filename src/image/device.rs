@@ -14,6 +14,8 @@ pub(crate) struct Device {
     fixed_length: bool,
     /// A change has been asked for since this was last set to false.
     pub(crate) changed: bool,
+    /// What tables are read into, between two readers.
+    pub(super) buffer: Vec<u8>,
     /// It is here because whatever takes time has the device at hand.
     pub(crate) progress: Progress,
 }
@@ -25,6 +27,7 @@ impl Device {
             storage,
             length: 0,
             changed: false,
+            buffer: Vec::new(),
             progress: Progress::new(None),
         };
         dev.length_now()?;

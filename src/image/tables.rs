@@ -43,6 +43,14 @@ impl Source {
         }
     }
 
+    /// What a write of it is called.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Source::L2Tables => "L2 table",
+            Source::Refblocks => "refcount block",
+        }
+    }
+
     fn action(self) -> &'static str {
         match self {
             Source::L2Tables => "Could not read an L2 table",
@@ -57,15 +65,25 @@ pub(crate) fn read_refblock(dev: &mut Device, g: Geometry, offset: u64) -> Resul
 }
 
 impl<'a> Reader<'a> {
-    pub(crate) fn new(g: Geometry, source: Source, list: &'a [u64]) -> Reader<'a> {
+    pub(crate) fn new(
+        dev: &mut Device,
+        g: Geometry,
+        source: Source,
+        list: &'a [u64],
+    ) -> Reader<'a> {
         Reader {
             g,
             source,
             list,
             held: 0..0,
-            buf: Vec::new(),
+            buf: std::mem::take(&mut dev.buffer),
             asked: 0,
         }
+    }
+
+    /// The next reader begins with this one's buffer.
+    pub(crate) fn give_back(self, dev: &mut Device) {
+        dev.buffer = self.buf;
     }
 
     /// Let the storage begin to fetch those from `end` on, each once. Between two tables lie the

@@ -102,7 +102,7 @@ fn emit(dev: &mut Device, refs: &Refcounts, write: &Write) -> Result<()> {
         What::Block(index) => {
             let mut counts = device::zeroed(g.cluster_size())?;
             if let Some(block) = refs.block(*index) {
-                block.peak_counts(g, &mut counts)?;
+                block.peak_counts(g, &[], &mut counts)?;
             }
             counts.into()
         }

@@ -93,15 +93,14 @@ impl Block {
         self.now.put(g, to)
     }
 
-    /// Put the highest counts that any published state needs into `to`, which holds those on disk.
-    pub(crate) fn peak_counts(&self, g: Geometry, to: &mut [u8]) -> Result<()> {
-        if self.only_raised() {
-            return self.now.put(g, to);
+    /// Put the highest counts that any published state needs into `to`; `old` are those on disk.
+    pub(crate) fn peak_counts(&self, g: Geometry, old: &[u8], to: &mut [u8]) -> Result<()> {
+        self.now.put(g, to)?;
+        if !self.only_raised() {
+            refblock::raise_to(g, to, old);
         }
-        let entries = g.refblock_entries() as usize;
-        refblock::raise_to(g, to, &self.now.bytes(g)?, entries);
         if let Some(peak) = &self.peak {
-            refblock::raise_to(g, to, &peak.bytes(g)?, entries);
+            refblock::raise_to(g, to, &peak.bytes(g)?);
         }
         Ok(())
     }
@@ -109,7 +108,7 @@ impl Block {
     /// The counts as they are now are needed by a published state: keep them as part of the peak.
     pub(super) fn mark_published(&mut self, g: Geometry) -> Result<()> {
         let mut counts = zeroed(g.cluster_size())?;
-        self.peak_counts(g, &mut counts)?;
+        self.peak_counts(g, &[], &mut counts)?;
         self.peak = Some(BlockCounts::new(g, &counts)?);
         Ok(())
     }

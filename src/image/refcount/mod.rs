@@ -381,7 +381,7 @@ mod tests {
         r.count_temporarily(HostCluster(3)).unwrap();
         let block = r.block(0).unwrap();
         let mut peak = vec![0; 512];
-        block.peak_counts(r.g, &mut peak).unwrap();
+        block.peak_counts(r.g, &[], &mut peak).unwrap();
         assert_eq!(refblock::get(r.g, &peak, 3), 1);
         assert!(block.is_written() && block.is_raised() && block.is_lowered() && !block.is_qemus());
     }

@@ -11,7 +11,6 @@ use crate::error::{Error, Result};
 use crate::format::geometry::Geometry;
 use crate::image::device::Device;
 use crate::image::room;
-use crate::image::tables::read_refblock;
 use crate::io::scratch::Scratch;
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -38,6 +37,8 @@ pub(super) struct Residency {
     asked: u64,
     /// Bytes of loaded blocks that lie wholly behind the end of the file.
     absent: u64,
+    /// What blocks are read into.
+    buffer: Vec<u8>,
 }
 
 impl Residency {
@@ -51,8 +52,16 @@ impl Residency {
             hand: 0,
             asked: 0,
             absent: 0,
+            buffer: Vec::new(),
         }
     }
+}
+
+/// Read a refcount block.
+fn read(dev: &mut Device, g: Geometry, offset: u64, into: &mut Vec<u8>) -> Result<()> {
+    dev.progress.pass(g.cluster_size())?;
+    room::resize(into, g.cluster_len(), 0)?;
+    dev.read("Could not read a refcount block", offset, into)
 }
 
 impl Refcounts {
@@ -99,9 +108,10 @@ impl Refcounts {
             }
         }
         self.ask_ahead(dev, index);
-        dev.progress.pass(g.cluster_size())?;
-        let counts = read_refblock(dev, g, offset)?;
-        self.insert(index, Block::new(g, offset, &counts, None)?)?;
+        let mut bytes = std::mem::take(&mut self.residency.buffer);
+        read(dev, g, offset, &mut bytes)?;
+        self.insert(index, Block::new(g, offset, &bytes, None)?)?;
+        self.residency.buffer = bytes;
         Ok(true)
     }
 
@@ -181,9 +191,7 @@ impl Refcounts {
         self.check_aligned(index, offset)?;
         scratch.clear();
         if offset != 0 && offset < dev.length() {
-            dev.progress.pass(self.g.cluster_size())?;
-            room::resize(scratch, self.g.cluster_len(), 0)?;
-            dev.read("Could not read a refcount block", offset, scratch)?;
+            read(dev, self.g, offset, scratch)?;
         }
         Ok((self.g, Cow::Borrowed(scratch)))
     }

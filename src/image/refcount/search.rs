@@ -102,7 +102,7 @@ impl Refcounts {
             let is_loaded = loaded.is_some();
             if let Some(block) = loaded {
                 scratch = zeroed(g.cluster_size())?;
-                block.peak_counts(g, &mut scratch)?;
+                block.peak_counts(g, &[], &mut scratch)?;
             } else {
                 self.counts(dev, index, &mut scratch)?;
             }

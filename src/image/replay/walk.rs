@@ -101,7 +101,7 @@ impl Replay {
             ..Walked::default()
         };
         check_repeats(self.g, &named.words)?;
-        let mut tables = Reader::new(self.g, tables::Source::L2Tables, &named.words);
+        let mut tables = Reader::new(dev, self.g, tables::Source::L2Tables, &named.words);
         for (index, word) in named.words.iter().enumerate() {
             let same = |c: &&u64| (**c ^ word) & OFFSET_MASK == 0;
             let mut known = None;
@@ -114,6 +114,7 @@ impl Replay {
             };
             self.note(&mut out, index, counted, tally)?;
         }
+        tables.give_back(dev);
         Ok(out)
     }
 
