@@ -10,6 +10,7 @@ use crate::image::refcount::{Block, Refcounts};
 use crate::image::replay::walk::{set_copied, Flags, Marked};
 use crate::image::room;
 use crate::image::tables::{changed_runs, read_refblock, Reader, Source, PIECE};
+use crate::image::tables::{L2_TABLES, REFBLOCKS};
 use std::ops::Range;
 
 impl Pass {
@@ -30,7 +31,7 @@ impl Pass {
                 for dropped in refs.dropped() {
                     if let Some(peak) = &dropped.peak {
                         let at = [dropped.offset];
-                        rewrite(dev, g, Source::Refblocks, &at, |_, _, old, changed| {
+                        rewrite(dev, g, REFBLOCKS, &at, |_, _, old, changed| {
                             replace(g, old, peak, changed)
                         })?;
                     }
@@ -74,7 +75,7 @@ fn rewrite(
         let is_changed = |i: usize| changed.get(i) == Some(&true);
         changed_runs(buf.len(), piece(g), is_changed, |run| {
             let at = first.saturating_add(run.start as u64);
-            dev.write(source.label(), at, buf.get(run).unwrap_or_default())
+            dev.write(source.label, at, buf.get(run).unwrap_or_default())
         })?;
         done += n;
     }
@@ -108,19 +109,13 @@ fn rewrite_blocks(
     let blocks = room::collected(blocks)?;
     let offsets = room::collected(blocks.iter().map(|(_, b)| b.offset))?;
     let mut new = device::zeroed(g.cluster_size())?;
-    rewrite(
-        dev,
-        g,
-        Source::Refblocks,
-        &offsets,
-        |dev, i, old, changed| {
-            dev.progress.step(g.cluster_size())?;
-            if let Some((index, block)) = blocks.get(i) {
-                change(*index, block, old, &mut new)?;
-            }
-            replace(g, old, &new, changed)
-        },
-    )
+    rewrite(dev, g, REFBLOCKS, &offsets, |dev, i, old, changed| {
+        dev.progress.step(g.cluster_size())?;
+        if let Some((index, block)) = blocks.get(i) {
+            change(*index, block, old, &mut new)?;
+        }
+        replace(g, old, &new, changed)
+    })
 }
 
 /// Write bit 63 of the entries of `tables` as they say, which looks at counts only where no walk has
@@ -128,20 +123,14 @@ fn rewrite_blocks(
 fn set_flags(dev: &mut Device, refs: &mut Refcounts, tables: &[Marked], set: bool) -> Result<()> {
     let g = refs.geometry();
     let offsets = room::collected(tables.iter().map(|t| t.offset))?;
-    rewrite(
-        dev,
-        g,
-        Source::L2Tables,
-        &offsets,
-        |dev, i, table, changed| {
-            dev.progress.step(g.cluster_size())?;
-            let flags = tables.get(i).map_or(Flags::Final, |t| t.flags);
-            for piece in table.chunks_mut(piece(g)) {
-                room::push(changed, set_copied(refs, dev, piece, flags, set)?)?;
-            }
-            Ok(())
-        },
-    )
+    rewrite(dev, g, L2_TABLES, &offsets, |dev, i, table, changed| {
+        dev.progress.step(g.cluster_size())?;
+        let flags = tables.get(i).map_or(Flags::Final, |t| t.flags);
+        for piece in table.chunks_mut(piece(g)) {
+            room::push(changed, set_copied(refs, dev, piece, flags, set)?)?;
+        }
+        Ok(())
+    })
 }
 
 /// What became free in the range of a block that a resize drops. The block itself goes later,

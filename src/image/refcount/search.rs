@@ -132,35 +132,24 @@ impl Refcounts {
         if n > g.refblock_entries() {
             return Ok(None);
         }
-        let mut dropped = std::mem::take(&mut self.dropped);
-        let mut found = None;
-        for d in &mut dropped {
+        for i in 0..self.dropped.len() {
+            let d = &self.dropped[i];
             dev.progress.pass(g.cluster_size())?;
             let before = read_refblock(dev, g, d.offset)?;
-            let after = d.counts.as_ref().map(|c| c.bytes(g)).transpose()?;
             let base = g.first_cluster_of_block(d.index).0;
             let mut run = 0;
             for at in 0..g.refblock_entries() as usize {
                 let c = base + at as u64;
-                let counted = refblock::get(g, &before, at) != 0
-                    || after.as_ref().is_some_and(|b| refblock::get(g, b, at) != 0);
-                run = if counted || !self.fates.is_untouched(c) || c == 0 {
-                    0
-                } else {
-                    run + 1
-                };
+                let after = d.counts.as_ref().map_or(Ok(0), |c| c.get(g, at))?;
+                let counted = after != 0 || refblock::get(g, &before, at) != 0;
+                let free = !counted && self.fates.is_untouched(c) && c != 0;
+                run = if free { run + 1 } else { 0 };
                 if run == n {
-                    found = Some(c + 1 - n);
-                    break;
+                    self.dropped[i].peak = Some(before);
+                    return Ok(Some(c + 1 - n));
                 }
             }
-            drop(after);
-            if found.is_some() {
-                d.peak = Some(before);
-                break;
-            }
         }
-        self.dropped = dropped;
-        Ok(found)
+        Ok(None)
     }
 }

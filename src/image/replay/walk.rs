@@ -69,27 +69,12 @@ struct Counted {
 impl Replay {
     /// Walk `l1`, in QEMU's order: the clusters of an L2 table, then the table itself.
     pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], tally: Tally) -> Result<Walked> {
-        self.walk_tables(dev, &Named::of(l1), tally)
+        self.walk_tables(dev, &Named::of(l1), tally, &[])
     }
 
-    /// Walk these tables, in their order.
+    /// Walk these tables, in their order. Those that `counted`, which has just been walked, names at the
+    /// same place are not read again: which of their flags change is found out when they are written.
     pub(crate) fn walk_tables(
-        &mut self,
-        dev: &mut Device,
-        named: &Named<'_>,
-        tally: Tally,
-    ) -> Result<Walked> {
-        self.walk_but(dev, named, tally, &[])
-    }
-
-    /// Look at what `l1` reaches when all counts are final, as [`Replay::walk`] does. Tables that
-    /// `counted`, which has just been walked, names at the same place are not read again: which of
-    /// their flags change is found out when they are written.
-    pub(crate) fn look(&mut self, dev: &mut Device, l1: &[u64], counted: &[u64]) -> Result<Walked> {
-        self.walk_but(dev, &Named::of(l1), Tally::Look, counted)
-    }
-
-    fn walk_but(
         &mut self,
         dev: &mut Device,
         named: &Named<'_>,
@@ -101,18 +86,26 @@ impl Replay {
             ..Walked::default()
         };
         check_repeats(self.g, &named.words)?;
-        let mut tables = Reader::new(dev, self.g, tables::Source::L2Tables, &named.words);
-        for (index, word) in named.words.iter().enumerate() {
-            let same = |c: &&u64| (**c ^ word) & OFFSET_MASK == 0;
+        let mut tables = Reader::new(dev, self.g, tables::L2_TABLES, &named.words);
+        let words = named.words.iter().zip(&mut out.l1).enumerate();
+        for (index, (word, new)) in words.filter(|(_, (word, _))| **word != 0) {
+            let offset = word & OFFSET_MASK;
+            let same = |c: &&u64| *c & OFFSET_MASK == offset;
             let mut known = None;
             if counted.get(index).filter(same).is_some() {
-                known = self.known(dev, word & OFFSET_MASK)?;
+                known = self.known(dev, offset)?;
             }
             let counted = match known {
                 Some(known) => known,
-                None => self.count_table(dev, &mut tables, index, named.share(index), tally)?,
+                None => {
+                    self.count_table(dev, &mut tables, (index, offset), named.share(index), tally)?
+                }
             };
-            self.note(&mut out, index, counted, tally)?;
+            *new = offset | if counted.own == 1 { COPIED } else { 0 };
+            out.l1_changed |= *new != *word;
+            out.ones |= counted.ones || counted.own == 1;
+            out.freed += u64::from(counted.own == 0);
+            self.note(&mut out.tables, offset, counted, tally)?;
         }
         tables.give_back(dev);
         Ok(out)
@@ -152,7 +145,7 @@ impl Replay {
         &mut self,
         dev: &mut Device,
         tables: &mut Reader,
-        index: usize,
+        (index, offset): (usize, u64),
         share: Share,
         tally: Tally,
     ) -> Result<Counted> {
@@ -161,12 +154,7 @@ impl Replay {
             Tally::Down(_) => Tally::Down(share.times),
             other => other,
         };
-        let entry = tables.list().get(index).copied().unwrap_or(0);
-        if entry == 0 {
-            return Ok(Counted::default());
-        }
         dev.progress.step(g.cluster_size())?;
-        let offset = entry & OFFSET_MASK;
         check_l2_offset(g, offset, index)?;
         // What is rewritten is the table on disk.
         let changed = self.remade.get(g, offset);
@@ -187,47 +175,37 @@ impl Replay {
         Ok(counted)
     }
 
-    /// Note what counting the table at `index` means for it and for its entry in the L1.
+    /// Note what counting the table at `offset` means for it.
     fn note(
         &mut self,
-        out: &mut Walked,
-        index: usize,
+        marked: &mut Vec<Marked>,
+        offset: u64,
         counted: Counted,
         tally: Tally,
     ) -> Result<()> {
         let g = self.g;
-        let Some(slot) = out.l1.get_mut(index).filter(|entry| **entry != 0) else {
+        if counted.changed == 0 {
             return Ok(());
+        }
+        // QEMU drops the first slice of a table that is freed, and writes the others.
+        let (end, slice) = (counted.changed.into(), g.l2_slice_bytes(self.meaning.size));
+        let freed = matches!(tally, Tally::Down(_)) && counted.own == 0;
+        if !freed || end > slice {
+            let end = u64::div_ceil(end, slice) * slice;
+            self.refs.reach_to(offset.saturating_add(end));
+        }
+        if freed {
+            return Ok(());
+        }
+        let of_table = Some(Protected::ActiveL2);
+        self.overlap.check(offset, g.cluster_size(), of_table)?;
+        let flags = match (counted.ones, counted.others) {
+            _ if tally != Tally::Look || counted.in_memory => Flags::Final,
+            (true, true) => Flags::Final,
+            (true, false) => Flags::AllAreOne,
+            (false, _) => Flags::NoneIsOne,
         };
-        let offset = *slot & OFFSET_MASK;
-        out.ones |= counted.ones || counted.own == 1;
-        out.freed += u64::from(counted.own == 0);
-        if counted.changed != 0 {
-            // QEMU drops the first slice of a table that is freed, and writes the others.
-            let (end, slice) = (counted.changed.into(), g.l2_slice_bytes(self.meaning.size));
-            let freed = matches!(tally, Tally::Down(_)) && counted.own == 0;
-            if !freed || end > slice {
-                let end = u64::div_ceil(end, slice) * slice;
-                self.refs.reach_to(offset.saturating_add(end));
-            }
-            if !freed {
-                self.overlap
-                    .check(offset, g.cluster_size(), Some(Protected::ActiveL2))?;
-                let flags = match (counted.ones, counted.others) {
-                    _ if tally != Tally::Look || counted.in_memory => Flags::Final,
-                    (true, true) => Flags::Final,
-                    (true, false) => Flags::AllAreOne,
-                    (false, _) => Flags::NoneIsOne,
-                };
-                room::push(&mut out.tables, Marked { offset, flags })?;
-            }
-        }
-        let new = offset | if counted.own == 1 { COPIED } else { 0 };
-        if new != *slot {
-            *slot = new;
-            out.l1_changed = true;
-        }
-        Ok(())
+        room::push(marked, Marked { offset, flags })
     }
 }
 
@@ -251,15 +229,9 @@ fn count_entries(
         at += run.entries * size;
         if run.entries == 0 {
             let old = BigEndian::read_u64(rest);
-            let place = (offset, at / size);
-            let count = count_entry(refs, dev, old, place, tally, &mut all.ones)?;
+            let one = count_entry(refs, dev, old, (offset, at / size), tally, &mut all)?;
             at += size;
-            all.ones |= count == 1;
-            // Flags of compressed clusters and of entries that name none do not hang on a count.
-            let kind = entry::cluster(refs.geometry(), old & !COPIED);
-            all.others |=
-                count != 1 && matches!(kind, Cluster::Standard(_) | Cluster::ZeroAllocated(_));
-            if (old & COPIED != 0) != (count == 1) {
+            if (old & COPIED != 0) != one {
                 all.changed = at as u32;
             }
         }
@@ -267,32 +239,24 @@ fn count_entries(
     Ok(all)
 }
 
-/// Count what one entry refers to, of whatever kind it is. Returns the count that decides about its
-/// bit 63. `place` names the entry in errors.
+/// Count what one entry refers to, of whatever kind it is. Returns its bit 63, as the counts are now.
+/// `place` names the entry in errors.
 fn count_entry(
     refs: &mut Refcounts,
     dev: &mut Device,
     entry: u64,
     place: (u64, usize),
     tally: Tally,
-    ones: &mut bool,
-) -> Result<u64> {
+    all: &mut Counted,
+) -> Result<bool> {
     let g = refs.geometry();
-    let mut bump = |c: HostCluster| -> Result<u64> {
-        let count = refs.tally(dev, c, tally)?;
-        *ones |= count == 1;
-        Ok(count)
-    };
     match entry::cluster(g, entry & !COPIED) {
         Cluster::Compressed { offset, length } if tally != Tally::Look => {
             let last = g.cluster_of(offset.saturating_add(length - 1)).0;
             for c in g.cluster_of(offset).0..=last {
-                bump(HostCluster(c))?;
+                all.ones |= refs.tally(dev, HostCluster(c), tally)? == 1;
             }
-            Ok(2)
         }
-        // Whatever its count, a compressed cluster is never written in place.
-        Cluster::Compressed { .. } => Ok(2),
         Cluster::Standard(at) | Cluster::ZeroAllocated(at) => {
             if g.in_cluster(at) != 0 {
                 let (table, index) = place;
@@ -300,26 +264,15 @@ fn count_entry(
                     "Cluster allocation offset {at:#x} unaligned (L2 offset: {table:#x}, L2 index: {index:#x})"
                 )));
             }
-            bump(g.cluster_of(at))
+            let one = refs.tally(dev, g.cluster_of(at), tally)? == 1;
+            all.ones |= one;
+            all.others |= !one;
+            return Ok(one);
         }
-        Cluster::ZeroPlain | Cluster::Unallocated => Ok(0),
+        _ => {}
     }
-}
-
-/// Bit 63 of one L2 entry as `flags` demands.
-fn wanted(refs: &mut Refcounts, dev: &mut Device, old: u64, flags: Flags) -> Result<bool> {
-    let g = refs.geometry();
-    let (Cluster::Standard(at) | Cluster::ZeroAllocated(at)) = entry::cluster(g, old & !COPIED)
-    else {
-        return Ok(false);
-    };
-    let count = match flags {
-        Flags::Final => refs.get(dev, g.cluster_of(at))?,
-        Flags::Published => refs.get_published(dev, g.cluster_of(at))?,
-        Flags::NoneIsOne => 0,
-        Flags::AllAreOne => 1,
-    };
-    Ok(count == 1)
+    // Whatever its count, a compressed cluster is never written in place.
+    Ok(false)
 }
 
 /// Clear bit 63 in the entries of a table, or a part of one, and with `set` also set it, as `flags`
@@ -333,25 +286,22 @@ pub(crate) fn set_copied(
 ) -> Result<bool> {
     let size = refs.geometry().l2_entry_size();
     // No counts need be looked at where all come to the same.
-    if flags == Flags::NoneIsOne || flags == Flags::AllAreOne && set {
+    if let Flags::AllAreOne | Flags::NoneIsOne = flags {
         let mut differs = 0;
         for word in table.chunks_exact_mut(size) {
             let one = flags == Flags::AllAreOne && entry::is_counted(BigEndian::read_u64(word));
-            let new = word[0] & 0x7f | u8::from(one) << 7;
+            let may_be = if set { 0x80 } else { word[0] & 0x80 };
+            let new = word[0] & 0x7f | may_be & u8::from(one) << 7;
             differs |= new ^ word[0];
             word[0] = new;
         }
         return Ok(differs != 0);
     }
     // Peaks are kept only where a verb publishes more than once.
-    let runs = match flags {
-        Flags::Final => true,
-        Flags::Published => !refs.has_peaks(),
-        Flags::NoneIsOne | Flags::AllAreOne => false,
-    };
+    let peaks = flags == Flags::Published && refs.epoch() != 0;
     let (mut at, mut changed) = (0, false);
     while let Some(rest) = table.get_mut(at..).filter(|r| !r.is_empty()) {
-        if runs {
+        if !peaks {
             let (entries, differs) = refs.copied_run(dev, rest, !set)?;
             changed |= differs;
             at += entries * size;
@@ -360,7 +310,16 @@ pub(crate) fn set_copied(
             }
         }
         let old = BigEndian::read_u64(rest);
-        let copied = wanted(refs, dev, old, flags)?;
+        let copied = match entry::cluster(refs.geometry(), old & !COPIED) {
+            Cluster::Standard(host) | Cluster::ZeroAllocated(host) => {
+                let cluster = refs.geometry().cluster_of(host);
+                1 == match peaks {
+                    true => refs.get_published(dev, cluster)?,
+                    false => refs.get(dev, cluster)?,
+                }
+            }
+            _ => false,
+        };
         at += size;
         if (old & COPIED != 0) != copied && (set || !copied) {
             BigEndian::write_u64(rest, old ^ COPIED);
