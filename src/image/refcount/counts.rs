@@ -13,6 +13,7 @@ use crate::format::geometry::Geometry;
 use crate::format::refblock;
 use crate::image::device::zeroed;
 use crate::io::scratch::Scratch;
+use byteorder::{BigEndian, ByteOrder};
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -44,10 +45,9 @@ enum Bytes {
 /// What bytes in a temporary file must still come to: a disk that fails when they are written back
 /// may give zeros afterwards, which would free every cluster of the block.
 fn sum(bytes: &[u8]) -> u64 {
-    bytes.chunks(8).fold(bytes.len() as u64, |sum, chunk| {
-        let word = chunk.iter().fold(0, |w, b| w << 8 | u64::from(*b));
-        (sum.rotate_left(5) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-    })
+    let words = bytes.chunks_exact(8).map(BigEndian::read_u64);
+    let products = (1..).step_by(2).zip(words).map(|(k, w)| w.wrapping_mul(k));
+    products.fold(0, u64::wrapping_add)
 }
 
 /// `g`, with fields of this width.
