@@ -47,7 +47,7 @@ fn reference() -> Vec<(String, Vec<u8>)> {
 }
 
 /// Seeds of soaks that found something, with the reference images of 2026-11-26.
-const FOUND: [u64; 17] = [
+const FOUND: [u64; 19] = [
     534_105_872_184_377_572,
     483_790_244_412_391_756,
     // A new snapshot table where an L1 entry points behind the end of the file.
@@ -79,6 +79,10 @@ const FOUND: [u64; 17] = [
     3_355_805_278_627_955_823,
     // The active L1 table lies in what a damaged snapshot table calls its extra data.
     3_516_349_296_431_600_879,
+    // COPIED of the last cluster that the file does not reach, whose count was left as it was.
+    893_730_244_156_991_989,
+    // Counts written into what a snapshot of 4 billion entries calls its L1 table.
+    893_730_244_156_994_396,
 ];
 
 fn seeds(fixed: u64) -> Box<dyn Iterator<Item = u64>> {

@@ -174,23 +174,10 @@ impl Geometry {
         1 << self.refblock_bits()
     }
 
-    /// The 8-byte word of a refcount block that holds a refcount, and its index there.
-    #[inline]
-    pub fn refcount_in_word(self, index: usize) -> (usize, usize) {
-        let bits = 6 - self.refcount_order;
-        (index >> bits, index & ((1 << bits) - 1))
-    }
-
     /// Refcounts in `bytes` of fields of this width.
     #[inline]
     pub fn block_entries_in(self, bytes: usize) -> usize {
         (bytes << 3) >> self.refcount_order
-    }
-
-    /// Bytes that `entries` refcounts of this width take.
-    #[inline]
-    pub fn bytes_of_counts(self, entries: usize) -> usize {
-        ((entries << self.refcount_order) + 7) >> 3
     }
 
     /// Index in the refcount table for a cluster.

@@ -3,7 +3,6 @@
 //! Widths below 8 bits start at the least significant bit of each byte; wider ones are big endian.
 
 use super::geometry::Geometry;
-use crate::error::{Error, Result};
 use byteorder::{BigEndian, ByteOrder};
 
 /// Call `$call` with the constant `$width` standing for the refcount width of `$g`: one copy of the
@@ -144,49 +143,41 @@ fn has_zero(g: Geometry, word: u64) -> bool {
     word.wrapping_sub(ones) & !word & tops != 0
 }
 
-/// The highest count of a block.
-pub fn highest(g: Geometry, block: &[u8]) -> u64 {
-    by_refcount_width!(g, W => {
-        let g = with_width::<W>(g);
-        (0..g.refblock_entries() as usize).fold(0, |h, i| h.max(get(g, block, i)))
-    })
+/// The bits that any count of a block has: as many as the highest has.
+pub fn bits_in_use(g: Geometry, block: &[u8]) -> u64 {
+    let words = block.chunks_exact(8).map(BigEndian::read_u64);
+    let mut bits = words.fold(0, |any, word| any | word);
+    for shift in (g.refcount_order..6).rev() {
+        bits |= bits >> (1u64 << shift);
+    }
+    bits & g.refcount_max()
 }
 
-/// The counts of a block of `g` in fields of `to`, which must be able to hold them.
-///
-/// # Errors
-/// `NoMemory`.
-pub fn converted(g: Geometry, block: &[u8], to: Geometry) -> Result<Vec<u8>> {
-    let entries = g.block_entries_in(block.len());
-    let bytes = to.bytes_of_counts(entries);
-    let mut out = Vec::new();
-    out.try_reserve_exact(bytes)
-        .map_err(|_| Error::NoMemory(bytes as u64))?;
-    out.resize(bytes, 0);
-    by_refcount_width!(g, FROM => by_refcount_width!(to, TO => {
-        let (from, to) = (with_width::<FROM>(g), with_width::<TO>(to));
-        for i in 0..entries {
-            set(to, &mut out, i, get(from, block, i));
+/// The counts of a block of `from` in fields of `to`, which must be able to hold them, into `out`.
+pub fn convert(from: Geometry, block: &[u8], to: Geometry, out: &mut [u8]) {
+    by_refcount_width!(from, FROM => by_refcount_width!(to, TO => {
+        // Eight counts are whole bytes in any width.
+        let eights = block.chunks_exact(1 << FROM).zip(out.chunks_exact_mut(1 << TO));
+        for (old, new) in eights {
+            for i in 0..8 {
+                set(with_width::<TO>(to), new, i, get(with_width::<FROM>(from), old, i));
+            }
         }
     }));
-    Ok(out)
 }
 
 /// Raise each count of `into` to that of `other` where that is higher.
-pub fn raise_to(g: Geometry, into: &mut [u8], other: &[u8], entries: usize) {
+pub fn raise_to(g: Geometry, into: &mut [u8], other: &[u8]) {
     // Whole equal chunks are the rule; only chunks that differ are taken apart.
-    let per_chunk = usize::try_from(512u64 >> g.refcount_order).unwrap_or(1);
-    let mut first = 0usize;
     for (a, b) in into.chunks_mut(64).zip(other.chunks(64)) {
         if a != b {
-            for i in 0..per_chunk.min(entries.saturating_sub(first)) {
+            for i in 0..g.block_entries_in(a.len()) {
                 let (x, y) = (get(g, a, i), get(g, b, i));
                 if y > x {
                     set(g, a, i, y);
                 }
             }
         }
-        first = first.saturating_add(per_chunk);
     }
 }
 
@@ -285,7 +276,7 @@ mod tests {
                 set(g, &mut b, i, (i as u64 * 11 + 3) & g.refcount_max());
             }
             let before = a.clone();
-            raise_to(g, &mut a, &b, n);
+            raise_to(g, &mut a, &b);
             for i in 0..n {
                 assert_eq!(get(g, &a, i), get(g, &before, i).max(get(g, &b, i)));
             }

@@ -9,6 +9,7 @@ use super::entry::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use super::geometry::Geometry;
 use super::refblock::{self, with_width};
 use byteorder::{BigEndian, ByteOrder};
+use std::ops::Range;
 
 /// What is done to each count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,18 +74,20 @@ pub fn count<const WIDTH: u32>(
             break;
         }
         let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-        if WIDTH == USUAL && run.entries >= one_by_one && has_next(g, rest, entry) {
-            let n = in_order(g, rest, entry, index);
-            let at = index.wrapping_mul(2);
-            let these = counts.get_mut(at..at.wrapping_add(n.wrapping_mul(2)));
-            match these.filter(|_| n > 1).and_then(|c| count_all(c, tally)) {
-                Some(all) => {
-                    run.add(all, n, index, entry & COPIED != 0, tally);
-                    rest = rest.get(n.wrapping_mul(size)..).unwrap_or_default();
-                    continue;
+        if run.entries >= one_by_one {
+            if let Some((n, bytes)) = by_the_byte(fields, rest, entry, index, g) {
+                match counts
+                    .get_mut(bytes)
+                    .and_then(|c| count_all::<WIDTH>(c, tally))
+                {
+                    Some(all) => {
+                        run.add(fields, all, n, index, entry & COPIED != 0, tally);
+                        rest = rest.get(n.wrapping_mul(size)..).unwrap_or_default();
+                        continue;
+                    }
+                    // One of them is at its bound.
+                    None => one_by_one = run.entries.wrapping_add(n),
                 }
-                // One of them is at its bound.
-                None => one_by_one = run.entries.wrapping_add(n),
             }
         }
         let old = refblock::get(fields, counts, index);
@@ -117,13 +120,10 @@ fn down(tally: Tally) -> bool {
     matches!(tally, Tally::Down(_))
 }
 
-/// The refcount width of nearly all images, 16 bits: it has a loop for clusters in order.
-const USUAL: u32 = 4;
-
 /// How many entries from the first on are zero words. A disk may be mapped here and there.
 /// Not a part of the loops that call it, which are tight where no entry is zero.
 #[inline(never)]
-fn zeros(table: &[u8], size: usize) -> usize {
+pub fn zeros(table: &[u8], size: usize) -> usize {
     let zero = |word: &&[u8]| BigEndian::read_u64(word) == 0;
     // 64 bytes at a time, without a branch for each word.
     let none = |bytes: &&[u8]| {
@@ -134,6 +134,35 @@ fn zeros(table: &[u8], size: usize) -> usize {
     let n = whole.wrapping_mul(if size == 8 { 8 } else { 4 });
     let rest = table.get(n.wrapping_mul(size)..).unwrap_or_default();
     n.wrapping_add(rest.chunks_exact(size).take_while(zero).count())
+}
+
+/// How many entries from the first on, which is `entry` and counted at `index`, are clusters in order whose
+/// counts, in the width of `fields`, are whole bytes of the block; and which bytes. None where counts are
+/// wider, which is rare.
+#[inline(always)]
+fn by_the_byte(
+    fields: Geometry,
+    table: &[u8],
+    entry: u64,
+    index: usize,
+    g: Geometry,
+) -> Option<(usize, Range<usize>)> {
+    let per_byte = fields.block_entries_in(1);
+    if index.checked_rem(per_byte) != Some(0) || !has_next(g, table, entry) {
+        return None;
+    }
+    let bytes = in_order(g, table, entry, index).checked_div(per_byte)?;
+    let first = index.checked_div(per_byte)?;
+    let range = first..first.wrapping_add(bytes);
+    (bytes != 0).then(|| (bytes.wrapping_mul(per_byte), range))
+}
+
+/// Are all the counts in these bytes, some of which stand in each, this one?
+#[inline(always)]
+fn are_all(fields: Geometry, bytes: &[u8], count: u64) -> bool {
+    let ones = 0xffu64.checked_div(fields.refcount_max()).unwrap_or(0);
+    let all = count.wrapping_mul(ones);
+    bytes.iter().all(|b| u64::from(*b) == all)
 }
 
 /// Is the second entry the cluster behind the first, which is `entry`, with the same flags?
@@ -173,67 +202,88 @@ fn in_order(g: Geometry, table: &[u8], entry: u64, index: usize) -> usize {
 }
 
 /// What counting clusters in order came to.
+#[derive(Default)]
 struct All<'a> {
     /// Their counts now.
     counts: &'a [u8],
-    /// Some count is one, is not one, is zero.
+    /// Some count is one, is not one, is zero, has become higher, lower.
     ones: bool,
     others: bool,
     zeros: bool,
+    higher: bool,
+    lower: bool,
 }
 
-/// Do `tally` to all of these 16-bit counts; none, and nothing done, if one of them is at its bound.
-/// In one go, without a branch for each: what went beyond its bound is taken back.
+/// Do `tally` to all of these counts, some of which stand in each byte; none, and nothing done, if one of
+/// them is at its bound. In one go, without a branch for each: what went beyond its bound is taken back.
 #[inline(always)]
-fn count_all(counts: &mut [u8], tally: Tally) -> Option<All<'_>> {
+fn count_all<const WIDTH: u32>(counts: &mut [u8], tally: Tally) -> Option<All<'_>> {
     let add = match tally {
         Tally::Up => 1,
-        Tally::Down(n) => u16::try_from(n).ok()?.wrapping_neg(),
+        Tally::Down(n) => u8::try_from(n)
+            .ok()
+            .filter(|n| *n <= highest::<WIDTH>())?
+            .wrapping_neg(),
         Tally::Look => 0,
     };
-    let (mut ones, mut others, mut zeros, mut beyond) = (false, false, false, false);
-    for c in counts.chunks_exact_mut(2) {
-        let old = BigEndian::read_u16(c);
-        let new = old.wrapping_add(add);
-        if tally != Tally::Look {
-            BigEndian::write_u16(c, new);
-        }
-        ones |= new == 1;
-        others |= new != 1;
-        zeros |= new == 0;
-        beyond |= if down(tally) { new > old } else { new < old };
-    }
-    if beyond {
-        for c in counts.chunks_exact_mut(2) {
-            let old = BigEndian::read_u16(c).wrapping_sub(add);
-            BigEndian::write_u16(c, old);
-        }
+    let mut all = add_to_all::<WIDTH>(counts, add);
+    if if down(tally) { all.higher } else { all.lower } {
+        add_to_all::<WIDTH>(counts, add.wrapping_neg());
         return None;
     }
-    Some(All {
-        counts,
-        ones,
-        others,
-        zeros,
-    })
+    all.counts = counts;
+    Some(all)
+}
+
+/// The highest count in a field of this width, which is a byte at most.
+#[inline(always)]
+fn highest<const WIDTH: u32>() -> u8 {
+    u8::MAX.wrapping_shr(8u32.wrapping_sub(1 << WIDTH))
+}
+
+#[inline(always)]
+fn add_to_all<const WIDTH: u32>(counts: &mut [u8], add: u8) -> All<'static> {
+    let mut all = All::default();
+    let mask = highest::<WIDTH>();
+    for byte in counts {
+        let mut sum = 0;
+        for shift in (0..8).step_by(1 << WIDTH) {
+            let old = byte.wrapping_shr(shift) & mask;
+            let new = old.wrapping_add(add) & mask;
+            sum |= new.wrapping_shl(shift);
+            all.ones |= new == 1;
+            all.others |= new != 1;
+            all.zeros |= new == 0;
+            all.higher |= new > old;
+            all.lower |= new < old;
+        }
+        *byte = sum;
+    }
+    all
 }
 
 impl Tallied {
     /// Take in `n` entries, all with the same bit 63, whose counts begin at `index` of the block.
     #[inline(always)]
-    fn add(&mut self, all: All<'_>, n: usize, index: usize, copied: bool, tally: Tally) {
+    fn add(
+        &mut self,
+        g: Geometry,
+        all: All<'_>,
+        n: usize,
+        index: usize,
+        copied: bool,
+        tally: Tally,
+    ) {
+        let count = |i: &usize| refblock::get(g, all.counts, *i);
         self.ones |= all.ones;
         self.others |= tally == Tally::Look && all.others;
-        let mut counts = all.counts.chunks_exact(2);
         if down(tally) && all.zeros {
-            let first = counts.clone().position(|c| c == [0, 0]).unwrap_or(0);
+            let first = (0..n).find(|i| count(i) == 0).unwrap_or(0);
             let freed = index.wrapping_add(first);
             self.freed = Some(self.freed.map_or(freed, |f| f.min(freed)));
         }
-        let any_wrong = if copied { all.others } else { all.ones };
-        if any_wrong {
-            let wrong = |c: &[u8]| (c == [0, 1]) != copied;
-            let last = counts.rposition(wrong).unwrap_or(0);
+        if if copied { all.others } else { all.ones } {
+            let last = (0..n).rfind(|i| (count(i) == 1) != copied).unwrap_or(0);
             self.changed = self.entries.wrapping_add(last).wrapping_add(1);
         }
         self.entries = self.entries.wrapping_add(n);
@@ -252,7 +302,7 @@ pub fn set_copied<const WIDTH: u32>(
 ) -> (usize, bool) {
     let fields = with_width::<WIDTH>(g);
     let size = g.l2_entry_size();
-    let (mut entries, mut changed) = (0usize, false);
+    let (mut entries, mut one_by_one, mut changed) = (0usize, 0, false);
     let mut rest = table;
     while let Some(word) = rest.get(..size) {
         let entry = BigEndian::read_u64(word);
@@ -266,17 +316,25 @@ pub fn set_copied<const WIDTH: u32>(
             break;
         }
         let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-        if WIDTH == USUAL && has_next(g, rest, entry) {
-            let n = in_order(g, rest, entry, index);
-            let at = index.wrapping_mul(2);
-            let these = counts.get(at..at.wrapping_add(n.wrapping_mul(2)));
-            changed |= flag_all(g, rest, these.unwrap_or_default(), only_clear);
-            entries = entries.wrapping_add(n);
-            rest = rest.get_mut(n.wrapping_mul(size)..).unwrap_or_default();
-            continue;
+        let count = refblock::get(fields, counts, index);
+        let copied = count == 1;
+        let differs = (entry & COPIED != 0) != copied && !(only_clear && copied);
+        if entries >= one_by_one {
+            if let Some((n, bytes)) = by_the_byte(fields, rest, entry, index, g) {
+                if are_all(fields, counts.get(bytes).unwrap_or_default(), count) {
+                    let words = rest
+                        .chunks_exact_mut(size)
+                        .take(if differs { n } else { 0 });
+                    words.flat_map(|w| w.first_mut()).for_each(|b| *b ^= 0x80);
+                    changed |= differs;
+                    entries = entries.wrapping_add(n);
+                    rest = rest.get_mut(n.wrapping_mul(size)..).unwrap_or_default();
+                    continue;
+                }
+                one_by_one = entries.wrapping_add(n);
+            }
         }
-        let copied = refblock::get(fields, counts, index) == 1;
-        if (entry & COPIED != 0) != copied && !(only_clear && copied) {
+        if differs {
             BigEndian::write_u64(rest, entry ^ COPIED);
             changed = true;
         }
@@ -284,27 +342,6 @@ pub fn set_copied<const WIDTH: u32>(
         rest = rest.get_mut(size..).unwrap_or_default();
     }
     (entries, changed)
-}
-
-/// [`set_copied`] for standard clusters in order, as many as there are 16-bit counts.
-#[inline(always)]
-fn flag_all(g: Geometry, table: &mut [u8], counts: &[u8], only_clear: bool) -> bool {
-    let words = table.chunks_exact_mut(g.l2_entry_size());
-    let mut differs = 0;
-    for (word, count) in words.zip(counts.chunks_exact(2)) {
-        let Some(first) = word.first_mut() else {
-            break;
-        };
-        let copied = u8::from(count == [0, 1]) << 7;
-        let new = if only_clear {
-            *first & (copied | 0x7f)
-        } else {
-            *first & 0x7f | copied
-        };
-        differs |= new ^ *first;
-        *first = new;
-    }
-    differs != 0
 }
 
 #[cfg(test)]
@@ -375,7 +412,7 @@ mod tests {
             seed % n
         };
         for round in 0..if cfg!(miri) { 20 } else { 5000 } {
-            let g = Geometry::new(9, 4, round % 4 == 0);
+            let g = Geometry::new(9, round % 5, round % 4 == 0);
             let mut t = vec![0u8; 512];
             let (mut cluster, mut flags) = (1, 0);
             for word in t.chunks_exact_mut(g.l2_entry_size()) {
@@ -389,12 +426,18 @@ mod tests {
                 cluster += 1;
             }
             let mut counts = vec![0u8; 512];
-            for c in counts.chunks_exact_mut(2) {
-                let count =
-                    [1, 1, 1, 2, 0, 0xffff][random(if round % 2 == 0 { 4 } else { 6 }) as usize];
-                BigEndian::write_u16(c, count);
+            for i in 0..g.refblock_entries() as usize {
+                let kinds = if round % 2 == 0 { 4 } else { 6 };
+                let count = [1, 1, 1, 2, 0, u64::MAX][random(kinds) as usize];
+                refblock::set(g, &mut counts, i, count & g.refcount_max());
             }
-            for tally in [Tally::Up, Tally::Look, Tally::Down(1), Tally::Down(2)] {
+            for tally in [
+                Tally::Up,
+                Tally::Look,
+                Tally::Down(1),
+                Tally::Down(2),
+                Tally::Down(300),
+            ] {
                 let mut one_by_one = counts.clone();
                 let mut want = Tallied::default();
                 for word in t.chunks_exact(g.l2_entry_size()) {
@@ -423,14 +466,15 @@ mod tests {
 
     #[test]
     fn flags_of_clusters_in_order_come_to_the_same_as_one_by_one() {
-        for extended in [false, true] {
+        for (order, extended) in [(1, false), (2, true), (3, false), (4, true)] {
             for only_clear in [false, true] {
-                let g = Geometry::new(9, 4, extended);
+                let g = Geometry::new(9, order, extended);
                 let all = 512 / g.l2_entry_size();
                 let mut t = table(g, 40);
                 let mut counts = vec![0u8; 512];
                 for i in 0..256 {
-                    refblock::set(g, &mut counts, i, [1, 2, 1, 0, 257, 256][i * 7 % 6]);
+                    let count = [1, 2, 1, 0, 257, 256][i * 7 % 6];
+                    refblock::set(g, &mut counts, i, count & g.refcount_max());
                 }
                 for (i, word) in t.chunks_exact_mut(g.l2_entry_size()).enumerate() {
                     word[0] &= if i % 16 < 9 { 0xff } else { 0x7f };

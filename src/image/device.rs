@@ -14,6 +14,8 @@ pub(crate) struct Device {
     fixed_length: bool,
     /// A change has been asked for since this was last set to false.
     pub(crate) changed: bool,
+    /// What tables are read into, between two readers.
+    pub(super) buffer: Vec<u8>,
     /// It is here because whatever takes time has the device at hand.
     pub(crate) progress: Progress,
 }
@@ -25,6 +27,7 @@ impl Device {
             storage,
             length: 0,
             changed: false,
+            buffer: Vec::new(),
             progress: Progress::new(None),
         };
         dev.length_now()?;
@@ -33,11 +36,8 @@ impl Device {
 
     /// [`Device::length`], asked again.
     pub(crate) fn length_now(&mut self) -> Result<u64> {
-        self.length = self.storage.length().map_err(|source| Error::Io {
-            op: "Could not get the length of the image",
-            offset: 0,
-            source,
-        })?;
+        let length = self.storage.length();
+        self.length = length.map_err(failed("Could not get the length of the image", 0))?;
         Ok(self.length)
     }
 
@@ -104,11 +104,7 @@ impl Device {
             if self.ends_before(at)? {
                 part.fill(0);
             } else {
-                self.storage.read(at, part).map_err(|source| Error::Io {
-                    op,
-                    offset: at,
-                    source,
-                })?;
+                self.storage.read(at, part).map_err(failed(op, at))?;
             }
             at = at.saturating_add(part.len() as u64);
         }
@@ -182,6 +178,11 @@ impl Device {
             source,
         })
     }
+}
+
+/// What was being done, and where, when a request failed.
+pub(super) fn failed(op: &'static str, offset: u64) -> impl FnOnce(std::io::Error) -> Error {
+    move |source| Error::Io { op, offset, source }
 }
 
 /// A zeroed buffer whose allocation may fail.

@@ -3,7 +3,7 @@
 use super::device::{zeroed, Device};
 use super::refcount::Refcounts;
 use super::room;
-use super::tables::{Reader, Source};
+use super::tables::{Reader, REFBLOCKS};
 use crate::by_refcount_width;
 use crate::error::Result;
 use crate::format::geometry::{Geometry, HostCluster};
@@ -28,7 +28,7 @@ pub(crate) fn held(dev: &mut Device, refs: &Refcounts) -> Result<Held> {
     let changed = refs.loaded().filter(|(_, b)| b.is_written());
     let changed = room::collected(changed.map(|(index, b)| (index, b.offset)))?;
     let offsets = room::collected(changed.iter().map(|(_, offset)| *offset))?;
-    let mut reader = Reader::new(g, Source::Refblocks, &offsets);
+    let mut reader = Reader::new(dev, g, REFBLOCKS, &offsets);
     let mut new = zeroed(g.cluster_size())?;
     let mut sum = Sum::default();
     let mut done = 0;

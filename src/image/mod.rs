@@ -209,7 +209,7 @@ impl Image {
                 changed: Changed::default(),
                 remark: None,
             },
-            refcount_memory: refcount::packed::MOST,
+            refcount_memory: refcount::counts::MOST,
             #[cfg(test)]
             steps: String::new(),
         };
@@ -410,7 +410,11 @@ impl Image {
             self.last.standing = Standing::Good;
         }
         if outcome == Outcome::Done {
-            let (was, places, meaning) = (&self.header, replay.places(), replay.meaning);
+            let (was, places, meaning) = (
+                &self.header,
+                replay.places_at(replay.refs.epoch()),
+                replay.meaning,
+            );
             let table = replay.refs.take_table();
             self.last.changed = Changed {
                 size: meaning.size != was.size,

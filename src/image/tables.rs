@@ -27,45 +27,58 @@ pub(crate) struct Reader<'a> {
 }
 
 /// What is read.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Source {
-    /// L2 tables, as the words of an L1 table name them.
-    L2Tables,
-    /// Refcount blocks, all of which a walk has read a while ago.
-    Refblocks,
+#[derive(Clone, Copy)]
+pub(crate) struct Source {
+    /// What of a word of the list is the offset.
+    mask: u64,
+    /// What a read and a write of it are called.
+    action: &'static str,
+    pub(crate) label: &'static str,
+    /// Are the next ones asked for ahead?
+    ahead: bool,
 }
 
-impl Source {
-    fn offset(self, word: u64) -> u64 {
-        match self {
-            Source::L2Tables => word & OFFSET_MASK,
-            Source::Refblocks => word,
-        }
-    }
+/// As the words of an L1 table name them.
+pub(crate) const L2_TABLES: Source = Source {
+    mask: OFFSET_MASK,
+    action: "Could not read an L2 table",
+    label: "L2 table",
+    ahead: true,
+};
 
-    fn action(self) -> &'static str {
-        match self {
-            Source::L2Tables => "Could not read an L2 table",
-            Source::Refblocks => "Could not read a refcount block",
-        }
-    }
-}
+/// All of which a walk has read a while ago.
+pub(crate) const REFBLOCKS: Source = Source {
+    mask: u64::MAX,
+    action: "Could not read a refcount block",
+    label: "refcount block",
+    ahead: false,
+};
 
 /// A whole refcount block.
 pub(crate) fn read_refblock(dev: &mut Device, g: Geometry, offset: u64) -> Result<Vec<u8>> {
-    dev.read_vec(Source::Refblocks.action(), offset, g.cluster_size())
+    dev.read_vec(REFBLOCKS.action, offset, g.cluster_size())
 }
 
 impl<'a> Reader<'a> {
-    pub(crate) fn new(g: Geometry, source: Source, list: &'a [u64]) -> Reader<'a> {
+    pub(crate) fn new(
+        dev: &mut Device,
+        g: Geometry,
+        source: Source,
+        list: &'a [u64],
+    ) -> Reader<'a> {
         Reader {
             g,
             source,
             list,
             held: 0..0,
-            buf: Vec::new(),
+            buf: std::mem::take(&mut dev.buffer),
             asked: 0,
         }
+    }
+
+    /// The next reader begins with this one's buffer.
+    pub(crate) fn give_back(self, dev: &mut Device) {
+        dev.buffer = self.buf;
     }
 
     /// Let the storage begin to fetch those from `end` on, each once. Between two tables lie the
@@ -76,7 +89,7 @@ impl<'a> Reader<'a> {
         let until = end.saturating_add(AHEAD / self.g.cluster_len());
         let (mut from, mut bytes) = (0, 0);
         let next = self.list.iter().take(until).skip(self.asked);
-        for offset in next.map(|w| self.source.offset(*w)).filter(|o| *o != 0) {
+        for offset in next.map(|w| w & self.source.mask).filter(|o| *o != 0) {
             if bytes != 0 && (from + bytes != offset || bytes >= 1 << 20) {
                 dev.will_read(from, bytes);
                 bytes = 0;
@@ -96,10 +109,10 @@ impl<'a> Reader<'a> {
     fn neighbours(&self, index: usize) -> usize {
         let most = (MAX_REQUEST / self.g.cluster_len()).max(1);
         let mut ahead = self.list.iter().skip(index).take(most);
-        let mut next = ahead.next().map_or(0, |w| self.source.offset(*w));
+        let mut next = ahead.next().map_or(0, |w| w & self.source.mask);
         let more = ahead.take_while(|w| {
             next = next.saturating_add(self.g.cluster_size());
-            self.source.offset(**w) == next
+            *w & self.source.mask == next
         });
         1 + more.count()
     }
@@ -112,12 +125,12 @@ impl<'a> Reader<'a> {
             self.buf = device::zeroed(bytes as u64)?;
         }
         self.held = 0..0;
-        if self.source == Source::L2Tables {
+        if self.source.ahead {
             self.ask_ahead(dev, index + n);
         }
-        let offset = self.list.get(index).map_or(0, |w| self.source.offset(*w));
+        let offset = self.list.get(index).map_or(0, |w| w & self.source.mask);
         let buf = self.buf.get_mut(..bytes).unwrap_or_default();
-        dev.read(self.source.action(), offset, buf)?;
+        dev.read(self.source.action, offset, buf)?;
         self.held = index..index + n;
         Ok((n, buf))
     }
@@ -132,11 +145,6 @@ impl<'a> Reader<'a> {
             .buf
             .get(at..at + self.g.cluster_len())
             .unwrap_or_default())
-    }
-
-    /// The list, all of it.
-    pub(crate) fn list(&self) -> &'a [u64] {
-        self.list
     }
 }
 
@@ -170,36 +178,22 @@ pub(crate) fn changed_runs(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::image::room;
 
     #[test]
     fn runs_cover_the_changed_pieces_and_no_others() {
         let runs = |bytes: usize, changed: &[usize]| {
             let mut out = Vec::new();
-            changed_runs(
-                bytes,
-                PIECE,
-                |i| changed.contains(&i),
-                |r| {
-                    out.push((r.start, r.end));
-                    Ok(())
-                },
-            )
-            .unwrap();
+            let run = |r: Range<usize>| room::push(&mut out, (r.start, r.end));
+            changed_runs(bytes, PIECE, |i| changed.contains(&i), run).unwrap();
             out
         };
         assert_eq!(runs(512, &[0]), [(0, 512)]);
         assert_eq!(runs(5 * PIECE, &[]), []);
-        assert_eq!(
-            runs(5 * PIECE + 8, &[0, 1, 3, 5]),
-            [
-                (0, 2 * PIECE),
-                (3 * PIECE, 4 * PIECE),
-                (5 * PIECE, 5 * PIECE + 8)
-            ]
-        );
+        let three = [(0, 2), (3, 4), (5, 6)].map(|(a, b)| (a * PIECE, b * PIECE - b / 6 * 8));
+        assert_eq!(runs(6 * PIECE - 8, &[0, 1, 3, 5]), three);
         let all: Vec<usize> = (0..1000).collect();
         let long = runs(1000 * PIECE, &all);
-        assert_eq!(long[0], (0, MAX_REQUEST));
-        assert_eq!(long[1], (MAX_REQUEST, 1000 * PIECE));
+        assert_eq!(long[..2], [(0, MAX_REQUEST), (MAX_REQUEST, 1000 * PIECE)]);
     }
 }

@@ -651,12 +651,12 @@ fn punch(dev: &mut Device, g: Geometry, freed: &[u64]) {
     }
 }
 
-/// An entry with the flag that it gets in this phase, by what the count of its cluster is in the end. Behind the
-/// end of the file references are not counted: whatever the image's count says, nothing is set there.
+/// An entry with the flag that it gets in this phase, by what the count of its cluster is in the end. Where not
+/// even this reference was counted, behind the end of the file, nothing is set whatever the image's count says.
 fn flagged(check: &mut Check<'_, '_>, entry: u64, policy: Policy, phase: Phase) -> Result<u64> {
     let cluster = (entry & OFFSET_MASK) >> check.g().cluster_bits;
-    let counted = check.window.clusters.contains(&cluster);
-    let one = if counted {
+    let counted = check.window.tally.get(cluster) != 0;
+    let one = if check.window.clusters.contains(&cluster) {
         check.window.is_one(cluster)
     } else {
         check.blocks.count(check.dev, cluster)? == Some(1)

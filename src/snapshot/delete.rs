@@ -129,7 +129,7 @@ impl Image {
             .replay_table(&mut replay, &mut plan, &list)
             .map_err(|e| e.context("Failed to remove snapshot from snapshot list"))?;
         let dropped = replay
-            .walk_tables(&mut self.dev, &named, Tally::Down(1))
+            .walk_tables(&mut self.dev, &named, Tally::Down(1), &[])
             .map_err(|e| e.context("Failed to free the cluster and L1 table"))?;
         let epoch = replay.refs.forgotten_now();
         for l1_table in &l1_tables {
@@ -139,7 +139,12 @@ impl Image {
                 .free(&mut self.dev, at, bytes, Freed::Punched, epoch)?;
         }
         let active = replay
-            .look(&mut self.dev, &self.l1, &named.words)
+            .walk_tables(
+                &mut self.dev,
+                &Named::of(&self.l1),
+                Tally::Look,
+                &named.words,
+            )
             .map_err(|e| e.context("Failed to update snapshot status in disk"))?;
         plan.flag(&mut replay, self.header.l1_offset, &self.l1, &active)?;
         replay.l1 = active.l1;

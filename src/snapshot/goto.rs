@@ -366,7 +366,7 @@ fn place_l1(replay: &mut Replay, dev: &mut Device, was: Was, how: &How) -> Resul
             let (g, bytes) = (replay.g, replay.l1.len() as u64 * TABLE_ENTRY);
             let first = g.cluster_of(temporary.offset).0;
             for c in first..first.saturating_add(g.clusters_for(bytes)) {
-                replay.refs.count_temporarily(dev, HostCluster(c))?;
+                replay.refs.count_temporarily(HostCluster(c))?;
             }
             let longer = temporary.offset.saturating_add(bytes) > dev.length();
             // What is cut off then is the temporary table, and what was not there before it.

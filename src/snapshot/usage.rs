@@ -81,7 +81,7 @@ impl Image {
         let bytes = || table_bytes(replay.g, &words);
         self.dev.progress.begin(Stage::Check, bytes);
         let down = Tally::Down(1);
-        let walked = replay.walk_tables(&mut self.dev, &disks, down)?;
+        let walked = replay.walk_tables(&mut self.dev, &disks, down, &[])?;
         let mut tables = walked.freed;
         for table in l1_tables {
             tables += self.take_l1(&mut replay, table)?;
@@ -90,7 +90,7 @@ impl Image {
             true => None,
             false => Some(held(&mut self.dev, &replay.refs)?.bytes),
         };
-        tables += replay.walk_tables(&mut self.dev, &behind, down)?.freed;
+        tables += replay.walk_tables(&mut self.dev, &behind, down, &[])?.freed;
         let all = held(&mut self.dev, &replay.refs)?;
         self.dev.progress.end()?;
         Ok(Usage {

@@ -212,7 +212,8 @@ impl Raw<'_> {
         let mut refs: HashMap<u64, u64> = HashMap::new();
         let mut flags = Vec::new();
         for (i, (_, l1, n)) in self.l1s().into_iter().enumerate() {
-            if l1 % cs != 0 {
+            // An L1 table of more than 32 MiB is none.
+            if l1 % cs != 0 || n > 4 << 20 {
                 continue;
             }
             let mut tables = BTreeSet::new();

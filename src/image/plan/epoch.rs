@@ -2,7 +2,7 @@
 
 use super::super::replay::{NewData, Replay};
 use super::super::room;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::format::header::{Meaning, Places};
 
 /// What is published by one write. An epoch may move tables; what they say to a reader stays.
@@ -35,22 +35,10 @@ impl Epochs {
         let mut all = Vec::new();
         for epoch in 0..=refs.epoch() {
             let made = |born: Option<usize>| born == Some(epoch);
-            let by_now = |born: Option<usize>| born.is_none_or(|e| e <= epoch);
-            let table = refs.tables().iter().rfind(|t| by_now(t.born));
-            let l1 = replay.l1_places.iter().rfind(|p| by_now(p.born));
-            let (Some(table), Some(l1)) = (table, l1) else {
-                // Both have the place that they had before the verb.
-                return Err(Error::Corrupt("A table stands nowhere".into()));
-            };
             let blocks = refs.loaded().filter(|(_, b)| made(b.born));
             let tables = refs.tables().iter().enumerate();
             let epoch = Epoch {
-                places: Places {
-                    l1_offset: l1.offset,
-                    l1_size: l1.entries,
-                    reftable_offset: table.offset,
-                    reftable_clusters: table.clusters as u32,
-                },
+                places: replay.places_at(epoch),
                 new: Vec::new(),
                 blocks: room::collected(blocks.map(|(index, _)| index))?,
                 tables: room::collected(tables.filter(|(_, t)| made(t.born)).map(|(i, _)| i))?,

@@ -3,8 +3,8 @@
 use super::passes::Holes;
 use super::steps::{Step, What, Write};
 use super::{no_room, Temporary};
-use crate::error::{Error, Result};
-use crate::image::device::{self, Device};
+use crate::error::Result;
+use crate::image::device::{self, failed, Device};
 use crate::image::refcount::Refcounts;
 use crate::image::Outcome;
 use crate::io::{DiscardKind, Run, MAX_REQUEST};
@@ -102,7 +102,7 @@ fn emit(dev: &mut Device, refs: &Refcounts, write: &Write) -> Result<()> {
         What::Block(index) => {
             let mut counts = device::zeroed(g.cluster_size())?;
             if let Some(block) = refs.block(*index) {
-                block.peak_counts(g, &mut counts)?;
+                block.peak_counts(g, &[], &mut counts)?;
             }
             counts.into()
         }
@@ -141,21 +141,13 @@ impl Device {
     /// Write `data` at `offset`. `label` says which structure it is, to the storage too.
     pub(crate) fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> Result<()> {
         let mut at = offset;
+        let full = |_| failed(label, offset)(std::io::Error::from_raw_os_error(libc::ENOSPC));
         self.check_room(offset.saturating_add(data.len() as u64))
-            .map_err(|_| Error::Io {
-                op: label,
-                offset,
-                source: std::io::Error::from_raw_os_error(libc::ENOSPC),
-            })?;
+            .map_err(full)?;
         self.changed = true;
         for part in data.chunks(MAX_REQUEST) {
-            self.storage
-                .write(label, at, part)
-                .map_err(|source| Error::Io {
-                    op: label,
-                    offset: at,
-                    source,
-                })?;
+            let written = self.storage.write(label, at, part);
+            written.map_err(failed(label, at))?;
             at = at.saturating_add(part.len() as u64);
             self.length = self.length.max(at);
         }
@@ -184,11 +176,8 @@ impl Device {
     /// Set the file's length.
     fn truncate(&mut self, length: u64) -> Result<()> {
         self.changed = true;
-        self.storage.truncate(length).map_err(|source| Error::Io {
-            op: "Could not resize the image file",
-            offset: length,
-            source,
-        })?;
+        let resized = self.storage.truncate(length);
+        resized.map_err(failed("Could not resize the image file", length))?;
         if !self.fixed_length() {
             self.length = length;
         }
@@ -207,10 +196,7 @@ impl Device {
     /// Wait until everything before is stable.
     pub(crate) fn barrier(&mut self) -> Result<()> {
         self.changed = true;
-        self.storage.barrier().map_err(|source| Error::Io {
-            op: "Could not flush the image file",
-            offset: 0,
-            source,
-        })
+        let flushed = self.storage.barrier();
+        flushed.map_err(failed("Could not flush the image file", 0))
     }
 }

@@ -7,9 +7,10 @@ use crate::format::geometry::{Geometry, HostCluster};
 use crate::format::refblock;
 use crate::image::device::{self, Device, DiscardKind};
 use crate::image::refcount::{Block, Refcounts};
-use crate::image::replay::walk::{set_copied, Marked};
+use crate::image::replay::walk::{set_copied, Flags, Marked};
 use crate::image::room;
 use crate::image::tables::{changed_runs, read_refblock, Reader, Source, PIECE};
+use crate::image::tables::{L2_TABLES, REFBLOCKS};
 use std::ops::Range;
 
 impl Pass {
@@ -24,10 +25,18 @@ impl Pass {
         match self {
             Pass::Raise(blocks) => {
                 rewrite_blocks(dev, refs, blocks, |_, block, old, new| {
-                    new.copy_from_slice(old);
-                    block.peak_counts(g, new)
+                    block.peak_counts(g, old, new)
                 })?;
-                raise_dropped(dev, refs)
+                // Those that a resize drops, where a temporary table is counted in them.
+                for dropped in refs.dropped() {
+                    if let Some(peak) = &dropped.peak {
+                        let at = [dropped.offset];
+                        rewrite(dev, g, REFBLOCKS, &at, |_, _, old, changed| {
+                            replace(g, old, peak, changed)
+                        })?;
+                    }
+                }
+                Ok(())
             }
             Pass::Lower(blocks, spare) => {
                 (holes.spare.start, holes.spare.end) = (spare.start, spare.end);
@@ -46,15 +55,32 @@ impl Pass {
     }
 }
 
-/// Write the pieces of refcount blocks in which `new` differs from `old`, which stands at `offset`.
-fn write_changes(dev: &mut Device, g: Geometry, offset: u64, old: &[u8], new: &[u8]) -> Result<()> {
-    let size = piece(g);
-    let bytes = |i: usize| i * size..(i + 1) * size;
-    let changed = |i: usize| old.get(bytes(i)) != new.get(bytes(i));
-    changed_runs(new.len(), size, changed, |run| {
-        let at = offset.saturating_add(run.start as u64);
-        dev.write("refcount block", at, new.get(run).unwrap_or_default())
-    })
+/// Go through these clusters of the file by the buffer. `change` changes one where it stands and says of
+/// each piece of it whether it has changed; those are written, neighbours together.
+fn rewrite(
+    dev: &mut Device,
+    g: Geometry,
+    source: Source,
+    offsets: &[u64],
+    mut change: impl FnMut(&mut Device, usize, &mut [u8], &mut Vec<bool>) -> Result<()>,
+) -> Result<()> {
+    let mut reader = Reader::new(dev, g, source, offsets);
+    let (mut changed, mut done) = (Vec::new(), 0);
+    while let Some(first) = offsets.get(done) {
+        let (n, buf) = reader.batch(dev, done)?;
+        changed.clear();
+        for (i, cluster) in (done..).zip(buf.chunks_mut(g.cluster_len())) {
+            change(dev, i, cluster, &mut changed)?;
+        }
+        let is_changed = |i: usize| changed.get(i) == Some(&true);
+        changed_runs(buf.len(), piece(g), is_changed, |run| {
+            let at = first.saturating_add(run.start as u64);
+            dev.write(source.label, at, buf.get(run).unwrap_or_default())
+        })?;
+        done += n;
+    }
+    reader.give_back(dev);
+    Ok(())
 }
 
 /// Pieces of tables that may be smaller than one.
@@ -62,7 +88,16 @@ fn piece(g: Geometry) -> usize {
     g.cluster_len().min(PIECE)
 }
 
-/// Go through refcount blocks by the buffer: `change` makes of the counts on the disk the new ones.
+/// Make the counts of a block, which are `old`, `new`.
+fn replace(g: Geometry, old: &mut [u8], new: &[u8], changed: &mut Vec<bool>) -> Result<()> {
+    for (old, new) in old.chunks_mut(piece(g)).zip(new.chunks(piece(g))) {
+        room::push(changed, old != new)?;
+        old.copy_from_slice(new);
+    }
+    Ok(())
+}
+
+/// Rewrite refcount blocks: `change` makes of the counts on the disk the new ones.
 fn rewrite_blocks(
     dev: &mut Device,
     refs: &Refcounts,
@@ -70,42 +105,32 @@ fn rewrite_blocks(
     mut change: impl FnMut(u64, &Block, &[u8], &mut [u8]) -> Result<()>,
 ) -> Result<()> {
     let g = refs.geometry();
-    let offset = |index: &u64| refs.block(*index).map_or(0, |b| b.offset);
-    let offsets = room::collected(blocks.iter().map(offset))?;
-    let mut reader = Reader::new(g, Source::Refblocks, &offsets);
-    let mut new: Vec<u8> = Vec::new();
-    let mut done = 0;
-    while let Some(first) = offsets.get(done) {
-        let (n, old) = reader.batch(dev, done)?;
-        if new.len() < old.len() {
-            new = device::zeroed(old.len() as u64)?;
+    let blocks = blocks.iter().filter_map(|i| Some((*i, refs.block(*i)?)));
+    let blocks = room::collected(blocks)?;
+    let offsets = room::collected(blocks.iter().map(|(_, b)| b.offset))?;
+    let mut new = device::zeroed(g.cluster_size())?;
+    rewrite(dev, g, REFBLOCKS, &offsets, |dev, i, old, changed| {
+        dev.progress.step(g.cluster_size())?;
+        if let Some((index, block)) = blocks.get(i) {
+            change(*index, block, old, &mut new)?;
         }
-        let new = new.get_mut(..old.len()).unwrap_or_default();
-        let each = old
-            .chunks(g.cluster_len())
-            .zip(new.chunks_mut(g.cluster_len()));
-        for ((old, new), index) in each.zip(blocks.iter().skip(done)) {
-            dev.progress.step(g.cluster_size())?;
-            if let Some(block) = refs.block(*index) {
-                change(*index, block, old, new)?;
-            }
-        }
-        write_changes(dev, g, *first, old, new)?;
-        done += n;
-    }
-    Ok(())
+        replace(g, old, &new, changed)
+    })
 }
 
-/// The blocks that a resize drops, where a temporary table is counted in them.
-fn raise_dropped(dev: &mut Device, refs: &Refcounts) -> Result<()> {
+/// Write bit 63 of the entries of `tables` as they say, which looks at counts only where no walk has
+/// said enough.
+fn set_flags(dev: &mut Device, refs: &mut Refcounts, tables: &[Marked], set: bool) -> Result<()> {
     let g = refs.geometry();
-    for dropped in refs.dropped() {
-        if let Some(peak) = &dropped.peak {
-            let old = read_refblock(dev, g, dropped.offset)?;
-            write_changes(dev, g, dropped.offset, &old, peak)?;
+    let offsets = room::collected(tables.iter().map(|t| t.offset))?;
+    rewrite(dev, g, L2_TABLES, &offsets, |dev, i, table, changed| {
+        dev.progress.step(g.cluster_size())?;
+        let flags = tables.get(i).map_or(Flags::Final, |t| t.flags);
+        for piece in table.chunks_mut(piece(g)) {
+            room::push(changed, set_copied(refs, dev, piece, flags, set)?)?;
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// What became free in the range of a block that a resize drops. The block itself goes later,
@@ -121,61 +146,6 @@ fn lower_dropped(dev: &mut Device, refs: &Refcounts, holes: &mut Holes) -> Resul
             }
             holes.add_freed(refs, dropped.index, &old, &counts.bytes(g)?)?;
         }
-    }
-    Ok(())
-}
-
-/// Write bit 63 of the entries of `tables` as they say, which looks at counts only where no walk has
-/// said enough. Where a walk went in windows, so does this.
-fn set_flags(dev: &mut Device, refs: &mut Refcounts, tables: &[Marked], set: bool) -> Result<()> {
-    let these = |counted| {
-        let tables = tables.iter().copied();
-        room::collected(tables.filter(move |t| t.flags.need_counts() == counted))
-    };
-    let counted = these(true)?;
-    if counted.is_empty() || !refs.jumped() {
-        return set_flags_in_window(dev, refs, tables, set);
-    }
-    set_flags_in_window(dev, refs, &these(false)?, set)?;
-    for window in refs.windows()? {
-        refs.enter_window(window)?;
-        set_flags_in_window(dev, refs, &counted, set)?;
-    }
-    refs.leave_windows();
-    Ok(())
-}
-
-/// [`set_flags`] as far as entries are not passed over.
-fn set_flags_in_window(
-    dev: &mut Device,
-    refs: &mut Refcounts,
-    tables: &[Marked],
-    set: bool,
-) -> Result<()> {
-    let g = refs.geometry();
-    let offsets = room::collected(tables.iter().map(|t| t.offset))?;
-    let mut reader = Reader::new(g, Source::L2Tables, &offsets);
-    let mut changed: Vec<bool> = Vec::new();
-    let mut done = 0;
-    while let Some(first) = offsets.get(done) {
-        let (n, buf) = reader.batch(dev, done)?;
-        changed.clear();
-        let each = buf
-            .chunks_mut(g.cluster_len())
-            .zip(tables.iter().skip(done));
-        for (table, Marked { flags, .. }) in each {
-            dev.progress.step(g.cluster_size())?;
-            for piece in table.chunks_mut(piece(g)) {
-                let differs = set_copied(refs, dev, piece, *flags, set)?;
-                room::push(&mut changed, differs)?;
-            }
-        }
-        let is_changed = |i: usize| changed.get(i) == Some(&true);
-        changed_runs(buf.len(), piece(g), is_changed, |run| {
-            let at = first.saturating_add(run.start as u64);
-            dev.write("L2 table", at, buf.get(run).unwrap_or_default())
-        })?;
-        done += n;
     }
     Ok(())
 }

@@ -326,49 +326,45 @@ impl Steps {
             return Ok(());
         };
         self.header = target;
-        self.push(Step::Publish(vec![Write {
-            label: "header",
-            at: AT_SIZE + first as u64,
-            what: What::bytes(target.get(first..=last).unwrap_or_default())?,
-        }]))
+        let bytes = target.get(first..=last).unwrap_or_default();
+        self.publish("header", AT_SIZE + first as u64, bytes)
+    }
+
+    fn publish(&mut self, label: &'static str, at: u64, bytes: &[u8]) -> Result<()> {
+        let what = What::bytes(bytes)?;
+        let one = room::collected([Write { label, at, what }].into_iter())?;
+        self.push(Step::Publish(one))
     }
 
     /// What makes the old state the new one.
     fn publish_decisive(&mut self, places: Places, meaning: Meaning, plan: &Plan) -> Result<()> {
-        match &plan.l1 {
-            Some((edit, How::Through(temporary))) => {
-                let via = Places {
-                    l1_offset: temporary.offset,
-                    ..places
-                };
-                self.publish_header(via, meaning)?;
-                self.push(Step::Done)?;
-                self.edit(edit, At::Before, At::Published)?;
-                self.push(Step::Barrier)?;
-                self.publish_header(places, meaning)?;
-            }
-            Some((edit, how @ (How::OneSector | How::InPlace))) => {
-                let torn = matches!(how, How::InPlace);
-                debug_assert!(torn || edit.sectors_published().count() <= 1);
-                self.publish_header(places, meaning)?;
-                // Nothing, if only bit 63 changes: later.
-                let writes = changes(edit, At::Before, edit, At::Published)?;
-                self.push(Step::Publish(writes))?;
-                self.push(Step::Done)?;
-            }
-            None | Some((_, How::Moved | How::EachEntry)) => {
-                self.publish_header(places, meaning)?;
-                if plan.let_go {
-                    self.push(Step::Publish(vec![Write {
-                        label: "header: backing file",
-                        at: AT_BACKING,
-                        what: What::bytes(&[0; 12])?,
-                    }]))?;
-                }
-                self.push(Step::Done)?;
-            }
+        if let Some((edit, How::Through(temporary))) = &plan.l1 {
+            let via = Places {
+                l1_offset: temporary.offset,
+                ..places
+            };
+            self.publish_header(via, meaning)?;
+            self.push(Step::Done)?;
+            self.edit(edit, At::Before, At::Published)?;
+            self.push(Step::Barrier)?;
+            return self.publish_header(places, meaning);
         }
-        Ok(())
+        self.publish_header(places, meaning)?;
+        if let Some((edit, how @ (How::OneSector | How::InPlace))) = &plan.l1 {
+            let torn = matches!(how, How::InPlace);
+            debug_assert!(torn || edit.sectors_published().count() <= 1);
+            // Nothing, if only bit 63 changes: later.
+            self.push(Step::Publish(changes(
+                edit,
+                At::Before,
+                edit,
+                At::Published,
+            )?))?;
+        }
+        if plan.let_go {
+            self.publish("header: backing file", AT_BACKING, &[0; 12])?;
+        }
+        self.push(Step::Done)
     }
 
     /// Counts down, COPIED set, holes. Nothing that is referred to changes its meaning.
@@ -443,8 +439,7 @@ impl Steps {
         // What is cut off is unused: a failure costs space only.
         self.push(Step::Cut(length))?;
         self.push(Step::Barrier)?;
-        self.push(Step::End)?;
-        Ok(())
+        self.push(Step::End)
     }
 }
 

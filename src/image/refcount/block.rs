@@ -1,12 +1,10 @@
 //! A refcount block in memory.
 
-use super::packed::BlockCounts;
+use super::counts::BlockCounts;
 use crate::error::Result;
 use crate::format::geometry::Geometry;
 use crate::format::refblock;
 use crate::image::device::zeroed;
-use crate::image::room;
-use std::borrow::Cow;
 
 /// One refcount block that the verb has looked at.
 pub(crate) struct Block {
@@ -19,9 +17,7 @@ pub(crate) struct Block {
     /// The epoch that makes it; none if the image has it.
     pub(crate) born: Option<usize>,
     pub(super) moved: Moved,
-    /// The counts are among the open ones.
-    pub(super) open: bool,
-    /// Bytes that the block takes, without open counts.
+    /// Bytes that its counts take in memory.
     pub(super) held: u64,
 }
 
@@ -39,16 +35,20 @@ pub(super) struct Moved {
 }
 
 impl Block {
-    pub(super) fn new(g: Geometry, offset: u64, counts: Vec<u8>, born: Option<usize>) -> Block {
-        Block {
+    pub(super) fn new(
+        g: Geometry,
+        offset: u64,
+        counts: &[u8],
+        born: Option<usize>,
+    ) -> Result<Block> {
+        Ok(Block {
             offset,
-            now: BlockCounts::new(g, counts),
+            now: BlockCounts::new(g, counts)?,
             peak: None,
             born,
             moved: Moved::default(),
-            open: false,
             held: 0,
-        }
+        })
     }
 
     /// A count goes up, or down.
@@ -93,43 +93,35 @@ impl Block {
         self.now.put(g, to)
     }
 
-    /// Put the highest counts that any published state needs into `to`, which holds those on disk.
-    pub(crate) fn peak_counts(&self, g: Geometry, to: &mut [u8]) -> Result<()> {
-        if self.only_raised() {
-            return self.now.put(g, to);
+    /// Put the highest counts that any published state needs into `to`; `old` are those on disk.
+    pub(crate) fn peak_counts(&self, g: Geometry, old: &[u8], to: &mut [u8]) -> Result<()> {
+        self.now.put(g, to)?;
+        if !self.only_raised() {
+            refblock::raise_to(g, to, old);
         }
-        let entries = g.refblock_entries() as usize;
-        refblock::raise_to(g, to, &self.now.bytes(g)?, entries);
         if let Some(peak) = &self.peak {
-            refblock::raise_to(g, to, &peak.bytes(g)?, entries);
+            refblock::raise_to(g, to, &peak.bytes(g)?);
         }
         Ok(())
-    }
-
-    /// The counts as the replay has them now.
-    pub(super) fn counts(&self, g: Geometry) -> Result<Cow<'_, [u8]>> {
-        self.now.bytes(g)
     }
 
     /// The counts as they are now are needed by a published state: keep them as part of the peak.
     pub(super) fn mark_published(&mut self, g: Geometry) -> Result<()> {
         let mut counts = zeroed(g.cluster_size())?;
-        self.peak_counts(g, &mut counts)?;
-        let mut peak = BlockCounts::new(g, counts);
-        peak.pack(g);
-        self.peak = Some(peak);
+        self.peak_counts(g, &[], &mut counts)?;
+        self.peak = Some(BlockCounts::new(g, &counts)?);
         Ok(())
     }
 
     /// Count a cluster once in the peak only.
     pub(super) fn count_in_peak(&mut self, g: Geometry, at: usize) -> Result<()> {
         let ours = !self.is_written();
-        let mut peak = match self.peak.take() {
-            Some(peak) => peak,
-            None => BlockCounts::new(g, room::owned(self.now.bytes(g)?)?),
-        };
-        peak.set(g, at, 1)?;
-        self.peak = Some(peak);
+        if self.peak.is_none() {
+            self.peak = Some(BlockCounts::new(g, &self.now.bytes(g)?)?);
+        }
+        if let Some(peak) = &mut self.peak {
+            peak.set(g, at, 1)?;
+        }
         (self.moved.up, self.moved.down) = (true, true);
         self.moved.ours |= ours;
         Ok(())

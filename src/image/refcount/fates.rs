@@ -129,11 +129,6 @@ impl Refcounts {
         self.fates.epoch
     }
 
-    /// Does any loaded block have a peak?
-    pub(crate) fn has_peaks(&self) -> bool {
-        self.fates.epoch != 0
-    }
-
     /// That the disk forgets with the publish of this epoch.
     pub(crate) fn forgotten_now(&self) -> Forgotten {
         Forgotten::With(self.fates.epoch)
@@ -211,20 +206,6 @@ impl Refcounts {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-
-    #[test]
-    fn what_a_verb_takes_and_frees_again_was_nothing_to_the_disk() {
-        let mut f = Fates::default();
-        assert!(f.is_untouched(7));
-        f.take(7).unwrap();
-        assert!(f.is_taken(7) && f.any_taken(0, 8) && !f.any_taken(8, 100));
-        f.free(7, Freed::Kept, Forgotten::With(0)).unwrap();
-        assert_eq!(f.forgotten(7), Forgotten::Never);
-        assert!(f.is_kept(7) && !f.is_taken(7) && !f.is_untouched(7));
-        f.take(8).unwrap();
-        f.give_back(8);
-        assert!(f.is_untouched(8));
-    }
 
     #[test]
     fn what_was_in_use_is_forgotten_with_an_epoch_or_never() {

@@ -14,15 +14,13 @@
 //! | `block` | one block: its counts now and at the peak, where it comes from, how it has moved |
 //! | `tally` | the hot loops of a walk |
 //! | `fates` | what became of a cluster, and when the disk has forgotten what was in it: epochs |
-//! | `packed` | counts of a block, as narrow or as packed as they can be |
-//! | `residents` | how many blocks stay open, and what all of them may take |
-//! | `residency` | which blocks are in memory, in which form, and what is put away; windows |
+//! | `counts` | counts of a block, in fields as narrow as they can be |
+//! | `residency` | which blocks are in memory, and what is put away |
 
 mod block;
+pub(crate) mod counts;
 mod fates;
-pub(crate) mod packed;
 mod residency;
-mod residents;
 mod search;
 mod structure;
 mod tally;
@@ -33,7 +31,6 @@ use crate::format::geometry::{Geometry, HostCluster, MAX_CLUSTER_OFFSET};
 use crate::format::header::Places;
 use crate::format::refblock;
 use crate::format::run::Tally;
-use packed::BlockCounts;
 use residency::Residency;
 use structure::{Dropped, Reftable};
 
@@ -48,6 +45,8 @@ pub(crate) struct Refcounts {
     /// Refcount blocks dropped by a shrinking resize.
     dropped: Vec<Dropped>,
     residency: Residency,
+    /// Runs of few clusters since the last long one: the walk jumps about.
+    short_runs: u32,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
     pub(crate) next: u64,
     /// It takes no cluster below this one.
@@ -86,6 +85,7 @@ impl Refcounts {
             }],
             dropped: Vec::new(),
             residency: Residency::new(memory),
+            short_runs: 0,
             next: 0,
             least: 0,
             reach: length,
@@ -106,24 +106,20 @@ impl Refcounts {
     /// counts that the first publish of several needs.
     pub(crate) fn get_published(&mut self, dev: &mut Device, cluster: HostCluster) -> Result<u64> {
         let last = self.get(dev, cluster)?;
-        let at = self.g.refblock_index(cluster);
-        let peak = self
-            .block(self.g.reftable_index(cluster))
-            .and_then(|b| b.peak.as_ref());
-        Ok(match peak {
-            Some(peak) => peak.get(self.g, at)?.max(last),
-            None => last,
-        })
+        Ok(self.peak(cluster)?.max(last))
+    }
+
+    /// The highest count that a cluster has between two publishes, where that is known; else 0.
+    fn peak(&self, cluster: HostCluster) -> Result<u64> {
+        let block = self.block(self.g.reftable_index(cluster));
+        let peak = block.and_then(|b| b.peak.as_ref());
+        peak.map_or(Ok(0), |p| p.get(self.g, self.g.refblock_index(cluster)))
     }
 
     /// The refcount of a cluster; 0 where no block describes it.
     pub(crate) fn get(&mut self, dev: &mut Device, cluster: HostCluster) -> Result<u64> {
-        let index = self.g.reftable_index(cluster);
-        if !self.load(dev, index)? {
-            return Ok(0);
-        }
-        let at = self.g.refblock_index(cluster);
-        self.block(index).map_or(Ok(0), |b| b.now.get(self.g, at))
+        self.load(dev, self.g.reftable_index(cluster))?;
+        self.count_after(cluster)
     }
 
     /// Do `tally` to a count and return it. To be changed, its block must exist.
@@ -156,6 +152,7 @@ impl Refcounts {
         block.now.set(g, at, new)?;
         block.move_to(tally == Tally::Up);
         block.moved.to_zero |= new == 0;
+        self.make_room(index);
         if new == 0 && cluster.0 < self.next {
             self.next = cluster.0;
         }
@@ -196,31 +193,25 @@ impl Refcounts {
     }
 
     /// Count a cluster that this verb has allocated `n` times.
-    pub(crate) fn count_as(
-        &mut self,
-        dev: &mut Device,
-        cluster: HostCluster,
-        n: u64,
-    ) -> Result<()> {
+    pub(crate) fn count_as(&mut self, cluster: HostCluster, n: u64) -> Result<()> {
         if n > self.g.refcount_max() {
             return Err(overflow(self.g, cluster));
         }
-        // The block may have been left meanwhile.
-        self.load(dev, self.g.reftable_index(cluster))?;
         self.store(cluster, n)
     }
 
     /// Store a count in a loaded block.
     fn store(&mut self, cluster: HostCluster, count: u64) -> Result<()> {
         let g = self.g;
-        let at = g.refblock_index(cluster);
-        if let Some(block) = self.block_mut(g.reftable_index(cluster)) {
+        let (index, at) = (g.reftable_index(cluster), g.refblock_index(cluster));
+        if let Some(block) = self.block_mut(index) {
             let up = count >= block.now.get(g, at)?;
             block.now.set(g, at, count)?;
             block.move_to(up);
             block.moved.to_zero |= count == 0;
             let end = block.offset.saturating_add(g.cluster_size());
             self.reach_to(end);
+            self.make_room(index);
         }
         Ok(())
     }
@@ -298,23 +289,14 @@ impl Refcounts {
         cluster: HostCluster,
         new: bool,
     ) -> Result<bool> {
-        let at = self.g.refblock_index(cluster);
-        let count = |counts: &BlockCounts| counts.get(self.g, at);
-        let block = self.block(self.g.reftable_index(cluster));
-        let left = block.map_or(Ok(0), |b| count(&b.now))?;
-        let peak = block.and_then(|b| b.peak.as_ref());
-        let counted = peak.map_or(Ok(0), count)? != 0;
-        let punched = counted || self.fates.is_punched(cluster.0);
+        let left = self.count_after(cluster)?;
+        let punched = self.peak(cluster)? != 0 || self.fates.is_punched(cluster.0);
         Ok(left == 0 && (new || punched || self.count_before(dev, cluster)? != 0))
     }
 
     /// Count a cluster once in the peak only: it is used between two publishes and free again
     /// afterwards. The replay must be over.
-    pub(crate) fn count_temporarily(
-        &mut self,
-        dev: &mut Device,
-        cluster: HostCluster,
-    ) -> Result<()> {
+    pub(crate) fn count_temporarily(&mut self, cluster: HostCluster) -> Result<()> {
         let g = self.g;
         let at = g.refblock_index(cluster);
         let index = g.reftable_index(cluster);
@@ -325,13 +307,11 @@ impl Refcounts {
             }
             return Ok(());
         }
-        // Walks since the search for this cluster may have left the block.
-        self.load(dev, index)?;
         let Some(block) = self.block_mut(index) else {
             return Err(self.not_described(cluster));
         };
         block.count_in_peak(g, at)?;
-        self.account(index);
+        self.make_room(index);
         Ok(())
     }
 }
@@ -359,55 +339,9 @@ mod tests {
     use crate::format::run::Tallied;
     use crate::io::memory::MemoryStorage;
     use byteorder::{BigEndian, ByteOrder};
-    use packed::MOST;
-    use tally::CACHED;
+    use counts::MOST;
 
-    impl Refcounts {
-        /// Leave all open blocks, as a walk does. Returns how many.
-        fn forget_all_clean(&mut self) -> usize {
-            let loaded = self.loaded().count();
-            self.enter_window(0..u64::MAX).unwrap();
-            loaded - self.loaded().count()
-        }
-    }
-
-    /// A refcount table of one cluster.
-    fn table(reftable_offset: u64) -> Places {
-        Places {
-            l1_offset: 0,
-            l1_size: 0,
-            reftable_offset,
-            reftable_clusters: 1,
-        }
-    }
-
-    /// 512-byte clusters, a refcount table of one cluster at 1, a block at 2.
-    fn small() -> (Device, Refcounts) {
-        let g = Geometry::new(9, 4, false);
-        let mut file = vec![0u8; 3 * 512];
-        for c in 0..3 {
-            refblock::set(g, &mut file[1024..], c, 1);
-        }
-        let dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
-        let mut entries = vec![0; 64];
-        entries[0] = 1024;
-        (dev, Refcounts::new(g, table(512), entries, 0, MOST))
-    }
-
-    #[test]
-    fn a_temporary_table_is_counted_in_a_block_that_was_left_meanwhile() {
-        let (mut dev, mut r) = small();
-        assert_eq!(r.find_untouched(&mut dev, 1, 2).unwrap(), Some(3));
-        assert!(r.forget_all_clean() > 0 && r.block(0).is_none());
-        r.count_temporarily(&mut dev, HostCluster(3)).unwrap();
-        let block = r.block(0).unwrap();
-        let mut peak = vec![0; 512];
-        block.peak_counts(r.g, &mut peak).unwrap();
-        assert_eq!(refblock::get(r.g, &peak, 3), 1);
-        assert!(block.is_written() && block.is_raised() && block.is_lowered() && !block.is_qemus());
-    }
-
-    /// Count a table of clusters in order, as `walk` does.
+    /// Count a table of clusters, as `walk` does.
     fn count(r: &mut Refcounts, dev: &mut Device, table: &[u8], tally: Tally) -> Tallied {
         let mut all = Tallied::default();
         while let Some(rest) = table.get(all.entries * 8..).filter(|t| !t.is_empty()) {
@@ -417,8 +351,7 @@ mod tests {
             all.entries += run.entries;
             if run.entries == 0 {
                 let c = r.g.cluster_of(BigEndian::read_u64(rest) & OFFSET_MASK);
-                let count = r.tally(dev, c, tally).unwrap();
-                all.ones |= count == 1;
+                all.ones |= r.tally(dev, c, tally).unwrap() == 1;
                 all.entries += 1;
             }
         }
@@ -427,78 +360,73 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "many minutes there")]
-    fn a_walk_that_jumps_about_counts_in_narrow_fields_and_comes_to_the_same() {
-        for order in [2, 4, 6] {
+    fn a_walk_that_jumps_about_comes_to_the_same_in_narrow_fields_and_in_a_temporary_file() {
+        // More counts than fit in a cache, and more than may be in memory.
+        for (order, blocks, cap) in [(2, 5000, MOST), (4, 128, 4096), (6, 64, 512)] {
             let g = Geometry::new(9, order, false);
-            let blocks = 3 * CACHED / 1024;
-            let entries = (0..blocks).map(|b| (b + 1) * 512).collect();
-            let mut file = vec![0u8; 512 + blocks as usize * 512];
-            let per_block = g.refblock_entries();
-            let mut want = vec![0u64; (blocks * per_block) as usize];
-            let mut seed = 88_172_645_463_325_252u64;
-            let mut random = |n: u64| {
-                seed ^= seed << 13;
-                seed ^= seed >> 7;
-                seed ^= seed << 17;
-                seed % n
-            };
-            for (c, count) in want.iter_mut().enumerate() {
-                *count = random(2);
-                let at = 512 + (c as u64 / per_block * 512) as usize;
-                let index = c % per_block as usize;
-                refblock::set(g, &mut file[at..at + 512], index, *count);
-            }
+            let file = vec![0; 512 * (1 + blocks as usize)];
             let mut dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
-            let mut r = Refcounts::new(g, table(0), entries, 0, MOST);
-            let mut visited = Vec::new();
-            let mut table = [0u8; 512];
-            for round in 0..2000u64 {
+            let places = Places {
+                l1_offset: 0,
+                l1_size: 0,
+                reftable_offset: 0,
+                reftable_clusters: 1,
+            };
+            let entries = (1..=blocks).map(|b| b * 512).collect();
+            let mut r = Refcounts::new(g, places, entries, 0, cap);
+            let mut want = vec![0u64; (blocks * g.refblock_entries()) as usize];
+            let mut seed = 88_172_645_463_325_252u64;
+            for round in 0..1500 {
+                let mut table = [0; 512];
                 for word in table.chunks_exact_mut(8) {
-                    // Some clusters again and again, out of what narrow fields hold.
-                    let hot = round % 8 == 0 && want[77] < g.refcount_max().min(300);
+                    seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                    // One cluster again and again, out of what narrow fields hold.
+                    let hot = round % 8 == 0 && want[77] + 64 < g.refcount_max().min(400);
                     let c = if hot {
                         77
                     } else {
-                        78 + random(want.len() as u64 - 78)
+                        78 + (seed >> 33) % (want.len() as u64 - 78)
                     };
-                    want[c as usize] += 1;
-                    visited.push(c);
                     BigEndian::write_u64(word, c << 9);
                 }
-                count(&mut r, &mut dev, &table, Tally::Up);
+                let clusters: Vec<_> = table
+                    .chunks_exact(8)
+                    .map(|w| BigEndian::read_u64(w) as usize >> 9)
+                    .collect();
+                for tally in [Tally::Up, Tally::Down(1)].into_iter().take(1 + round % 2) {
+                    count(&mut r, &mut dev, &table, tally);
+                    for c in &clusters {
+                        want[*c] = if tally == Tally::Up {
+                            want[*c] + 1
+                        } else {
+                            want[*c] - 1
+                        };
+                    }
+                    let look = count(&mut r, &mut dev, &table, Tally::Look);
+                    assert_eq!(look.ones, clusters.iter().any(|c| want[*c] == 1));
+                    assert_eq!(look.others, clusters.iter().any(|c| want[*c] != 1));
+                    let (mut flags, mut done) = (table, 0);
+                    while done < 64 {
+                        done += r
+                            .copied_run(&mut dev, &mut flags[done * 8..], false)
+                            .unwrap()
+                            .0;
+                    }
+                    for (word, c) in flags.chunks_exact(8).zip(&clusters) {
+                        assert_eq!(
+                            word[0] >> 7 == 1,
+                            want[*c] == 1,
+                            "order {order} cluster {c}"
+                        );
+                    }
+                }
             }
-            let narrow = r.loaded().filter(|(_, b)| b.now.order() < Some(order));
-            assert!(narrow.count() > blocks as usize / 2, "order {order}");
-            for chunk in visited.chunks(64).take(500) {
-                for (word, c) in table.chunks_exact_mut(8).zip(chunk) {
-                    BigEndian::write_u64(word, c << 9);
-                    want[*c as usize] -= 1;
-                }
-                count(&mut r, &mut dev, &table, Tally::Down(1));
-                let mut flags = table;
-                let mut done = 0;
-                while done < 64 {
-                    let (n, _) = r
-                        .copied_run(&mut dev, &mut flags[done * 8..], false)
-                        .unwrap();
-                    assert_ne!(n, 0);
-                    done += n;
-                }
-                for (word, c) in flags.chunks_exact(8).zip(chunk) {
-                    let copied = BigEndian::read_u64(word) >> 63 == 1;
-                    assert_eq!(copied, want[*c as usize] == 1, "order {order} cluster {c}");
-                }
-                let look = count(&mut r, &mut dev, &table, Tally::Look);
-                assert_eq!(look.ones, chunk.iter().any(|c| want[*c as usize] == 1));
-                assert_eq!(look.others, chunk.iter().any(|c| want[*c as usize] != 1));
-            }
-            for (index, block) in r.loaded() {
-                let first = (index * per_block) as usize;
-                let counts = block.counts(g).unwrap();
-                for (i, want) in want[first..].iter().take(per_block as usize).enumerate() {
-                    let count = refblock::get(g, &counts, i);
-                    assert_eq!(count, *want, "order {order} block {index}");
-                }
+            assert!(r.residency.held <= cap, "order {order}");
+            let away = r.loaded().filter(|(_, b)| b.now.is_away()).count();
+            assert_eq!(away > blocks as usize / 2, cap != MOST, "order {order}");
+            for (c, want) in want.iter().enumerate() {
+                let count = r.count_after(HostCluster(c as u64)).unwrap();
+                assert_eq!(count, *want, "order {order} cluster {c}");
             }
         }
     }

@@ -28,18 +28,16 @@ impl Refcounts {
                 run += free;
                 continue;
             }
-            let Some(counts) = self.counts(dev, index, &mut scratch)? else {
-                continue; // not reached: the entry is not zero
-            };
+            let (narrow, counts) = self.counts(dev, index, &mut scratch)?;
             let entries = g.refblock_entries() as usize;
             let mut i = g.refblock_index(HostCluster(at));
             while i < entries && run < n {
                 if run == 0 {
                     // Skip what is in use.
-                    i = refblock::find(g, counts, i, entries, true).unwrap_or(entries);
+                    i = refblock::find(narrow, &counts, i, entries, true).unwrap_or(entries);
                 }
                 let limit = entries.min(i.saturating_add((n - run) as usize));
-                let stop = refblock::find(g, counts, i, limit, false);
+                let stop = refblock::find(narrow, &counts, i, limit, false);
                 run += (stop.unwrap_or(limit) - i) as u64;
                 i = stop.unwrap_or(limit);
                 if stop.is_some() && run < n {
@@ -69,11 +67,11 @@ impl Refcounts {
             let index = g.reftable_index(HostCluster(end - 1));
             let first = g.first_cluster_of_block(index).0;
             dev.progress.pass(TABLE_ENTRY)?;
-            let counts = self.counts(dev, index, &mut scratch)?.unwrap_or_default();
+            let (narrow, counts) = self.counts(dev, index, &mut scratch)?;
             // A file may have terabytes of holes: only what is not zero is taken apart.
             if let Some(byte) = counts.iter().rposition(|b| *b != 0) {
-                let n = ((end - first) as usize).min(g.block_entries_in(byte + 8));
-                if let Some(last) = (0..n).rev().find(|i| refblock::get(g, counts, *i) != 0) {
+                let n = ((end - first) as usize).min(narrow.block_entries_in(byte + 8));
+                if let Some(last) = (0..n).rfind(|i| refblock::get(narrow, &counts, *i) != 0) {
                     return Ok(first + last as u64);
                 }
             }
@@ -104,7 +102,7 @@ impl Refcounts {
             let is_loaded = loaded.is_some();
             if let Some(block) = loaded {
                 scratch = zeroed(g.cluster_size())?;
-                block.peak_counts(g, &mut scratch)?;
+                block.peak_counts(g, &[], &mut scratch)?;
             } else {
                 self.counts(dev, index, &mut scratch)?;
             }
@@ -134,35 +132,24 @@ impl Refcounts {
         if n > g.refblock_entries() {
             return Ok(None);
         }
-        let mut dropped = std::mem::take(&mut self.dropped);
-        let mut found = None;
-        for d in &mut dropped {
+        for i in 0..self.dropped.len() {
+            let d = &self.dropped[i];
             dev.progress.pass(g.cluster_size())?;
             let before = read_refblock(dev, g, d.offset)?;
-            let after = d.counts.as_ref().map(|c| c.bytes(g)).transpose()?;
             let base = g.first_cluster_of_block(d.index).0;
             let mut run = 0;
             for at in 0..g.refblock_entries() as usize {
                 let c = base + at as u64;
-                let counted = refblock::get(g, &before, at) != 0
-                    || after.as_ref().is_some_and(|b| refblock::get(g, b, at) != 0);
-                run = if counted || !self.fates.is_untouched(c) || c == 0 {
-                    0
-                } else {
-                    run + 1
-                };
+                let after = d.counts.as_ref().map_or(Ok(0), |c| c.get(g, at))?;
+                let counted = after != 0 || refblock::get(g, &before, at) != 0;
+                let free = !counted && self.fates.is_untouched(c) && c != 0;
+                run = if free { run + 1 } else { 0 };
                 if run == n {
-                    found = Some(c + 1 - n);
-                    break;
+                    self.dropped[i].peak = Some(before);
+                    return Ok(Some(c + 1 - n));
                 }
             }
-            drop(after);
-            if found.is_some() {
-                d.peak = Some(before);
-                break;
-            }
         }
-        self.dropped = dropped;
-        Ok(found)
+        Ok(None)
     }
 }

@@ -1,8 +1,8 @@
 //! The refcount table and its blocks: where they are, how they grow and how they shrink.
 
 use super::block::Block;
+use super::counts::BlockCounts;
 use super::fates::{Forgotten, Freed};
-use super::packed::BlockCounts;
 use super::{Refcounts, Reserved};
 use crate::error::{Error, Result};
 use crate::format::entry::REFTABLE_OFFSET_MASK;
@@ -152,7 +152,8 @@ impl Refcounts {
         self.forget_before_writing(dev, offset, self.g.cluster_size())?;
         let epoch = self.epoch();
         self.reach_to(offset.saturating_add(self.g.cluster_size()));
-        self.insert(index, Block::new(self.g, offset, counts, Some(epoch)))
+        let block = Block::new(self.g, offset, &counts, Some(epoch))?;
+        self.insert(index, block)
     }
 
     /// QEMU's `qcow2_refcount_area`: a larger table, and the blocks that describe it, behind
@@ -240,12 +241,10 @@ impl Refcounts {
             if offset == 0 {
                 continue;
             }
-            let Some(counts) = self.counts(dev, index, &mut scratch)? else {
-                continue; // not reached: the entry is not zero
-            };
-            let (mut counts, itself) = (room::copy_of(counts)?, g.cluster_of(offset));
+            let (narrow, counts) = self.counts(dev, index, &mut scratch)?;
+            let (mut counts, itself) = (room::owned(counts)?, g.cluster_of(offset));
             if g.reftable_index(itself) == index {
-                refblock::set(g, &mut counts, g.refblock_index(itself), 0);
+                refblock::set(narrow, &mut counts, g.refblock_index(itself), 0);
             }
             if counts.iter().all(|b| *b == 0) {
                 room::push(&mut unused, (index, offset))?;
@@ -273,13 +272,11 @@ impl Refcounts {
             let block = self.take_block(index);
             if block.as_ref().is_none_or(|b| b.born.is_none()) {
                 // Nothing is left in it but, at times, the block itself.
-                let counts = block.map(|mut b| {
+                let mut counts = block.map(|b| b.now);
+                if let Some(counts) = &mut counts {
                     // Its place in the temporary file is that of the next block here.
-                    b.now.open(g)?;
-                    b.now.pack(g);
-                    Ok(b.now)
-                });
-                let counts = counts.transpose()?;
+                    counts.fetch(g)?;
+                }
                 let dropped = Dropped {
                     index,
                     offset,

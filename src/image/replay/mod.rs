@@ -220,18 +220,11 @@ impl Replay {
         let g = self.g;
         let old = self.l1.get(l1_index as usize).copied().unwrap_or(0);
         let offset = old & OFFSET_MASK;
-        if g.in_cluster(offset) != 0 {
-            return Err(Error::Corrupt(format!(
-                "L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})"
-            )));
-        }
-        if old & COPIED != 0 && offset != 0 {
-            return Ok((offset, self.read_table(dev, offset)?));
+        if offset != 0 || old & COPIED != 0 {
+            named::check_l2_offset(g, offset, l1_index as usize)?;
         }
         if old & COPIED != 0 {
-            return Err(Error::Corrupt(format!(
-                "L1 entry {l1_index:#x} has flags but no offset"
-            )));
+            return Ok((offset, self.read_table(dev, offset)?));
         }
         let new = self.refs.alloc(dev, g.cluster_size())?;
         if new == 0 {
@@ -280,9 +273,16 @@ impl Replay {
         (self.refs.reach, self.truncated) = (length, true);
     }
 
-    /// Where the tables stand in the end.
-    pub(crate) fn places(&self) -> Places {
-        let (l1, table) = (self.l1_place(), self.refs.table());
+    /// Where the tables stand when this epoch is published.
+    pub(crate) fn places_at(&self, epoch: usize) -> Places {
+        let by_now = |born: Option<usize>| born.is_none_or(|e| e <= epoch);
+        let table = self.refs.tables().iter().rfind(|t| by_now(t.born));
+        let l1 = self.l1_places.iter().rfind(|p| by_now(p.born)).copied();
+        // Both have a place that they had before the verb.
+        let (table, l1) = (
+            table.unwrap_or(self.refs.table()),
+            l1.unwrap_or(self.l1_place()),
+        );
         Places {
             l1_offset: l1.offset,
             l1_size: l1.entries,

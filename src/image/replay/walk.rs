@@ -52,14 +52,7 @@ pub(crate) enum Flags {
     Published,
 }
 
-impl Flags {
-    /// Must counts be looked at again?
-    pub(crate) fn need_counts(self) -> bool {
-        matches!(self, Flags::Final | Flags::Published)
-    }
-}
-
-/// What counting one table, or the part of it that is counted now, came to.
+/// What counting one table came to.
 #[derive(Clone, Copy, Default)]
 struct Counted {
     /// The end of the last entry whose bit 63 changes, in bytes from the table's start; 0: none.
@@ -67,66 +60,21 @@ struct Counted {
     /// Some cluster's count is one now, and some cluster's is not.
     ones: bool,
     others: bool,
-    /// The table's own count, once that is known.
-    own: Option<Own>,
+    /// The table's own count.
+    own: u64,
     /// The contents differ from what is on the disk.
     in_memory: bool,
-}
-
-/// What an L2 table's own count is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Own {
-    None,
-    One,
-    More,
-}
-
-impl Counted {
-    /// Take in what another part of the same table came to.
-    fn add(&mut self, part: Counted) {
-        self.changed = self.changed.max(part.changed);
-        self.ones |= part.ones;
-        self.others |= part.others;
-        self.own = self.own.or(part.own);
-        self.in_memory |= part.in_memory;
-    }
-}
-
-impl Own {
-    fn of(count: u64) -> Own {
-        match count {
-            0 => Own::None,
-            1 => Own::One,
-            _ => Own::More,
-        }
-    }
 }
 
 impl Replay {
     /// Walk `l1`, in QEMU's order: the clusters of an L2 table, then the table itself.
     pub(crate) fn walk(&mut self, dev: &mut Device, l1: &[u64], tally: Tally) -> Result<Walked> {
-        self.walk_tables(dev, &Named::of(l1), tally)
+        self.walk_tables(dev, &Named::of(l1), tally, &[])
     }
 
-    /// Walk these tables, in their order.
+    /// Walk these tables, in their order. Those that `counted`, which has just been walked, names at the
+    /// same place are not read again: which of their flags change is found out when they are written.
     pub(crate) fn walk_tables(
-        &mut self,
-        dev: &mut Device,
-        named: &Named<'_>,
-        tally: Tally,
-    ) -> Result<Walked> {
-        self.walk_but(dev, named, tally, &[])
-    }
-
-    /// Look at what `l1` reaches when all counts are final, as [`Replay::walk`] does. Tables that
-    /// `counted`, which has just been walked, names at the same place are not read again: which of
-    /// their flags change is found out when they are written.
-    pub(crate) fn look(&mut self, dev: &mut Device, l1: &[u64], counted: &[u64]) -> Result<Walked> {
-        let counted = if self.refs.jumped() { &[] } else { counted };
-        self.walk_but(dev, &Named::of(l1), Tally::Look, counted)
-    }
-
-    fn walk_but(
         &mut self,
         dev: &mut Device,
         named: &Named<'_>,
@@ -138,24 +86,28 @@ impl Replay {
             ..Walked::default()
         };
         check_repeats(self.g, &named.words)?;
-        self.refs.begin_walk();
-        let mut tables = Reader::new(self.g, tables::Source::L2Tables, &named.words);
-        for (index, word) in named.words.iter().enumerate() {
-            if self.refs.thrashes(self.g.l2_entries()) {
-                self.walk_in_windows(dev, named, index, tally, &mut out)?;
-                break;
-            }
-            let same = |c: &&u64| (**c ^ word) & OFFSET_MASK == 0;
+        let mut tables = Reader::new(dev, self.g, tables::L2_TABLES, &named.words);
+        let words = named.words.iter().zip(&mut out.l1).enumerate();
+        for (index, (word, new)) in words.filter(|(_, (word, _))| **word != 0) {
+            let offset = word & OFFSET_MASK;
+            let same = |c: &&u64| *c & OFFSET_MASK == offset;
             let mut known = None;
             if counted.get(index).filter(same).is_some() {
-                known = self.known(dev, word & OFFSET_MASK)?;
+                known = self.known(dev, offset)?;
             }
             let counted = match known {
                 Some(known) => known,
-                None => self.count_table(dev, &mut tables, index, named.share(index), tally)?,
+                None => {
+                    self.count_table(dev, &mut tables, (index, offset), named.share(index), tally)?
+                }
             };
-            self.note(&mut out, index, counted, tally)?;
+            *new = offset | if counted.own == 1 { COPIED } else { 0 };
+            out.l1_changed |= *new != *word;
+            out.ones |= counted.ones || counted.own == 1;
+            out.freed += u64::from(counted.own == 0);
+            self.note(&mut out.tables, offset, counted, tally)?;
         }
+        tables.give_back(dev);
         Ok(out)
     }
 
@@ -183,36 +135,9 @@ impl Replay {
             changed: g.cluster_size() as u32,
             ones: true,
             others: true,
-            own: Some(Own::of(count)),
+            own: count,
             in_memory: false,
         }))
-    }
-
-    /// The rest of a walk, from `first` on, where the refcount blocks do not fit in memory: once for
-    /// each part of them that does.
-    fn walk_in_windows(
-        &mut self,
-        dev: &mut Device,
-        named: &Named<'_>,
-        first: usize,
-        tally: Tally,
-        out: &mut Walked,
-    ) -> Result<()> {
-        let n = named.words.len() - first;
-        let mut all = room::filled(n, Counted::default())?;
-        for window in self.refs.windows()? {
-            self.refs.enter_window(window)?;
-            let mut tables = Reader::new(self.g, tables::Source::L2Tables, &named.words);
-            for (index, counted) in (first..).zip(&mut all) {
-                let share = named.share(index);
-                counted.add(self.count_table(dev, &mut tables, index, share, tally)?);
-            }
-        }
-        self.refs.leave_windows();
-        for (index, counted) in (first..).zip(all) {
-            self.note(out, index, counted, tally)?;
-        }
-        Ok(())
     }
 
     /// Count what the L2 table at `index` of the L1 refers to, and the table itself.
@@ -220,7 +145,7 @@ impl Replay {
         &mut self,
         dev: &mut Device,
         tables: &mut Reader,
-        index: usize,
+        (index, offset): (usize, u64),
         share: Share,
         tally: Tally,
     ) -> Result<Counted> {
@@ -229,12 +154,7 @@ impl Replay {
             Tally::Down(_) => Tally::Down(share.times),
             other => other,
         };
-        let entry = tables.list().get(index).copied().unwrap_or(0);
-        if entry == 0 {
-            return Ok(Counted::default());
-        }
         dev.progress.step(g.cluster_size())?;
-        let offset = entry & OFFSET_MASK;
         check_l2_offset(g, offset, index)?;
         // What is rewritten is the table on disk.
         let changed = self.remade.get(g, offset);
@@ -247,61 +167,45 @@ impl Replay {
         let table = share.part.of(table, g.l2_entry_size());
         let mut counted = count_entries(&mut self.refs, dev, table, offset, tally)?;
         counted.in_memory = changed.is_some();
-        if matches!(share.part, Part::Behind(_)) {
-            counted.own = Some(Own::More);
-            return Ok(counted);
-        }
-
-        let own = g.cluster_of(offset);
-        if !self.refs.outside(g.reftable_index(own)) {
-            counted.own = Some(Own::of(self.refs.tally(dev, own, tally)?));
-        }
+        counted.own = match share.part {
+            // Counted with the part before it.
+            Part::Behind(_) => 2,
+            _ => self.refs.tally(dev, g.cluster_of(offset), tally)?,
+        };
         Ok(counted)
     }
 
-    /// Note what counting the table at `index` means for it and for its entry in the L1.
+    /// Note what counting the table at `offset` means for it.
     fn note(
         &mut self,
-        out: &mut Walked,
-        index: usize,
+        marked: &mut Vec<Marked>,
+        offset: u64,
         counted: Counted,
         tally: Tally,
     ) -> Result<()> {
         let g = self.g;
-        let Some(slot) = out.l1.get_mut(index).filter(|entry| **entry != 0) else {
+        if counted.changed == 0 {
             return Ok(());
+        }
+        // QEMU drops the first slice of a table that is freed, and writes the others.
+        let (end, slice) = (counted.changed.into(), g.l2_slice_bytes(self.meaning.size));
+        let freed = matches!(tally, Tally::Down(_)) && counted.own == 0;
+        if !freed || end > slice {
+            let end = u64::div_ceil(end, slice) * slice;
+            self.refs.reach_to(offset.saturating_add(end));
+        }
+        if freed {
+            return Ok(());
+        }
+        let of_table = Some(Protected::ActiveL2);
+        self.overlap.check(offset, g.cluster_size(), of_table)?;
+        let flags = match (counted.ones, counted.others) {
+            _ if tally != Tally::Look || counted.in_memory => Flags::Final,
+            (true, true) => Flags::Final,
+            (true, false) => Flags::AllAreOne,
+            (false, _) => Flags::NoneIsOne,
         };
-        let offset = *slot & OFFSET_MASK;
-        // Each table has been counted, in one window or another.
-        let own = counted.own.unwrap_or(Own::None);
-        out.ones |= counted.ones || own == Own::One;
-        out.freed += u64::from(own == Own::None);
-        if counted.changed != 0 {
-            // QEMU drops the first slice of a table that is freed, and writes the others.
-            let (end, slice) = (counted.changed.into(), g.l2_slice_bytes(self.meaning.size));
-            let freed = matches!(tally, Tally::Down(_)) && own == Own::None;
-            if !freed || end > slice {
-                let end = u64::div_ceil(end, slice) * slice;
-                self.refs.reach_to(offset.saturating_add(end));
-            }
-            if !freed {
-                self.overlap
-                    .check(offset, g.cluster_size(), Some(Protected::ActiveL2))?;
-                let flags = match (counted.ones, counted.others) {
-                    _ if tally != Tally::Look || counted.in_memory => Flags::Final,
-                    (true, true) => Flags::Final,
-                    (true, false) => Flags::AllAreOne,
-                    (false, _) => Flags::NoneIsOne,
-                };
-                room::push(&mut out.tables, Marked { offset, flags })?;
-            }
-        }
-        let new = offset | if own == Own::One { COPIED } else { 0 };
-        if new != *slot {
-            *slot = new;
-            out.l1_changed = true;
-        }
-        Ok(())
+        room::push(marked, Marked { offset, flags })
     }
 }
 
@@ -325,18 +229,9 @@ fn count_entries(
         at += run.entries * size;
         if run.entries == 0 {
             let old = BigEndian::read_u64(rest);
-            let place = (offset, at / size);
-            let count = count_entry(refs, dev, old, place, tally, &mut all.ones)?;
+            let one = count_entry(refs, dev, old, (offset, at / size), tally, &mut all)?;
             at += size;
-            let Some(count) = count else {
-                continue;
-            };
-            all.ones |= count == 1;
-            // Flags of compressed clusters and of entries that name none do not hang on a count.
-            let kind = entry::cluster(refs.geometry(), old & !COPIED);
-            all.others |=
-                count != 1 && matches!(kind, Cluster::Standard(_) | Cluster::ZeroAllocated(_));
-            if (old & COPIED != 0) != (count == 1) {
+            if (old & COPIED != 0) != one {
                 all.changed = at as u32;
             }
         }
@@ -344,35 +239,24 @@ fn count_entries(
     Ok(all)
 }
 
-/// Count what one entry refers to, of whatever kind it is. Returns the count that decides about its
-/// bit 63; none where that cluster is passed over for now. `place` names the entry in errors.
+/// Count what one entry refers to, of whatever kind it is. Returns its bit 63, as the counts are now.
+/// `place` names the entry in errors.
 fn count_entry(
     refs: &mut Refcounts,
     dev: &mut Device,
     entry: u64,
     place: (u64, usize),
     tally: Tally,
-    ones: &mut bool,
-) -> Result<Option<u64>> {
+    all: &mut Counted,
+) -> Result<bool> {
     let g = refs.geometry();
-    let mut bump = |refs: &mut Refcounts, c: HostCluster| -> Result<Option<u64>> {
-        if refs.outside(g.reftable_index(c)) {
-            return Ok(None);
-        }
-        let count = refs.tally(dev, c, tally)?;
-        *ones |= count == 1;
-        Ok(Some(count))
-    };
     match entry::cluster(g, entry & !COPIED) {
         Cluster::Compressed { offset, length } if tally != Tally::Look => {
             let last = g.cluster_of(offset.saturating_add(length - 1)).0;
             for c in g.cluster_of(offset).0..=last {
-                bump(refs, HostCluster(c))?;
+                all.ones |= refs.tally(dev, HostCluster(c), tally)? == 1;
             }
-            Ok(Some(2))
         }
-        // Whatever its count, a compressed cluster is never written in place.
-        Cluster::Compressed { .. } => Ok(Some(2)),
         Cluster::Standard(at) | Cluster::ZeroAllocated(at) => {
             if g.in_cluster(at) != 0 {
                 let (table, index) = place;
@@ -380,29 +264,15 @@ fn count_entry(
                     "Cluster allocation offset {at:#x} unaligned (L2 offset: {table:#x}, L2 index: {index:#x})"
                 )));
             }
-            bump(refs, g.cluster_of(at))
+            let one = refs.tally(dev, g.cluster_of(at), tally)? == 1;
+            all.ones |= one;
+            all.others |= !one;
+            return Ok(one);
         }
-        Cluster::ZeroPlain | Cluster::Unallocated => Ok(Some(0)),
+        _ => {}
     }
-}
-
-/// Bit 63 of one L2 entry as `flags` demands; none where the cluster is passed over for now.
-fn wanted(refs: &mut Refcounts, dev: &mut Device, old: u64, flags: Flags) -> Result<Option<bool>> {
-    let g = refs.geometry();
-    let (Cluster::Standard(at) | Cluster::ZeroAllocated(at)) = entry::cluster(g, old & !COPIED)
-    else {
-        return Ok(Some(false));
-    };
-    if refs.outside(g.reftable_index(g.cluster_of(at))) {
-        return Ok(None);
-    }
-    let count = match flags {
-        Flags::Final => refs.get(dev, g.cluster_of(at))?,
-        Flags::Published => refs.get_published(dev, g.cluster_of(at))?,
-        Flags::NoneIsOne => 0,
-        Flags::AllAreOne => 1,
-    };
-    Ok(Some(count == 1))
+    // Whatever its count, a compressed cluster is never written in place.
+    Ok(false)
 }
 
 /// Clear bit 63 in the entries of a table, or a part of one, and with `set` also set it, as `flags`
@@ -416,25 +286,22 @@ pub(crate) fn set_copied(
 ) -> Result<bool> {
     let size = refs.geometry().l2_entry_size();
     // No counts need be looked at where all come to the same.
-    if flags == Flags::NoneIsOne || flags == Flags::AllAreOne && set {
+    if let Flags::AllAreOne | Flags::NoneIsOne = flags {
         let mut differs = 0;
         for word in table.chunks_exact_mut(size) {
             let one = flags == Flags::AllAreOne && entry::is_counted(BigEndian::read_u64(word));
-            let new = word[0] & 0x7f | u8::from(one) << 7;
+            let may_be = if set { 0x80 } else { word[0] & 0x80 };
+            let new = word[0] & 0x7f | may_be & u8::from(one) << 7;
             differs |= new ^ word[0];
             word[0] = new;
         }
         return Ok(differs != 0);
     }
     // Peaks are kept only where a verb publishes more than once.
-    let runs = match flags {
-        Flags::Final => true,
-        Flags::Published => !refs.has_peaks(),
-        Flags::NoneIsOne | Flags::AllAreOne => false,
-    };
+    let peaks = flags == Flags::Published && refs.epoch() != 0;
     let (mut at, mut changed) = (0, false);
     while let Some(rest) = table.get_mut(at..).filter(|r| !r.is_empty()) {
-        if runs {
+        if !peaks {
             let (entries, differs) = refs.copied_run(dev, rest, !set)?;
             changed |= differs;
             at += entries * size;
@@ -443,11 +310,17 @@ pub(crate) fn set_copied(
             }
         }
         let old = BigEndian::read_u64(rest);
-        let copied = wanted(refs, dev, old, flags)?;
-        at += size;
-        let Some(copied) = copied else {
-            continue;
+        let copied = match entry::cluster(refs.geometry(), old & !COPIED) {
+            Cluster::Standard(host) | Cluster::ZeroAllocated(host) => {
+                let cluster = refs.geometry().cluster_of(host);
+                1 == match peaks {
+                    true => refs.get_published(dev, cluster)?,
+                    false => refs.get(dev, cluster)?,
+                }
+            }
+            _ => false,
         };
+        at += size;
         if (old & COPIED != 0) != copied && (set || !copied) {
             BigEndian::write_u64(rest, old ^ COPIED);
             changed = true;

@@ -262,10 +262,7 @@ impl Flatten<'_> {
                 let host = offset + (i * cs) as u64;
                 if job.count != 1 {
                     let cluster = self.g.cluster_of(host);
-                    generation
-                        .replay
-                        .refs
-                        .count_as(&mut self.image.dev, cluster, job.count)?;
+                    generation.replay.refs.count_as(cluster, job.count)?;
                 }
                 for (i, lack) in &job.nodes {
                     if let Some(node) = nodes.get_mut(*i) {
@@ -365,10 +362,7 @@ impl Flatten<'_> {
     ) -> Result<()> {
         let offset = self.allocate(generation, 1)?;
         let (cluster, count) = (self.g.cluster_of(offset), node.disks.len() as u64);
-        generation
-            .replay
-            .refs
-            .count_as(&mut self.image.dev, cluster, count)?;
+        generation.replay.refs.count_as(cluster, count)?;
         node.table = offset;
         node.made = Some((generation.number, generation.tables.len()));
         node.foreign = false;

@@ -85,7 +85,7 @@ impl Flatten<'_> {
             let n = these.map(|n| n.disks.len() as u64).sum();
             let to = self.allocate(generation, 1)?;
             let (replay, dev) = (&mut generation.replay, &mut self.image.dev);
-            replay.refs.count_as(dev, g.cluster_of(to), n)?;
+            replay.refs.count_as(g.cluster_of(to), n)?;
             replay.write_new(dev, "guest data", to, contents)?;
             for (i, _) in group {
                 if let Some(node) = nodes.get_mut(*i) {
