@@ -363,9 +363,13 @@ fn a_repair_that_is_cut_anywhere_leaves_nothing_worse_and_a_second_one_finishes(
                 let left = |r: &CheckResult| r.corruptions + r.leaks + r.check_errors;
                 // New structures may make the file longer, and what was named behind its end lies in it then; after a
                 // cut they may not be needed any more.
-                let behind =
-                    |lines: &[String]| lines.iter().any(|l| l.contains("exceeding the end"));
-                let stays = || Ok::<_, String>(behind(&found(&before)?) && behind(&found(&end)?));
+                let behind = |l: &String| l.contains("exceeding the end");
+                let stays = || -> Result<bool, String> {
+                    let (before, end) = (found(&before)?, found(&end)?);
+                    let mut errors = end.iter().filter(|l| l.starts_with("ERROR"));
+                    let only = errors.all(|l| behind(l) || l.contains("OFLAG_COPIED"));
+                    Ok(only && before.iter().any(behind) && end.iter().any(behind))
+                };
                 if left(&whole) == 0 && left(&second) != 0 && !stays()? {
                     return Err(format!("left {second:?}, by a whole one {whole:?}"));
                 }
