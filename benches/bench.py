@@ -385,11 +385,9 @@ class Copies:
                 ms = {program: [] for program in (*pair, *also)}
                 for r in range(self.b.rounds):
                     for program in list(ms) if r % 2 == 0 else list(ms)[::-1]:
-                        # Nobody pays for what the one before left to be written, nor for memory that the host of a
-                        # virtual machine has taken back meanwhile.
+                        # Nobody pays for what the one before left to be written. (Memory that the host of a virtual
+                        # machine takes back is another matter: docs/performance.md, "Copies".)
                         os.sync()
-                        if place == "disk":
-                            bytearray(4 << 30)[::4096] = b"x" * (1 << 20)
                         ms[program].append(measure(self.command(program, here, out)))
                         if os.path.exists(out):
                             os.unlink(out)

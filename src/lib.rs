@@ -103,6 +103,7 @@ pub mod image;
 pub mod io;
 mod maintain;
 pub mod read;
+mod room;
 pub mod snapshot;
 mod words;
 

@@ -8,7 +8,7 @@ use super::guard::{guard_image, null, Entered, Kind, Qcow2Image};
 use super::types::Qcow2Usage;
 use super::verbs::bytes as text;
 use crate::error::{Error, Result};
-use crate::image::room;
+use crate::room;
 
 /// What snapshots hold, taken together, and what deleting them would free. The figure of a set is
 /// not the sum of its members': what two snapshots share with each other, and with nothing

@@ -293,6 +293,16 @@ impl Header {
         self.size & !511
     }
 
+    /// Bytes of the active L1 table.
+    pub fn l1_bytes(&self) -> u64 {
+        u64::from(self.l1_size).saturating_mul(TABLE_ENTRY)
+    }
+
+    /// Bytes of the refcount table.
+    pub fn reftable_bytes(&self) -> u64 {
+        u64::from(self.reftable_clusters) << self.geometry.cluster_bits
+    }
+
     /// Is guest data in another file?
     pub fn has_data_file(&self) -> bool {
         self.incompatible & features::DATA_FILE != 0

@@ -2,9 +2,9 @@
 
 use crate::error::{Error, Result};
 use crate::image::progress::Progress;
-use crate::image::room;
-pub(crate) use crate::io::{DiscardKind, MAX_REQUEST};
-use crate::io::{Run, Stamp, Storage};
+pub(crate) use crate::io::{DiscardKind, Run, MAX_REQUEST};
+use crate::io::{Stamp, Storage};
+use crate::room;
 
 /// A [`Storage`] whose length is known and whose errors carry context. What changes it stands in
 /// `plan::execute`.

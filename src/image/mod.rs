@@ -10,6 +10,7 @@ use crate::format::geometry::{MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Header, HEADER_BYTES};
 use crate::io::file::{FileOptions, FileStorage, LockMode};
 use crate::io::{Stamp, Storage};
+use crate::room;
 use crate::snapshot::{copies, Snapshot};
 use device::Device;
 use plan::Plan;
@@ -20,16 +21,14 @@ use replay::Replay;
 use standing::{Last, Standing};
 
 pub(crate) mod device;
-pub(crate) mod held;
 mod layout;
 pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod reading;
 pub(crate) mod refcount;
 pub(crate) mod replay;
-pub(crate) mod room;
 mod standing;
-mod tables;
+pub(crate) mod tables;
 
 pub use layout::{Changed, ImageLayout};
 pub use progress::{ProgressHook, Stage};
@@ -79,51 +78,36 @@ pub struct Image {
     pub(crate) refcount_memory: u64,
     /// The steps of the last verb, as text.
     #[cfg(test)]
-    steps: String,
+    pub(crate) steps: String,
 }
 
 /// What an image says of itself, as it is on the disk.
-struct Loaded {
-    header: Header,
-    extensions: Extensions,
-    backing_file: Vec<u8>,
-    l1: Vec<u64>,
-    reftable: Vec<u64>,
-}
+type Loaded = (Header, Extensions, Vec<u8>, Vec<u64>, Vec<u64>);
 
-impl Loaded {
-    fn read(dev: &mut Device, flags: OpenFlags) -> Result<Loaded> {
-        let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
-        // The extensions may fill the first cluster, whose size the header says.
-        let bits = first.get(20..24).map_or(0, byteorder::BigEndian::read_u32);
-        if (9..=21).contains(&bits) {
-            first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
-        }
-        let header = if flags.has(OpenFlags::CHECK) {
-            Header::parse_to_check(&first)?
-        } else {
-            Header::parse(&first, flags.has(OpenFlags::RDWR))?
-        };
-        let l1 = dev.read_vec(
-            "Could not read L1 table",
-            header.l1_offset,
-            u64::from(header.l1_size) * TABLE_ENTRY,
-        )?;
-        let l1 = device::words(&l1)?;
-        debug_assert!(l1.len() as u64 * TABLE_ENTRY <= MAX_L1_BYTES);
-        let reftable = dev.read_vec(
-            "Could not read the refcount table",
-            header.reftable_offset,
-            u64::from(header.reftable_clusters) << header.geometry.cluster_bits,
-        )?;
-        Ok(Loaded {
-            reftable: device::words(&reftable)?,
-            extensions: header.extensions(&first)?,
-            backing_file: room::copy_of(header.backing_file(&first)?)?,
-            l1,
-            header,
-        })
+/// Read header, extensions, backing file's name, L1 table and refcount table.
+fn read_tables(dev: &mut Device, flags: OpenFlags) -> Result<Loaded> {
+    let mut first = dev.read_vec("Could not read qcow2 header", 0, HEADER_BYTES as u64)?;
+    // The extensions may fill the first cluster, whose size the header says.
+    let bits = first.get(20..24).map_or(0, byteorder::BigEndian::read_u32);
+    if (9..=21).contains(&bits) {
+        first = dev.read_vec("Could not read qcow2 header", 0, 1 << bits)?;
     }
+    let header = match flags.has(OpenFlags::CHECK) {
+        true => Header::parse_to_check(&first)?,
+        false => Header::parse(&first, flags.has(OpenFlags::RDWR))?,
+    };
+    let (l1, reftable) = (header.l1_bytes(), header.reftable_bytes());
+    debug_assert!(l1 <= MAX_L1_BYTES);
+    let l1 = dev.read_vec("Could not read L1 table", header.l1_offset, l1)?;
+    let reftable = dev.read_vec(
+        "Could not read the refcount table",
+        header.reftable_offset,
+        reftable,
+    )?;
+    let extensions = header.extensions(&first)?;
+    let backing_file = room::copy_of(header.backing_file(&first)?)?;
+    let (l1, reftable) = (device::words(&l1)?, device::words(&reftable)?);
+    Ok((header, extensions, backing_file, l1, reftable))
 }
 
 impl Image {
@@ -189,16 +173,16 @@ impl Image {
 
     pub(crate) fn on_device(mut dev: Device, flags: OpenFlags) -> Result<Image> {
         let seen = dev.stamp().filter(Stamp::is_settled);
-        let tables = Loaded::read(&mut dev, flags)?;
+        let (header, extensions, backing_file, l1, reftable) = read_tables(&mut dev, flags)?;
         let mut image = Image {
             behind: Behind::default(),
             dev,
             flags,
-            header: tables.header,
-            extensions: tables.extensions,
-            backing_file: tables.backing_file,
-            l1: tables.l1,
-            reftable: tables.reftable,
+            header,
+            extensions,
+            backing_file,
+            l1,
+            reftable,
             snapshots: SnapshotList::default(),
             view: None,
             caches: Caches::default(),
@@ -222,12 +206,14 @@ impl Image {
         // Until all is read nothing is known.
         self.seen = None;
         let stamp = self.dev.stamp();
-        let tables = Loaded::read(&mut self.dev, self.flags)?;
-        self.header = tables.header;
-        self.extensions = tables.extensions;
-        self.backing_file = tables.backing_file;
-        self.l1 = tables.l1;
-        self.reftable = tables.reftable;
+        let tables = read_tables(&mut self.dev, self.flags)?;
+        (
+            self.header,
+            self.extensions,
+            self.backing_file,
+            self.l1,
+            self.reftable,
+        ) = tables;
         self.forget_reads();
         (self.view, self.behind.chain, self.behind.data_file) = (None, None, None);
         self.load_what_is_good()?;
@@ -359,10 +345,8 @@ impl Image {
         let h = &self.header;
         let mut overlap = Overlap::new(h.geometry, &self.l1, &self.reftable)?;
         overlap.check_refblocks()?;
-        let l1_bytes = u64::from(h.l1_size) * TABLE_ENTRY;
-        let table_bytes = u64::from(h.reftable_clusters) << h.geometry.cluster_bits;
-        overlap.protect(Protected::ActiveL1, h.l1_offset, l1_bytes)?;
-        overlap.protect(Protected::Reftable, h.reftable_offset, table_bytes)?;
+        overlap.protect(Protected::ActiveL1, h.l1_offset, h.l1_bytes())?;
+        overlap.protect(Protected::Reftable, h.reftable_offset, h.reftable_bytes())?;
         let (list, list_bytes) = (h.snapshots_offset, self.snapshots.size);
         overlap.protect(Protected::SnapshotTable, list, list_bytes)?;
         for s in self.snapshots.entries.iter().filter(|s| placed(s)) {

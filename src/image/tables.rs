@@ -178,7 +178,7 @@ pub(crate) fn changed_runs(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::image::room;
+    use crate::room;
 
     #[test]
     fn runs_cover_the_changed_pieces_and_no_others() {

@@ -291,7 +291,7 @@ impl<'a, 'f> Check<'a, 'f> {
         let h = self.it.header;
         self.refer_to_snapshots()?;
         if self.mode.structures {
-            let table = u64::from(h.reftable_clusters) << self.g().cluster_bits;
+            let table = h.reftable_bytes();
             self.reference(h.reftable_offset, table, 1)?;
         }
         if let Some((offset, bytes)) = self.it.extensions.crypto_header {
@@ -392,7 +392,7 @@ impl<'a, 'f> Check<'a, 'f> {
     /// The L1 tables: where they are, and what their entries say.
     fn l1_tables_refer(&mut self) -> Result<()> {
         let h = self.it.header;
-        let bytes = u64::from(h.l1_size) * TABLE_ENTRY;
+        let bytes = h.l1_bytes();
         self.refer_to_table(h.l1_offset, bytes, 1)?;
         self.noticed.blind |= !self.in_file(h.l1_offset, bytes);
         for (index, l1_entry) in self.it.l1.iter().enumerate() {
@@ -502,11 +502,11 @@ impl<'a, 'f> Check<'a, 'f> {
     /// Are the tables that would be written alone in their clusters?
     fn look_at_clusters_of_tables(&mut self) {
         let h = self.it.header;
-        let bytes = u64::from(h.l1_size) * TABLE_ENTRY;
+        let bytes = h.l1_bytes();
         self.noticed.l1_shared |= bytes != 0 && self.is_shared(h.l1_offset, bytes);
         // Its entries are never written one by one here.
         self.noticed.rebuild |= h.reftable_clusters == 0;
-        let bytes = u64::from(h.reftable_clusters) << self.g().cluster_bits;
+        let bytes = h.reftable_bytes();
         self.noticed.reftable_shared |= bytes != 0 && self.is_shared(h.reftable_offset, bytes);
     }
 

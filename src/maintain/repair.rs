@@ -336,7 +336,7 @@ impl Image {
         let op = "Could not read the L1 table";
         let l1 = self.dev.read_vec(op, self.header.l1_offset, bytes)?;
         self.l1 = device::words(&l1)?;
-        let bytes = u64::from(self.header.reftable_clusters) << self.header.geometry.cluster_bits;
+        let bytes = self.header.reftable_bytes();
         let op = "Could not read the refcount table";
         let reftable = self.dev.read_vec(op, self.header.reftable_offset, bytes)?;
         self.reftable = device::words(&reftable)?;

@@ -7,7 +7,7 @@ use crate::format::geometry::{MAX_EXTRA_DATA, MAX_SNAPSHOTS, MAX_SNAPSHOT_TABLE_
 use crate::format::header::{validate_table, Header};
 use crate::format::record::{self, Lengths, FIXED_BYTES, KNOWN_EXTRA};
 use crate::image::device::Device;
-use crate::image::room;
+use crate::room;
 use crate::snapshot::Snapshot;
 use std::ops::Range;
 

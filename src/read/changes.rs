@@ -15,7 +15,8 @@ use crate::error::{Error, Result};
 use crate::format::entry::COPIED;
 use crate::format::geometry::Geometry;
 use crate::image::replay::named;
-use crate::image::{device, room, Image};
+use crate::image::{device, Image};
+use crate::room;
 use byteorder::{BigEndian, ByteOrder};
 
 /// What is compared in one go, in bytes of each side.

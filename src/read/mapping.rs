@@ -9,7 +9,8 @@ use crate::format::header::validate_table;
 use crate::image::device::Device;
 use crate::image::reading::Layer;
 use crate::image::reading::{L2Cache, Unpacked};
-use crate::image::{device, room, Image};
+use crate::image::{device, Image};
+use crate::room;
 use byteorder::{BigEndian, ByteOrder};
 
 /// Subclusters of a cluster with extended L2 entries.

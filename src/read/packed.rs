@@ -7,8 +7,9 @@ use crate::format::compress::{Compression, Unpacker};
 use crate::format::geometry::Geometry;
 use crate::image::device::Device;
 use crate::image::reading::Layer;
-use crate::image::{device, room, Image};
+use crate::image::{device, Image};
 use crate::io::lock;
+use crate::room;
 use std::ops::Range;
 use std::sync::Mutex;
 

@@ -6,9 +6,9 @@ use crate::format::entry::REFTABLE_OFFSET_MASK;
 use crate::format::geometry::HostCluster;
 use crate::format::refblock;
 use crate::image::reading::Layer;
-use crate::image::room;
 use crate::image::Image;
 use crate::io::Run;
+use crate::room;
 use std::ffi::{CStr, CString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -282,7 +282,7 @@ impl Image {
         let table = self.dev.read_vec(
             "Could not read the refcount table",
             self.header.reftable_offset,
-            u64::from(self.header.reftable_clusters) << g.cluster_bits,
+            self.header.reftable_bytes(),
         )?;
         let table = crate::image::device::words(&table)?;
         let mut used = 0u64;

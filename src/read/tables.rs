@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::Geometry;
 use crate::image::device::{zeroed, Device};
-use crate::image::room;
+use crate::room;
 use std::ops::Range;
 
 /// Bytes of tables in memory. The two largest tables need as much.

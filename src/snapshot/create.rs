@@ -12,8 +12,8 @@ use crate::image::progress::{table_bytes, Stage};
 use crate::image::replay::resize::shared_but_copied;
 use crate::image::replay::walk::{set_copied, Flags};
 use crate::image::replay::Replay;
-use crate::image::room;
 use crate::image::Image;
+use crate::room;
 use crate::words::printable;
 use byteorder::{BigEndian, ByteOrder};
 

@@ -13,8 +13,8 @@ use crate::image::replay::named::{check_l2_offset, Named, Naming, Part};
 use crate::image::replay::overlap::Protected;
 use crate::image::replay::walk::Marked;
 use crate::image::replay::Replay;
-use crate::image::room;
 use crate::image::Image;
+use crate::room;
 
 /// What a replay has come to.
 type Replayed = (Replay, Plan, Vec<Snapshot>, u64);

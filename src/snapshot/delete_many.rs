@@ -1,7 +1,8 @@
 //! `qcow2_snapshot_delete_many`.
 
 use crate::error::Result;
-use crate::image::{room, Image};
+use crate::image::Image;
+use crate::room;
 
 impl Image {
     /// Delete the snapshots with these IDs, else with these names, as the list has them before the

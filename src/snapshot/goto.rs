@@ -21,8 +21,8 @@ use crate::image::replay::overlap::Protected;
 use crate::image::replay::resize::shared_but_copied;
 use crate::image::replay::walk::{Flags, Marked, Walked};
 use crate::image::replay::Replay;
-use crate::image::room;
 use crate::image::Image;
+use crate::room;
 use std::rc::Rc;
 
 /// Where a temporary L1 table may go. Disks are full at times.

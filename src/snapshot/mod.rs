@@ -3,12 +3,15 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
 use crate::error::Result;
-use crate::image::room;
+use crate::room;
 
 mod create;
 mod delete;
 mod delete_many;
+#[cfg(test)]
+mod golden;
 mod goto;
+mod held;
 mod list;
 mod load_tmp;
 mod rename;

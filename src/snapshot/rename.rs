@@ -4,7 +4,8 @@ use super::copies;
 use crate::error::{Error, Result};
 use crate::image::plan::Plan;
 use crate::image::progress::Stage;
-use crate::image::{room, Image};
+use crate::image::Image;
+use crate::room;
 
 /// The longest new name, in bytes: what QEMU's struct for a snapshot has room for.
 const LONGEST_NAME: usize = 255;

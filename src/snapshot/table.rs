@@ -10,7 +10,8 @@ use crate::image::progress::Stage;
 use crate::image::refcount::Freed;
 use crate::image::replay::overlap::Protected;
 use crate::image::replay::Replay;
-use crate::image::{device, room, Image, SnapshotList};
+use crate::image::{device, Image, SnapshotList};
+use crate::room;
 use crate::words::printable;
 
 /// The table is read in requests of this size.

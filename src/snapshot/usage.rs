@@ -4,18 +4,19 @@
 //! first those of their disks and then those of what stands behind the disks (VM state). A cluster whose
 //! count has changed is one that they refer to; if the count is zero, nothing else does.
 
+use super::held::held;
 use super::table::L1Table;
 use crate::error::{Error, Result};
 use crate::format::features;
 use crate::format::geometry::{Geometry, HostCluster};
 use crate::format::run::Tally;
 use crate::image::device::Device;
-use crate::image::held::held;
 use crate::image::progress::{table_bytes, Stage};
 use crate::image::refcount::Freed;
 use crate::image::replay::named::{Naming, Part};
 use crate::image::replay::Replay;
-use crate::image::{room, Image};
+use crate::image::Image;
+use crate::room;
 use std::ops::Range;
 
 /// What a set of states of the disk holds, in bytes of clusters of the image file, each counted once.

@@ -47,14 +47,12 @@ pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
         _ => delete(&mut image, name),
     };
     drop(bar);
+    if result.is_ok() {
+        remarked(&image);
+    }
     match result {
         Ok(()) if request.json => print(done(&mut image, request.action)?.as_bytes()),
-        Ok(()) => {
-            if matches!(request.action, Action::Delete(_)) {
-                remarked(&image);
-            }
-            Ok(())
-        }
+        Ok(()) => Ok(()),
         Err((Some(Error::Cancelled(text)), _)) => Err(asked.stop(could_not(verb, name, &text))),
         // The locks go with the image, before another program wants them.
         Err((Some(Error::Unsupported(_)), lines))
@@ -90,7 +88,7 @@ pub(crate) fn told(what: &[(&str, Option<&Snapshot>)]) -> String {
     format!("{{ {} }}\n", members.join(",\n  "))
 }
 
-/// What there is to know of a delete that succeeded.
+/// What there is to know of a verb that succeeded.
 pub(crate) fn remarked(image: &Image) {
     if let Some(text) = image.remark() {
         say(cli::NAME, &[text.as_bytes().to_vec()]);

@@ -43,6 +43,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
         lines.insert(0, kept);
         stopped((e, lines), &asked, "apply", snapshot)
     })?;
+    actions::remarked(&image);
     if !request.json {
         return Ok(());
     }

@@ -12,7 +12,8 @@ use crate::error::{Error, Result};
 use crate::format::geometry::{HostCluster, TABLE_ENTRY};
 use crate::image::replay::overlap::Protected;
 use crate::image::replay::Replay;
-use crate::image::{room, Image};
+use crate::image::Image;
+use crate::room;
 use crate::snapshot::Snapshot;
 
 impl Image {

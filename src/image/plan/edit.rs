@@ -1,10 +1,11 @@
 //! A change of the words of an L1 table.
 
+use super::super::device;
 use super::super::tables::{changed_runs, PIECE};
-use super::super::{device, room};
 use crate::error::Result;
 use crate::format::entry::COPIED;
 use crate::format::geometry::TABLE_ENTRY;
+use crate::room;
 use std::ops::Range;
 use std::rc::Rc;
 

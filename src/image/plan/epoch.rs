@@ -1,9 +1,9 @@
 //! What a verb publishes, in order.
 
 use super::super::replay::{NewData, Replay};
-use super::super::room;
 use crate::error::Result;
 use crate::format::header::{Meaning, Places};
+use crate::room;
 
 /// What is published by one write. An epoch may move tables; what they say to a reader stays.
 #[derive(Debug)]

@@ -30,8 +30,6 @@ mod damage;
 mod edit;
 mod epoch;
 mod execute;
-#[cfg(test)]
-mod golden;
 mod passes;
 mod rules;
 mod steps;
@@ -40,10 +38,10 @@ use super::device::Device;
 use super::replay::overlap::Protected;
 use super::replay::walk::{Marked, Walked};
 use super::replay::Replay;
-use super::room;
 use super::Outcome;
 use crate::error::{Error, Result};
 use crate::format::header::Header;
+use crate::room;
 use std::rc::Rc;
 
 pub(crate) use edit::{At, Edit};

@@ -8,9 +8,9 @@ use crate::format::refblock;
 use crate::image::device::{self, Device, DiscardKind};
 use crate::image::refcount::{Block, Refcounts};
 use crate::image::replay::walk::{set_copied, Flags, Marked};
-use crate::image::room;
 use crate::image::tables::{changed_runs, read_refblock, Reader, Source, PIECE};
 use crate::image::tables::{L2_TABLES, REFBLOCKS};
+use crate::room;
 use std::ops::Range;
 
 impl Pass {

@@ -10,7 +10,7 @@ use crate::image::progress::Stage;
 use crate::image::refcount::{Block, Refcounts};
 use crate::image::replay::walk::Marked;
 use crate::image::replay::Replay;
-use crate::image::room;
+use crate::room;
 use std::ops::Range;
 use std::rc::Rc;
 

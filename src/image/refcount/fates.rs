@@ -9,8 +9,8 @@ use crate::error::{Error, Result};
 use crate::format::geometry::HostCluster;
 use crate::format::refblock;
 use crate::image::device::Device;
-use crate::image::room::{Clusters, Known};
 use crate::image::tables::read_refblock;
+use crate::room::{Clusters, Known};
 
 /// How a freed cluster's bytes end up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,8 +10,8 @@ use super::Refcounts;
 use crate::error::{Error, Result};
 use crate::format::geometry::Geometry;
 use crate::image::device::Device;
-use crate::image::room;
 use crate::io::scratch::Scratch;
+use crate::room;
 use std::borrow::Cow;
 use std::sync::Arc;
 

@@ -9,7 +9,7 @@ use crate::format::entry::REFTABLE_OFFSET_MASK;
 use crate::format::geometry::{Geometry, HostCluster, TABLE_ENTRY};
 use crate::format::refblock;
 use crate::image::device::{self, Device};
-use crate::image::room;
+use crate::room;
 
 /// QEMU compares the number of refcount table entries with this (`QCOW_MAX_REFTABLE_SIZE`).
 const MAX_REFTABLE_ENTRIES: u64 = 8 << 20;

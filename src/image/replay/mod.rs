@@ -12,7 +12,7 @@ use crate::format::geometry::{Geometry, MAX_L1_BYTES, TABLE_ENTRY};
 use crate::format::header::{Header, Meaning, Places};
 use crate::image::device::{self, Device};
 use crate::image::refcount::{Forgotten, Freed, Refcounts};
-use crate::image::room;
+use crate::room;
 use byteorder::{BigEndian, ByteOrder};
 use overlap::{Overlap, Protected};
 pub(crate) use remade::{Contents, Remade};

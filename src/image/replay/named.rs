@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::Geometry;
-use crate::image::room;
+use crate::room;
 use std::borrow::Cow;
 
 /// Our limit for the entries of L2 tables that an L1 table names again: about a second.

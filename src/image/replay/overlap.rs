@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::format::entry;
 use crate::format::geometry::Geometry;
-use crate::image::room;
+use crate::room;
 
 /// Structures that QEMU protects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 use crate::error::Result;
 use crate::format::geometry::Geometry;
 use crate::image::device;
-use crate::image::room::{Clusters, Known};
+use crate::room::{Clusters, Known};
 use byteorder::{BigEndian, ByteOrder};
 
 /// What is in an L2 table.

@@ -7,7 +7,7 @@ use crate::format::entry::{self, Cluster, COPIED, OFFSET_MASK};
 use crate::format::geometry::TABLE_ENTRY;
 use crate::image::device::Device;
 use crate::image::refcount::{Forgotten, Freed};
-use crate::image::room;
+use crate::room;
 use byteorder::{BigEndian, ByteOrder};
 
 /// What discarding a part of the disk has come to.

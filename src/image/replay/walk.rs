@@ -13,8 +13,8 @@ use crate::format::geometry::HostCluster;
 use crate::format::run::Tally;
 use crate::image::device::Device;
 use crate::image::refcount::Refcounts;
-use crate::image::room;
 use crate::image::tables::{self, Reader};
+use crate::room;
 use byteorder::{BigEndian, ByteOrder};
 
 /// What a walk found.

@@ -10,7 +10,7 @@ use crate::image::device::zeroed;
 use crate::image::plan::{Plan, What, Write};
 use crate::image::replay::overlap::Protected;
 use crate::image::replay::Replay;
-use crate::image::room;
+use crate::room;
 use byteorder::{BigEndian, ByteOrder};
 use std::ops::Range;
 

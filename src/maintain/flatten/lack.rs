@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::format::entry::{self, Cluster};
 use crate::format::geometry::Geometry;
 use crate::image::device::zeroed;
-use crate::image::room;
+use crate::room;
 use std::ops::Range;
 
 impl Flatten<'_> {

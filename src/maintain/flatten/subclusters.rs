@@ -7,7 +7,7 @@ use crate::format::entry::{self, Cluster, COPIED};
 use crate::format::geometry::Geometry;
 use crate::image::device::zeroed;
 use crate::image::replay::NewData;
-use crate::image::room;
+use crate::room;
 use std::ops::Range;
 
 impl Flatten<'_> {

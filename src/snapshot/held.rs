@@ -1,15 +1,14 @@
 //! What a replay has counted down: how much of the file that is, and what of it would become free.
 
-use super::device::{zeroed, Device};
-use super::refcount::Refcounts;
-use super::room;
-use super::tables::{Reader, REFBLOCKS};
 use crate::by_refcount_width;
 use crate::error::Result;
 use crate::format::geometry::{Geometry, HostCluster};
 use crate::format::refblock;
 use crate::format::refblock::with_width;
-use crate::io::Run;
+use crate::image::device::{zeroed, Device, Run};
+use crate::image::refcount::Refcounts;
+use crate::image::tables::{Reader, REFBLOCKS};
+use crate::room;
 
 /// Clusters whose counts the replay has changed, each once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
