@@ -99,6 +99,8 @@
 mod error;
 mod flags;
 pub mod format;
+#[cfg(test)]
+mod golden;
 pub mod image;
 pub mod io;
 mod maintain;

@@ -8,8 +8,6 @@ use crate::room;
 mod create;
 mod delete;
 mod delete_many;
-#[cfg(test)]
-mod golden;
 mod goto;
 mod held;
 mod list;

@@ -110,6 +110,24 @@ fn on_a_device_the_same_is_said_as_by_qemu_img() {
 }
 
 #[test]
+fn a_revert_that_could_not_be_atomic_says_so() {
+    if !have_devices("what is said of a revert without room for a temporary L1 table") {
+        return;
+    }
+    let folder = image("resize-4k", "before");
+    let bytes = std::fs::read(folder.path().join("image.qcow2")).unwrap();
+    for call in [&["revert", "DEVICE", "1"][..], &["-a", "1", "DEVICE"]] {
+        let full = device(&bytes, 0, true);
+        let got = ours(folder.path(), &named(call, &full));
+        assert_eq!((got.code, got.out.as_str()), (Some(0), ""), "{got:?}");
+        assert!(got.err.contains("L1 table was written in place"), "{got:?}");
+        let roomy = device(&bytes, 1 << 20, true);
+        let got = ours(folder.path(), &named(call, &roomy));
+        assert_eq!((got.code, got.err.as_str()), (Some(0), ""), "{got:?}");
+    }
+}
+
+#[test]
 fn export_and_the_link_serve_devices() {
     let what = "export and the link with images on block devices";
     let Some(qemu) = qemu_img(what).filter(|_| have_devices(what)) else {
