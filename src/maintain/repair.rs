@@ -186,9 +186,6 @@ impl Image {
             true if noticed.block_in_cut => {
                 Some("a refcount block lies in a table that the end of the file cuts off")
             }
-            true if self.overlaps(&table, false)?.0 => {
-                Some("the active L1 table shares a cluster with something else")
-            }
             _ => None,
         };
         if !noticed.rebuild && hinders.take().is_some() {

@@ -130,7 +130,7 @@ fn entries(
     table: &mut Table,
     found: &mut Findings<'_>,
 ) -> Result<()> {
-    let start = header.snapshots_offset;
+    let (start, g) = (header.snapshots_offset, header.geometry);
     let mut reader = Records {
         dev,
         at: 0,
@@ -166,23 +166,10 @@ fn entries(
         bytes.extend_from_slice(reader.get(at, kept)?);
         // Of what is cut off only what is known has a meaning, and of what is not in the file nothing.
         let known = if cut { KNOWN_EXTRA.into() } else { kept };
-        if at < reader.dev.length() {
-            table.kept = at + known - start;
-        }
-        if cut {
-            let g = header.geometry;
-            let part = g.clusters_for(at + known)..g.cluster_of(at + extra).0;
-            if !part.is_empty() {
-                room::push(&mut table.discarded, part)?;
-            }
-        }
-        at += extra;
+        let (known_end, extra_end) = (at + known, at + extra);
         let names = u64::from(lengths.id) + u64::from(lengths.name);
-        bytes.extend_from_slice(reader.get(at, names)?);
-        if names != 0 && at < reader.dev.length() {
-            table.kept = at + names - start;
-        }
-        at += names;
+        bytes.extend_from_slice(reader.get(extra_end, names)?);
+        at = extra_end + names;
         size += bytes.len() as u64;
         if size > MAX_SNAPSHOT_TABLE_BYTES || at - start > INT_MAX {
             if !repair {
@@ -202,6 +189,17 @@ fn entries(
                 "Snapshot table entry {index} cannot be read"
             )));
         };
+        let length = reader.dev.length();
+        if known_end - known < length {
+            table.kept = known_end - start;
+        }
+        if names != 0 && extra_end < length {
+            table.kept = at - start;
+        }
+        let part = g.clusters_for(known_end)..g.cluster_of(extra_end).0;
+        if cut && !part.is_empty() {
+            room::push(&mut table.discarded, part)?;
+        }
         table.changed += u64::from(cut);
         table
             .entries
