@@ -204,7 +204,7 @@ impl Image {
         }
         if rebuild || entries {
             // References are gone that were of no use.
-            (noticed.l1_shared, overlapped) = self.overlaps(&table, true)?;
+            (noticed.l1_shared, overlapped) = self.overlaps(&table)?;
         }
         if policy.flags && (noticed.l1_shared || !overlapped.is_empty()) {
             report(
@@ -355,13 +355,13 @@ impl Image {
     }
 
     /// Does the active L1 table share a cluster, and which L2 tables do?
-    fn overlaps(&mut self, table: &Table, structures: bool) -> Result<(bool, Vec<u64>)> {
+    fn overlaps(&mut self, table: &Table) -> Result<(bool, Vec<u64>)> {
         let mut nobody = |_: &str| {};
         let mut found = Findings::new(&mut nobody);
         found.mute = true;
         let mode = Mode {
             stage: None,
-            structures,
+            structures: true,
             overlaps: true,
             strict: true,
         };
