@@ -266,6 +266,52 @@ fn reference_images_are_judged_as_by_qemu_img() {
     assert!(bad.is_empty(), "{}", bad.join("\n\n"));
 }
 
+/// QEMU asks for the count of an L2 table first, and judges no entry of it where that cannot be read.
+#[test]
+fn flags_are_judged_as_by_qemu_img_where_refcount_blocks_cannot_be_read() {
+    let scratch = Scratch::new("blocks");
+    let (mut tally, mut bad, mut tried) = (Tally::default(), Vec::new(), 0);
+    let number = |b: &[u8], at: usize| u64::from_be_bytes(b[at..at + 8].try_into().unwrap());
+    let word = |b: &[u8], at: usize| u32::from_be_bytes(b[at..at + 4].try_into().unwrap()) as usize;
+    const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+    for (name, image) in reference::images(1 << 20) {
+        let (cluster, reftable) = (1 << word(&image, 20), number(&image, 48) as usize);
+        let entries = (cluster * word(&image, 56) / 8).min((image.len() - reftable) / 8);
+        let blocks: Vec<usize> = (0..entries)
+            .filter(|i| number(&image, reftable + i * 8) != 0)
+            .collect();
+        if blocks.len() < 2 || number(&image, 72) & 16 != 0 {
+            continue;
+        }
+        let mut flipped = image.clone();
+        let l1 = number(&image, 40) as usize;
+        for i in 0..word(&image, 36) {
+            let table = (number(&image, l1 + i * 8) & OFFSET) as usize;
+            let end = (table + cluster).min(image.len());
+            for at in (table..end).step_by(8).filter(|_| table != 0) {
+                let entry = number(&image, at);
+                if entry & OFFSET != 0 && entry >> 62 & 1 == 0 {
+                    flipped[at] ^= 0x80;
+                }
+            }
+        }
+        for block in blocks.into_iter().take(6) {
+            let mut image = flipped.clone();
+            let at = reftable + block * 8;
+            image[at..at + 8].copy_from_slice(&(u64::MAX - 511).to_be_bytes());
+            let path = scratch.0.join("image.qcow2");
+            std::fs::write(&path, &image).unwrap();
+            tried += 1;
+            if let Err(e) = compare(&path, &mut tally) {
+                bad.push(format!("{name}, block {block}:\n{e}"));
+            }
+        }
+    }
+    println!("without a refcount block: {tally:?}");
+    assert!(tried > 10, "{tried}");
+    assert!(bad.is_empty(), "{}", bad.join("\n\n"));
+}
+
 #[test]
 fn damaged_images_are_judged_as_by_qemu_img() {
     let scratch = Scratch::new("damaged");

@@ -759,6 +759,7 @@ impl<'a, 'f> Check<'a, 'f> {
         let frag = self.found.first && !self.found.mute;
         let judge = table.active != 0 && table.offset != 0 && !self.found.mute;
         let (mut next, mut allocated, mut fragmented) = (0u64, 0u64, 0u64);
+        let mut counted = None;
         for (index, word) in bytes.chunks_exact(size).enumerate() {
             let e = BigEndian::read_u64(word);
             let bitmap = word.get(8..16).map_or(0, BigEndian::read_u64);
@@ -776,7 +777,7 @@ impl<'a, 'f> Check<'a, 'f> {
             if plain && in_window.contains(&cluster) {
                 self.window.tally.add(cluster, table.total)?;
                 if judge && (self.window.bad || self.window.is_one(cluster) != (e & COPIED != 0)) {
-                    self.check_flag(e, cluster, table.active)?;
+                    self.check_flag(e, cluster, table, &mut counted)?;
                 }
             } else {
                 let in_another_window = plain && cluster < file;
@@ -784,7 +785,7 @@ impl<'a, 'f> Check<'a, 'f> {
                     self.count_entry(table, index, e, bitmap)?;
                     let kind = kind(g, data_file, e);
                     if judge && matches!(kind, Cluster::Standard(_) | Cluster::ZeroAllocated(_)) {
-                        self.check_flag(e, cluster, table.active)?;
+                        self.check_flag(e, cluster, table, &mut counted)?;
                     }
                     if !matches!(kind, Cluster::Standard(_) | Cluster::ZeroAllocated(_)) {
                         continue;
@@ -908,9 +909,16 @@ impl<'a, 'f> Check<'a, 'f> {
         Ok(())
     }
 
-    /// Does COPIED of an entry in an active L2 table say what the image's count says?
+    /// Does COPIED of an entry in an active L2 table say what the image's count says? QEMU asks for the table's
+    /// own count first, and judges none of its entries where that cannot be read (`counted`, once it is known).
     #[cold]
-    fn check_flag(&mut self, e: u64, cluster: u64, n: u64) -> Result<()> {
+    fn check_flag(
+        &mut self,
+        e: u64,
+        cluster: u64,
+        table: NamedTables,
+        counted: &mut Option<bool>,
+    ) -> Result<()> {
         let count = if self.it.header.has_data_file() {
             self.found.first.then_some(1)
         } else if self.judged_here(cluster) {
@@ -920,6 +928,13 @@ impl<'a, 'f> Check<'a, 'f> {
         };
         if let Some(count) = count {
             if (count == 1) != (e & COPIED != 0) {
+                let (own, n) = (self.g().cluster_of(table.offset).0, table.active);
+                if counted.is_none() {
+                    *counted = Some(self.blocks.count(self.dev, own)?.is_some());
+                }
+                if *counted == Some(false) {
+                    return Ok(());
+                }
                 self.noticed.wrong_flags += n;
                 self.found.corruption(
                     n,

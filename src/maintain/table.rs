@@ -141,6 +141,7 @@ fn entries(
     for index in 0..nb {
         let before = at;
         at = record::align(at);
+        let entry_start = at;
         size = record::align(size);
         let fixed = reader.get(at, FIXED_BYTES)?.to_vec();
         let lengths = Lengths::of(&fixed);
@@ -190,7 +191,7 @@ fn entries(
             )));
         };
         let length = reader.dev.length();
-        if known_end - known < length {
+        if entry_start < length {
             table.kept = known_end - start;
         }
         if names != 0 && extra_end < length {

@@ -567,3 +567,44 @@ fn entries_behind_the_end_of_the_file_keep_nothing_that_is_in_it() {
     }
     assert!(tried > 20, "{tried}");
 }
+
+#[test]
+fn the_fixed_part_of_an_entry_at_the_end_of_the_file_is_no_l2_table_alone() {
+    let mut tried = 0;
+    for (name, mut image) in reference() {
+        let (cluster, l1) = (1usize << Raw(&image).number(20, 4), be64(&image, 40));
+        let slot = (0..Raw(&image).number(36, 4)).find(|i| be64(&image, l1 + i * 8) == 0);
+        let Some(slot) = slot.filter(|_| cluster <= 4096 && Raw(&image).number(4, 4) == 3) else {
+            continue;
+        };
+        // A table of two entries: the first fills a cluster, and 40 bytes of the second end the file.
+        let table = image.len().next_multiple_of(cluster);
+        let entry = |seconds: u32, extra: u32, id: u16, name: u16| {
+            let mut fixed = [0; 40];
+            fixed[12..14].copy_from_slice(&id.to_be_bytes());
+            fixed[14..16].copy_from_slice(&name.to_be_bytes());
+            fixed[16..20].copy_from_slice(&seconds.to_be_bytes());
+            fixed[36..40].copy_from_slice(&extra.to_be_bytes());
+            fixed
+        };
+        image.resize(table, 0);
+        image.extend(entry(1, 24, 1, (cluster - 65) as u16));
+        image.resize(table + cluster, b'n');
+        image[table + 40..table + 64].fill(0);
+        image.extend(entry(0x8000_0001, 24, 1, 2 * cluster as u16));
+        image[60..64].copy_from_slice(&2u32.to_be_bytes());
+        put64(&mut image, 64, table as u64);
+        put64(
+            &mut image,
+            l1 + slot * 8,
+            (table + cluster) as u64 | 1 << 63,
+        );
+        let Ok((_, said, after)) = repaired(image.clone(), all()) else {
+            continue;
+        };
+        let at = table + cluster..image.len();
+        assert_eq!(after[at.clone()], image[at], "{name}: {said:?}");
+        tried += 1;
+    }
+    assert!(tried > 5, "{tried}");
+}
