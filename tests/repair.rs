@@ -321,13 +321,23 @@ fn errors_alone_are_mended_without_freeing_anything() {
     run(Fix::ERRORS);
 }
 
-#[test]
-fn a_repair_that_is_cut_anywhere_leaves_nothing_worse_and_a_second_one_finishes() {
+/// New structures may make the file longer, and what was named behind its end lies in it then; after a cut they may
+/// not be needed any more, and it is named behind the end still.
+fn stays(before: &[u8], end: &[u8]) -> Result<bool, String> {
     let found = |image: &[u8]| {
         check(image.to_vec())
             .map(|c| c.1)
             .map_err(|e| e.to_string())
     };
+    let behind = |l: &String| l.contains("exceeding the end");
+    let (before, end) = (found(before)?, found(end)?);
+    let mut errors = end.iter().filter(|l| l.starts_with("ERROR"));
+    let only = errors.all(|l| behind(l) || l.contains("OFLAG_COPIED"));
+    Ok(only && before.iter().any(behind) && end.iter().any(behind))
+}
+
+#[test]
+fn a_repair_that_is_cut_anywhere_leaves_nothing_worse_and_a_second_one_finishes() {
     let images = reference();
     let (mut cuts, mut large, mut bad) = (0, 0, Vec::new());
     for seed in seeds(CUT) {
@@ -365,16 +375,7 @@ fn a_repair_that_is_cut_anywhere_leaves_nothing_worse_and_a_second_one_finishes(
                 // What cannot be mended may be counted in other places afterwards (an L1 table that
                 // names the header as an L2 table has its fields for entries).
                 let left = |r: &CheckResult| r.corruptions + r.leaks + r.check_errors;
-                // New structures may make the file longer, and what was named behind its end lies in it then; after a
-                // cut they may not be needed any more.
-                let behind = |l: &String| l.contains("exceeding the end");
-                let stays = || -> Result<bool, String> {
-                    let (before, end) = (found(&before)?, found(&end)?);
-                    let mut errors = end.iter().filter(|l| l.starts_with("ERROR"));
-                    let only = errors.all(|l| behind(l) || l.contains("OFLAG_COPIED"));
-                    Ok(only && before.iter().any(behind) && end.iter().any(behind))
-                };
-                if left(&whole) == 0 && left(&second) != 0 && !stays()? {
+                if left(&whole) == 0 && left(&second) != 0 && !stays(&before, &end)? {
                     return Err(format!("left {second:?}, by a whole one {whole:?}"));
                 }
                 if !dropped {
@@ -443,4 +444,74 @@ fn a_repair_in_which_a_request_fails_leaves_nothing_worse() {
     );
     assert!(large * 100 < failures, "too many left out");
     assert!(failures > 0 && bad.is_empty(), "{}", bad.join("\n\n"));
+}
+
+#[test]
+fn a_repair_that_is_cancelled_at_any_call_leaves_nothing_worse_and_a_second_one_finishes() {
+    let left = |r: &CheckResult| r.corruptions + r.leaks + r.check_errors;
+    let images = reference();
+    let (mut cancelled, mut bad) = (std::collections::BTreeMap::new(), Vec::new());
+    for seed in seeds(CUT / 2) {
+        let (name, before) = damaged(&images, seed);
+        let Ok((whole, ..)) = repaired(before.clone(), all()) else {
+            continue;
+        };
+        for nth in 1.. {
+            let Ok((mut image, handle)) = open(before.clone()) else {
+                break;
+            };
+            let at = std::rc::Rc::new(std::cell::Cell::new((0, None)));
+            let told = std::rc::Rc::clone(&at);
+            image.set_progress(Some(Box::new(move |stage, _, _| {
+                let calls = told.get().0 + 1;
+                let ends = calls == nth;
+                told.set((calls, told.get().1.or(ends.then_some(stage))));
+                match ends {
+                    true => std::ops::ControlFlow::Break(()),
+                    false => std::ops::ControlFlow::Continue(()),
+                }
+            })));
+            let mut dropped = false;
+            let mut say = |line: &str| dropped |= line.starts_with("Discarding");
+            let result = image.check(all(), &mut say);
+            drop(image);
+            let Some(stage) = at.get().1 else {
+                break;
+            };
+            *cancelled.entry(format!("{stage:?}")).or_insert(0) += 1;
+            let after = handle.borrow().clone();
+            let judged = || -> Result<(), String> {
+                let stopped = matches!(result, Err(Error::Cancelled(_)));
+                if stopped == (stage == qcow2_snapshot::Stage::Reclaim) {
+                    return Err(format!("{result:?}"));
+                }
+                if stage == qcow2_snapshot::Stage::Check && after != before {
+                    return Err("something was written".into());
+                }
+                if !dropped {
+                    no_worse(&before, &after)?;
+                }
+                let (second, _, end) = repaired(after.clone(), all()).map_err(|e| e.to_string())?;
+                if left(&whole) == 0 && left(&second) != 0 && !stays(&before, &end)? {
+                    return Err(format!("left {second:?}, by a whole one {whole:?}"));
+                }
+                Ok(())
+            };
+            if let Err(e) = judged() {
+                keep(&name, &before, &after);
+                bad.push(format!("{name}, call {nth} ({stage:?}): {e}"));
+                break;
+            }
+            // It asks nobody any more.
+            if stage == qcow2_snapshot::Stage::Reclaim {
+                break;
+            }
+        }
+    }
+    println!("cancelled repairs: {cancelled:?}");
+    assert!(
+        cancelled.len() == 3 && bad.is_empty(),
+        "{}",
+        bad.join("\n\n")
+    );
 }

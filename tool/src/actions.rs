@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::os::unix::ffi::OsStrExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use qcow2_snapshot::{Error, Image, NewSnapshot, Outcome, Snapshot};
+use qcow2_snapshot::{Error, Image, NewSnapshot, OpenFlags, Outcome, Snapshot};
 
 use crate::cli::{self, Action, Request};
 use crate::listing;
@@ -22,8 +22,11 @@ const NAME_ROOM: usize = 255;
 /// Do what the call asks for. `link`: another qemu-img may be there for what is not served.
 pub(crate) fn run(request: &Request, link: bool) -> Result<(), Stop> {
     let target = Target::of(request)?;
-    let write = !matches!(request.action, Action::List);
-    let mut image = match target.open(request.file, write)? {
+    let flags = match request.action {
+        Action::List => OpenFlags::read_only(),
+        _ => OpenFlags::RDWR,
+    };
+    let mut image = match target.open(request.file, flags)? {
         Opened::Image(image) => image,
         Opened::Other { .. } if link => {
             return Err(Stop::not_served(

@@ -1,17 +1,17 @@
 //! `check`: what `qemu-img check` does, with its output and exit codes.
 
-use std::ffi::OsString;
 use std::io::Write;
 use std::path::Path;
 
 use clap::ArgMatches;
 use qcow2_snapshot::{CheckResult, Error, Fix, Image, OpenFlags};
 
-use crate::cli;
+use crate::cli::{self, Action, Request};
 use crate::listing::quoted;
 use crate::progress::VerbBar;
 use crate::signals::Asked;
-use crate::stop::{print, say, strerror, Stop};
+use crate::stop::{force_remove, print, say, strerror, Stop};
+use crate::target::{Opened, Target};
 
 /// Exit codes of `qemu-img check`.
 const FAILED: u8 = 1;
@@ -20,8 +20,8 @@ const LEAKS: u8 = 3;
 const NOT_SUPPORTED: u8 = 63;
 
 pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
-    let name = m.get_one::<OsString>("IMAGE").cloned().unwrap_or_default();
-    let shown = name.to_string_lossy().into_owned();
+    let request = Request::of(m, Action::List);
+    let shown = request.file.to_string_lossy().into_owned();
     let text = |id| m.get_one::<String>(id).map(String::as_str);
     let fix = match text("repair") {
         None => Fix::NONE,
@@ -29,25 +29,14 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
         Some(_) => Fix::LEAKS | Fix::ERRORS,
     };
     let (json, quiet) = (text("output") == Some("json"), m.get_flag("quiet"));
-    let force = m.get_flag("force-share");
-    let flags = OpenFlags::CHECK
-        | match (fix.writes(), force) {
-            (true, true) => {
-                return Err(Stop::failed(format!(
-                "Could not open '{shown}': force-share=on can only be used with read-only images"
-            )))
-            }
-            (true, false) => OpenFlags::RDWR,
-            (false, true) => OpenFlags::FORCE_SHARE,
-            (false, false) => OpenFlags::read_only(),
-        };
-    let mut image = match Image::open(Path::new(&name), flags) {
-        Ok(image) => image,
-        Err(Error::Invalid(text)) if text == "Image is not in qcow2 format" => {
-            let line = "This image format does not support checks";
-            return Err(Stop::Code(NOT_SUPPORTED, line.into()));
-        }
-        Err(e) => return Err(Stop::failed(format!("Could not open '{shown}': {e}"))),
+    let flags = match fix.writes() {
+        true => OpenFlags::RDWR,
+        false => OpenFlags::read_only(),
+    };
+    let opened = Target::of(&request)?.open(request.file, flags | OpenFlags::CHECK)?;
+    let Opened::Image(mut image) = opened else {
+        let line = "This image format does not support checks";
+        return Err(Stop::Code(NOT_SUPPORTED, line.into()));
     };
     let result = look(&mut image, fix, quiet);
     let closed = image.close();
@@ -106,10 +95,13 @@ fn look(image: &mut Image, fix: Fix, quiet: bool) -> Result<CheckResult, Stop> {
         Ok(result) => Ok(result),
         Err(Error::Cancelled(text)) => Err(asked.stop(text.into_bytes())),
         Err(e @ Error::Io { .. }) => Err(Stop::failed(format!("Check failed: {e}"))),
-        Err(e) => Err(Stop::failed(format!(
-            "Check failed: {}",
-            strerror(e.errno())
-        ))),
+        Err(e) => {
+            let hint = force_remove(&e.to_string()).map(Vec::from);
+            let line = format!("Check failed: {}", strerror(e.errno()));
+            Err(Stop::Failed(
+                hint.into_iter().chain([line.into()]).collect(),
+            ))
+        }
     }
 }
 

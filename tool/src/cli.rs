@@ -542,6 +542,7 @@ fn check_command() -> Command {
             Some('U'),
             "Open the image even if a guest writes to it: what is found may be wrong",
         ))
+        .arg(no_lock())
         .arg(flag("quiet", Some('q'), "Show no progress and no summary"))
         .arg(
             Arg::new("IMAGE")

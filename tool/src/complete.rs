@@ -9,7 +9,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use clap::{Arg, ArgMatches, Command, ValueHint};
-use qcow2_snapshot::Snapshot;
+use qcow2_snapshot::{OpenFlags, Snapshot};
 
 use crate::cli::{self, Request};
 use crate::stop::{print, Stop};
@@ -299,7 +299,7 @@ fn snapshots(walk: &Walk) -> Option<Vec<Snapshot>> {
     words.extend(["--".into(), with_home(file)]);
     let matches = getopt::parse(cli::command(), &words, cli::NAME).ok()?;
     let target = Target::of(&Request::new(&matches)).ok()?;
-    match target.open(file, false).ok()? {
+    match target.open(file, OpenFlags::read_only()).ok()? {
         Opened::Image(mut image) => Some(image.snapshot_list().ok()?.to_vec()),
         Opened::Other { .. } => None,
     }

@@ -2,7 +2,7 @@
 
 use std::os::unix::ffi::OsStrExt;
 
-use qcow2_snapshot::{printable, Image, Snapshot};
+use qcow2_snapshot::{printable, Image, OpenFlags, Snapshot};
 
 use crate::cli::Request;
 use crate::stop::{explained, Stop};
@@ -120,7 +120,11 @@ pub(crate) fn age(text: &str) -> Result<u64, String> {
 
 /// Open the image of a subcommand.
 pub(crate) fn open(request: &Request, write: bool) -> Result<Image, Stop> {
-    match Target::of(request)?.open(request.file, write)? {
+    let flags = match write {
+        true => OpenFlags::RDWR,
+        false => OpenFlags::read_only(),
+    };
+    match Target::of(request)?.open(request.file, flags)? {
         Opened::Image(image) => Ok(*image),
         Opened::Other { .. } => {
             let line = not_opened(request.file, "Image is not in qcow2 format");

@@ -61,11 +61,28 @@ pub(crate) fn explained(error: &Error, sentence: &str, line: Vec<u8>) -> Vec<Vec
     }
     if sentence.contains("bitmap") {
         lines.push(REMOVE_BITMAPS.into());
-    } else if is_damage(error) && !sentence.contains("qcow2-snapshot check") {
-        lines.push(REPAIR.into());
+    } else if !sentence.contains("qcow2-snapshot check") {
+        let damaged = is_damage(error).then_some(REPAIR);
+        lines.extend(force_remove(sentence).or(damaged).map(Vec::from));
     }
     lines.push(line);
     lines
+}
+
+/// The way out where a snapshot table has too much of something, in QEMU's words.
+pub(crate) fn force_remove(text: &str) -> Option<&'static str> {
+    if text.contains("Too much extra metadata in snapshot table entry") {
+        Some("You can force-remove this extra metadata with qcow2-snapshot check -r all")
+    } else if ["napshot table too large", "napshot table is too big"]
+        .iter()
+        .any(|words| text.contains(words))
+    {
+        Some(
+            "You can force-remove the snapshots that are too many with qcow2-snapshot check -r all",
+        )
+    } else {
+        None
+    }
 }
 
 /// Does the image contradict itself? Else it is the call, the disk or a limit.
@@ -75,11 +92,9 @@ fn is_damage(error: &Error) -> bool {
         // The corrupt bit.
         Error::Access(text) => text.contains("corrupt"),
         // QEMU's errno for these is that of a bad argument.
-        Error::Invalid(text) | Error::TooBig(text) => {
-            ["Snapshot L1 table", "Snapshot table is", "which is in use"]
-                .iter()
-                .any(|part| text.contains(part))
-        }
+        Error::Invalid(text) | Error::TooBig(text) => ["Snapshot L1 table", "which is in use"]
+            .iter()
+            .any(|part| text.contains(part)),
         _ => false,
     }
 }

@@ -11,7 +11,7 @@ use qcow2_snapshot::{printable, Error, Image, OpenFlags};
 
 use crate::check;
 use crate::cli::Request;
-use crate::stop::{explained, without_number, Stop};
+use crate::stop::{explained, force_remove, without_number, Stop};
 
 /// The image that a call names.
 #[derive(Debug, PartialEq, Eq)]
@@ -96,7 +96,8 @@ impl Target {
     }
 
     /// Open the image. Whatever is in the way, nothing has been changed.
-    pub(crate) fn open(&self, shown: &OsStr, write: bool) -> Result<Opened, Stop> {
+    pub(crate) fn open(&self, shown: &OsStr, flags: OpenFlags) -> Result<Opened, Stop> {
+        let write = flags.has(OpenFlags::RDWR);
         if write && self.force_share {
             let text = "force-share=on can only be used with read-only images";
             return Err(could_not_open(shown, text));
@@ -104,10 +105,9 @@ impl Target {
         if let Some(Err(text)) = self.protocol.map(|p| p.check(&self.path)) {
             return Err(could_not_open(shown, &text));
         }
-        let flags = match (write, self.force_share) {
-            (true, _) => OpenFlags::RDWR,
-            (false, true) => OpenFlags::FORCE_SHARE,
-            (false, false) => OpenFlags::read_only(),
+        let flags = match self.force_share {
+            true => flags | OpenFlags::FORCE_SHARE,
+            false => flags,
         };
         let flags = match self.no_lock {
             true => flags | OpenFlags::NO_LOCK,
@@ -167,10 +167,9 @@ pub(crate) fn open_words(error: &Error, path: &Path) -> String {
             .unwrap_or(text)
             .replacen(". Is another", "\nIs another", 1),
         // QEMU's hint, on a line of its own.
-        _ if text.starts_with("Too much extra metadata in snapshot table entry") => {
-            format!(
-                "{text}\nYou can force-remove this extra metadata with qcow2-snapshot check -r all"
-            )
+        _ if text.starts_with("Too much extra metadata") => {
+            let hint = force_remove(text).unwrap_or_default();
+            format!("{text}\n{hint}")
         }
         _ => text.to_owned(),
     }

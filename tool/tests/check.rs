@@ -178,3 +178,43 @@ fn a_snapshot_that_cannot_be_read_is_deleted_and_the_way_to_its_space_is_named()
         "{text}"
     );
 }
+
+#[test]
+fn the_image_is_named_and_locked_as_by_the_verbs() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.qcow2");
+    unpacked("v3-4k/before", &image);
+    let named = Path::new(&format!("file:{}", image.display())).to_owned();
+    assert!(ours(&[], &named).status.success());
+    let guest = qcow2_snapshot::Image::open(&image, qcow2_snapshot::OpenFlags::RDWR).unwrap();
+    assert_eq!(ours(&[], &image).status.code(), Some(1));
+    for option in ["--no-lock", "-U"] {
+        assert!(ours(&[option], &image).status.success(), "{option}");
+    }
+    guest.close().unwrap();
+}
+
+#[test]
+fn what_is_too_much_in_a_snapshot_table_has_a_way_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("a.qcow2");
+    for (name, what) in [
+        ("damaged-count/before", "the snapshots that are too many"),
+        ("extra-data-too-much/before", "this extra metadata"),
+    ] {
+        unpacked(name, &image);
+        let hint = format!("You can force-remove {what} with qcow2-snapshot check -r all\n");
+        let create = Command::new(env!("CARGO_BIN_EXE_qcow2-snapshot"))
+            .args(["-c", "new"])
+            .arg(&image)
+            .output()
+            .unwrap();
+        for refused in [ours(&[], &image), create] {
+            let said = String::from_utf8(refused.stderr).unwrap();
+            assert!(said.contains(&hint), "{name}: {said}");
+            assert_eq!(refused.status.code(), Some(1), "{name}: {said}");
+        }
+        let mended = ours(&["-r", "all"], &image);
+        assert!(mended.status.success(), "{name}: {mended:?}");
+    }
+}
