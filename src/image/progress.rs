@@ -176,4 +176,41 @@ mod tests {
         wanted.extend([(Stage::Check, total, total), (Stage::Reclaim, 1, 1)]);
         assert_eq!(*calls.borrow(), wanted);
     }
+
+    #[test]
+    fn what_nobody_foresaw_is_not_done_but_can_be_cancelled() {
+        let calls = Rc::new(RefCell::new(Vec::new()));
+        let seen = Rc::clone(&calls);
+        let mut progress = Progress::new(Some(Box::new(move |_, done, total| {
+            seen.borrow_mut().push((done, total));
+            ControlFlow::Continue(())
+        })));
+        // Between stages nobody is asked.
+        progress.pass(5 * STRIDE).unwrap();
+        progress.begin(Stage::Check, || 8 * STRIDE);
+        progress.step(STRIDE / 4).unwrap();
+        for _ in 0..8 {
+            progress.pass(STRIDE / 4).unwrap();
+        }
+        assert_eq!(*calls.borrow(), [(STRIDE / 4, 8 * STRIDE); 2]);
+        let mut progress = Progress::new(Some(Box::new(|_, _, _| ControlFlow::Break(()))));
+        progress.begin(Stage::Check, || 1);
+        let errno = progress.pass(STRIDE).unwrap_err().errno();
+        assert_eq!(errno, libc::ECANCELED);
+    }
+
+    #[test]
+    fn only_what_has_not_taken_effect_can_be_cancelled() {
+        let mut progress = Progress::new(Some(Box::new(|_, _, _| ControlFlow::Break(()))));
+        for (stage, errno) in [
+            (Stage::Check, Some(libc::ECANCELED)),
+            (Stage::Prepare, Some(libc::ECANCELED)),
+            (Stage::Reclaim, None),
+        ] {
+            progress.begin(stage, || 5 * STRIDE);
+            let step = progress.step(STRIDE).map_err(|e| e.errno()).err();
+            let end = progress.end().map_err(|e| e.errno()).err();
+            assert_eq!((step, end), (errno, errno), "{stage:?}");
+        }
+    }
 }

@@ -85,3 +85,42 @@ impl Edit {
         sectors.filter(move |sector| last.replace(*sector) != Some(*sector))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn bit_63_is_not_set_before_its_time() {
+        let edit = Edit {
+            offset: 0,
+            before: vec![512 | COPIED, 1024 | COPIED, 1536],
+            after: vec![512 | COPIED, 1024, 2048 | COPIED, 4096 | COPIED],
+        };
+        let published = edit.encoded(At::Published, &(0..32)).unwrap();
+        let words: Vec<u64> = published
+            .chunks(8)
+            .map(|w| u64::from_be_bytes(w.try_into().unwrap()))
+            .collect();
+        assert_eq!(words, [512 | COPIED, 1024, 2048, 4096]);
+    }
+
+    #[test]
+    fn whole_pieces_are_written_and_sectors_counted() {
+        let before = vec![0; 1200];
+        let mut after = before.clone();
+        (after[3], after[4]) = (512, 1024);
+        let mut edit = Edit {
+            offset: 0,
+            before,
+            after,
+        };
+        let runs = |e: &Edit| e.changes(At::Before, e, At::After).unwrap();
+        assert_eq!(runs(&edit), vec![0..4096]);
+        assert_eq!(edit.sectors_published().count(), 1);
+        edit.after[1199] = 512;
+        assert_eq!(runs(&edit), [0..4096, 8192..9600]);
+        assert_eq!(edit.sectors_published().count(), 2);
+    }
+}

@@ -228,4 +228,18 @@ mod tests {
         assert!(f.is_punched(300) && !f.is_kept(300));
         assert_eq!(f.punched().unwrap(), [3, 300]);
     }
+
+    #[test]
+    fn what_a_verb_takes_and_frees_again_was_nothing_to_the_disk() {
+        let mut f = Fates::default();
+        assert!(f.is_untouched(7));
+        f.take(7).unwrap();
+        assert!(f.is_taken(7) && f.any_taken(0, 8) && !f.any_taken(8, 100));
+        f.free(7, Freed::Kept, Forgotten::With(0)).unwrap();
+        assert_eq!(f.forgotten(7), Forgotten::Never);
+        assert!(f.is_kept(7) && !f.is_taken(7) && !f.is_untouched(7));
+        f.take(8).unwrap();
+        f.give_back(8);
+        assert!(f.is_untouched(8));
+    }
 }

@@ -156,4 +156,35 @@ mod tests {
             assert!(e.unwrap_err().to_string().contains("0x2a"));
         }
     }
+
+    #[test]
+    fn each_table_is_there_once_with_the_number_of_those_that_name_it() {
+        let g = Geometry::new(9, 4, false);
+        let mut naming = Naming::default();
+        for round in 0..9 {
+            for table in 1..=4000u64 {
+                if (table + round) % 3 != 0 {
+                    let part = if table == 7 {
+                        Part::Before(3)
+                    } else {
+                        Part::All
+                    };
+                    naming.add(g, table << 9 | 1 << 63, 0, part).unwrap();
+                }
+            }
+            naming.add(g, 7 << 9, 0, Part::Behind(3)).unwrap();
+        }
+        let named = naming.named().unwrap();
+        assert!(named.words.len() == 4001 && named.words.is_sorted());
+        let shares = |of: fn(u64) -> bool| {
+            let all = named.words.iter().zip(&named.shares);
+            let these = all.filter(move |(w, _)| of(**w >> 9));
+            these.map(|(_, s)| (s.part, s.times)).collect::<Vec<_>>()
+        };
+        let of_seven = [(Part::Before(3), 6), (Part::Behind(3), 9)];
+        assert_eq!(shares(|table| table == 7), of_seven);
+        assert!(shares(|table| table != 7)
+            .iter()
+            .all(|s| *s == (Part::All, 6)));
+    }
 }
