@@ -35,31 +35,64 @@ pub struct Tallied {
     pub others: bool,
     /// The lowest index in the block whose count became zero.
     pub freed: Option<usize>,
+    /// The refcount block that counts the next entry, if that is a standard cluster of another one.
+    pub next: Option<u64>,
 }
 
-/// The refcount block that counts `entry`, if that is a standard cluster.
-#[inline(always)]
-pub fn block_of(g: Geometry, entry: u64) -> Option<u64> {
-    let zero_flag = if g.extended_l2 { 0 } else { ZERO };
-    let offset = entry & OFFSET_MASK;
-    let plain = entry & (COMPRESSED | zero_flag) == 0 && offset != 0 && g.in_cluster(offset) == 0;
-    plain.then(|| g.reftable_index(g.cluster_of(offset)))
+/// How the entries of a table are read, worked out once for all of them.
+#[derive(Clone, Copy)]
+pub struct Entries {
+    /// Bytes of one.
+    pub size: usize,
+    /// Bits that no standard cluster's has.
+    others: u64,
+    /// log2 of the clusters that a refcount block counts.
+    block_bits: u32,
+    g: Geometry,
+}
+
+impl Entries {
+    /// Those of an image.
+    pub fn of(g: Geometry) -> Entries {
+        let zero_flag = if g.extended_l2 { 0 } else { ZERO };
+        Entries {
+            size: g.l2_entry_size(),
+            others: COMPRESSED | zero_flag | g.in_cluster(OFFSET_MASK),
+            block_bits: g.refblock_bits(),
+            g,
+        }
+    }
+
+    /// The refcount block that counts `entry`, if that is a standard cluster.
+    #[inline(always)]
+    pub fn block_of(self, entry: u64) -> Option<u64> {
+        let offset = entry & OFFSET_MASK;
+        let standard = entry & self.others == 0 && offset != 0;
+        standard.then(|| self.g.cluster_of(offset).0.wrapping_shr(self.block_bits))
+    }
+
+    /// The place of its count in that block.
+    #[inline(always)]
+    pub fn index_of(self, entry: u64) -> usize {
+        self.g
+            .refblock_index(self.g.cluster_of(entry & OFFSET_MASK))
+    }
 }
 
 /// Go through `table` as long as entries are zero words or standard clusters whose counts stand in
 /// `counts`, the refcount block at `block` of the refcount table. In memory its fields may be
-/// narrower than on disk: `WIDTH`, where `g` has the width on disk.
+/// narrower than on disk: `WIDTH`.
 #[inline(always)]
 pub fn count<const WIDTH: u32>(
-    g: Geometry,
+    e: Entries,
     table: &[u8],
     counts: &mut [u8],
     block: u64,
     tally: Tally,
 ) -> Tallied {
-    let fields = with_width::<WIDTH>(g);
+    let fields = with_width::<WIDTH>(e.g);
     let max = fields.refcount_max();
-    let size = g.l2_entry_size();
+    let size = e.size;
     let (mut run, mut one_by_one) = (Tallied::default(), 0);
     let mut rest = table;
     while let Some(word) = rest.get(..size) {
@@ -70,12 +103,14 @@ pub fn count<const WIDTH: u32>(
             rest = rest.get(n.wrapping_mul(size)..).unwrap_or_default();
             continue;
         }
-        if block_of(g, entry) != Some(block) {
+        let of = e.block_of(entry);
+        if of != Some(block) {
+            run.next = of;
             break;
         }
-        let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
+        let index = e.index_of(entry);
         if run.entries >= one_by_one {
-            if let Some((n, bytes)) = by_the_byte(fields, rest, entry, index, g) {
+            if let Some((n, bytes)) = by_the_byte(e, fields, rest, entry, index) {
                 match counts
                     .get_mut(bytes)
                     .and_then(|c| count_all::<WIDTH>(c, tally))
@@ -141,17 +176,17 @@ pub fn zeros(table: &[u8], size: usize) -> usize {
 /// wider, which is rare.
 #[inline(always)]
 fn by_the_byte(
+    e: Entries,
     fields: Geometry,
     table: &[u8],
     entry: u64,
     index: usize,
-    g: Geometry,
 ) -> Option<(usize, Range<usize>)> {
     let per_byte = fields.block_entries_in(1);
-    if index.checked_rem(per_byte) != Some(0) || !has_next(g, table, entry) {
+    if index.checked_rem(per_byte) != Some(0) || !has_next(e, table, entry) {
         return None;
     }
-    let bytes = in_order(g, table, entry, index).checked_div(per_byte)?;
+    let bytes = in_order(e, table, entry, index).checked_div(per_byte)?;
     let first = index.checked_div(per_byte)?;
     let range = first..first.wrapping_add(bytes);
     (bytes != 0).then(|| (bytes.wrapping_mul(per_byte), range))
@@ -167,24 +202,24 @@ fn are_all(fields: Geometry, bytes: &[u8], count: u64) -> bool {
 
 /// Is the second entry the cluster behind the first, which is `entry`, with the same flags?
 #[inline(always)]
-fn has_next(g: Geometry, table: &[u8], entry: u64) -> bool {
-    let next = table.get(g.l2_entry_size()..).and_then(|r| r.get(..8));
-    next == Some(&entry.wrapping_add(g.cluster_size()).to_be_bytes()[..])
+fn has_next(e: Entries, table: &[u8], entry: u64) -> bool {
+    let next = table.get(e.size..).and_then(|r| r.get(..8));
+    next == Some(&entry.wrapping_add(e.g.cluster_size()).to_be_bytes()[..])
 }
 
 /// How many entries from the first on, which is `entry` and counted at `index`, are clusters behind
 /// one another with the same flags, as far as the block reaches.
 #[inline(always)]
-fn in_order(g: Geometry, table: &[u8], entry: u64, index: usize) -> usize {
-    let size = g.l2_entry_size();
-    let left = (g.refblock_entries() as usize).saturating_sub(index);
+fn in_order(e: Entries, table: &[u8], entry: u64, index: usize) -> usize {
+    let (size, step) = (e.size, e.g.cluster_size());
+    let left = (e.g.refblock_entries() as usize).saturating_sub(index);
     let (mut n, mut next) = (0usize, entry);
     // Eight at a time, without a branch for each.
     for eight in table.chunks_exact(size.wrapping_mul(8)).take(left >> 3) {
         let (mut expected, mut differ) = (next, 0);
         for word in eight.chunks_exact(size) {
             differ |= BigEndian::read_u64(word) ^ expected;
-            expected = expected.wrapping_add(g.cluster_size());
+            expected = expected.wrapping_add(step);
         }
         if differ != 0 {
             break;
@@ -196,7 +231,7 @@ fn in_order(g: Geometry, table: &[u8], entry: u64, index: usize) -> usize {
         if BigEndian::read_u64(word) != next {
             break;
         }
-        (n, next) = (n.wrapping_add(1), next.wrapping_add(g.cluster_size()));
+        (n, next) = (n.wrapping_add(1), next.wrapping_add(step));
     }
     n
 }
@@ -291,68 +326,71 @@ impl Tallied {
 }
 
 /// Set bit 63 in the entries of `table` as `counts` demand, for as long as [`count`] would go on.
-/// With `only_clear` it is never set. Returns the entries dealt with and whether one changed.
+/// With `only_clear` it is never set. Tells the entries dealt with, and behind which none has changed.
 #[inline(always)]
 pub fn set_copied<const WIDTH: u32>(
-    g: Geometry,
+    e: Entries,
     table: &mut [u8],
     counts: &[u8],
     block: u64,
     only_clear: bool,
-) -> (usize, bool) {
-    let fields = with_width::<WIDTH>(g);
-    let size = g.l2_entry_size();
-    let (mut entries, mut one_by_one, mut changed) = (0usize, 0, false);
+) -> Tallied {
+    let (fields, size) = (with_width::<WIDTH>(e.g), e.size);
+    let (mut run, mut one_by_one) = (Tallied::default(), 0);
     let mut rest = table;
     while let Some(word) = rest.get(..size) {
         let entry = BigEndian::read_u64(word);
         if entry == 0 {
             let n = zeros(rest, size);
-            entries = entries.wrapping_add(n);
+            run.entries = run.entries.wrapping_add(n);
             rest = rest.get_mut(n.wrapping_mul(size)..).unwrap_or_default();
             continue;
         }
-        if block_of(g, entry) != Some(block) {
+        let of = e.block_of(entry);
+        if of != Some(block) {
+            run.next = of;
             break;
         }
-        let index = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
+        let index = e.index_of(entry);
         let count = refblock::get(fields, counts, index);
         let copied = count == 1;
         let differs = (entry & COPIED != 0) != copied && !(only_clear && copied);
-        if entries >= one_by_one {
-            if let Some((n, bytes)) = by_the_byte(fields, rest, entry, index, g) {
+        if run.entries >= one_by_one {
+            if let Some((n, bytes)) = by_the_byte(e, fields, rest, entry, index) {
                 if are_all(fields, counts.get(bytes).unwrap_or_default(), count) {
                     let words = rest
                         .chunks_exact_mut(size)
                         .take(if differs { n } else { 0 });
                     words.flat_map(|w| w.first_mut()).for_each(|b| *b ^= 0x80);
-                    changed |= differs;
-                    entries = entries.wrapping_add(n);
+                    run.entries = run.entries.wrapping_add(n);
+                    if differs {
+                        run.changed = run.entries;
+                    }
                     rest = rest.get_mut(n.wrapping_mul(size)..).unwrap_or_default();
                     continue;
                 }
-                one_by_one = entries.wrapping_add(n);
+                one_by_one = run.entries.wrapping_add(n);
             }
         }
         if differs {
             BigEndian::write_u64(rest, entry ^ COPIED);
-            changed = true;
+            run.changed = run.entries.wrapping_add(1);
         }
-        entries = entries.wrapping_add(1);
+        run.entries = run.entries.wrapping_add(1);
         rest = rest.get_mut(size..).unwrap_or_default();
     }
-    (entries, changed)
+    run
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::arithmetic_side_effects, clippy::indexing_slicing)]
-    use super::{refblock, Geometry, Tallied, Tally, COMPRESSED, COPIED, ZERO};
+    use super::{refblock, Entries, Geometry, Tallied, Tally, COMPRESSED, COPIED, ZERO};
     use crate::by_refcount_width;
     use byteorder::{BigEndian, ByteOrder};
 
     fn count(g: Geometry, table: &[u8], counts: &mut [u8], block: u64, tally: Tally) -> Tallied {
-        by_refcount_width!(g, W => super::count::<W>(g, table, counts, block, tally))
+        by_refcount_width!(g, W => super::count::<W>(Entries::of(g), table, counts, block, tally))
     }
 
     fn set_copied(
@@ -362,7 +400,8 @@ mod tests {
         block: u64,
         only_clear: bool,
     ) -> (usize, bool) {
-        by_refcount_width!(g, W => super::set_copied::<W>(g, t, counts, block, only_clear))
+        let run = by_refcount_width!(g, W => super::set_copied::<W>(Entries::of(g), t, counts, block, only_clear));
+        (run.entries, run.changed != 0)
     }
 
     /// A table whose entries name clusters 1, 2, 3, ... with COPIED.
@@ -443,6 +482,7 @@ mod tests {
                 for word in t.chunks_exact(g.l2_entry_size()) {
                     let one = count(g, word, &mut one_by_one, 0, tally);
                     if one.entries == 0 {
+                        want.next = one.next;
                         break;
                     }
                     want.ones |= one.ones;

@@ -45,8 +45,8 @@ pub(crate) struct Refcounts {
     /// Refcount blocks dropped by a shrinking resize.
     dropped: Vec<Dropped>,
     residency: Residency,
-    /// Runs of few clusters since the last long one: the walk jumps about.
-    short_runs: u32,
+    /// Runs since the walk last asked whether to look ahead.
+    runs: u32,
     /// QEMU's `free_cluster_index`: where the search for free clusters goes on.
     pub(crate) next: u64,
     /// It takes no cluster below this one.
@@ -85,7 +85,7 @@ impl Refcounts {
             }],
             dropped: Vec::new(),
             residency: Residency::new(memory),
-            short_runs: 0,
+            runs: 0,
             next: 0,
             least: 0,
             reach: length,

@@ -3,10 +3,9 @@
 use super::Refcounts;
 use crate::by_refcount_width;
 use crate::error::Result;
-use crate::format::entry::OFFSET_MASK;
 use crate::format::geometry::Geometry;
 use crate::format::refblock;
-use crate::format::run::{self, Tallied, Tally};
+use crate::format::run::{self, Entries, Tallied, Tally};
 use crate::image::device::Device;
 use byteorder::{BigEndian, ByteOrder};
 
@@ -16,36 +15,31 @@ const CACHED: u64 = 1 << 20;
 /// Entries whose counts are loaded together where a walk jumps about.
 const AHEAD: usize = 32;
 
-/// A walk jumps about after this many short runs.
+/// A walk jumps about where so many runs are behind one another in as many entries.
 const JUMPS: u32 = 4;
 
 /// How far a table has been gone through, and when the walk looks ahead: where few clusters in a row are
 /// counted in the same block.
 struct Cursor {
     entries: usize,
+    /// The refcount block that counts the next entry; none, if that is no standard cluster.
+    next: Option<u64>,
     /// At this entry the next ones have not been looked at.
     due_at: usize,
-    short_runs: u32,
+    /// Runs since the last look.
+    runs: u32,
 }
 
 impl Cursor {
     #[inline(always)]
     fn looks_ahead(&mut self) -> bool {
-        let due = self.short_runs >= JUMPS && self.entries >= self.due_at;
+        self.runs = self.runs.saturating_add(1);
+        let due = self.entries >= self.due_at;
+        let looks = due && self.runs >= JUMPS;
         if due {
-            self.due_at = self.entries + AHEAD;
+            (self.due_at, self.runs) = (self.entries + AHEAD, 0);
         }
-        due
-    }
-
-    #[inline(always)]
-    fn passed(&mut self, entries: usize) {
-        self.entries += entries;
-        self.short_runs = if entries < AHEAD / 4 {
-            self.short_runs.saturating_add(1)
-        } else {
-            0
-        };
+        looks
     }
 }
 
@@ -82,25 +76,20 @@ impl Refcounts {
         mut at: Cursor,
         tally: Tally,
     ) -> Tallied {
-        let g = self.g;
+        let e = Entries::of(self.g);
         let mut all = Tallied::default();
-        while let Some((index, rest)) = self.next_block::<WIDTH>(table, &mut at) {
+        while let Some(index) = at.next {
+            let rest = table.get(at.entries * e.size..).unwrap_or_default();
+            if at.looks_ahead() {
+                self.touch::<WIDTH>(e, rest);
+            }
             let Some(block) = self.block_mut(index) else {
                 break;
             };
             let Some(counts) = block.now.of_width_mut::<WIDTH>() else {
                 break;
             };
-            let run = run::count::<WIDTH>(
-                g,
-                table.get(rest..).unwrap_or_default(),
-                counts,
-                index,
-                tally,
-            );
-            if run.entries == 0 {
-                break;
-            }
+            let run = run::count::<WIDTH>(e, rest, counts, index, tally);
             if tally != Tally::Look {
                 block.move_to(tally == Tally::Up);
             }
@@ -109,14 +98,15 @@ impl Refcounts {
             }
             if let Some(freed) = run.freed {
                 block.moved.to_zero = true;
-                let first = g.first_cluster_of_block(index).0;
+                let first = self.g.first_cluster_of_block(index).0;
                 self.next = self.next.min(first + freed as u64);
             }
             all.ones |= run.ones;
             all.others |= run.others;
-            at.passed(run.entries);
+            at.entries += run.entries;
+            at.next = run.next;
         }
-        (self.short_runs, all.entries) = (at.short_runs, at.entries);
+        (self.runs, all.entries) = (at.runs, at.entries);
         all
     }
 
@@ -142,78 +132,58 @@ impl Refcounts {
         mut at: Cursor,
         only_clear: bool,
     ) -> (usize, bool) {
-        let (g, mut changed) = (self.g, false);
-        while let Some((index, rest)) = self.next_block::<WIDTH>(table, &mut at) {
-            let counts = self.block(index).and_then(|b| b.now.of_width::<WIDTH>());
-            let (Some(counts), Some(rest)) = (counts, table.get_mut(rest..)) else {
+        let (e, mut changed) = (Entries::of(self.g), false);
+        while let Some(index) = at.next {
+            let rest = table.get_mut(at.entries * e.size..).unwrap_or_default();
+            if at.looks_ahead() {
+                self.touch::<WIDTH>(e, rest);
+            }
+            let block = self.block(index);
+            let Some(counts) = block.and_then(|b| b.now.of_width::<WIDTH>()) else {
                 break;
             };
-            let (n, differs) = run::set_copied::<WIDTH>(g, rest, counts, index, only_clear);
-            if n == 0 {
-                break;
-            }
-            changed |= differs;
-            at.passed(n);
+            let run = run::set_copied::<WIDTH>(e, rest, counts, index, only_clear);
+            changed |= run.changed != 0;
+            at.entries += run.entries;
+            at.next = run.next;
         }
-        self.short_runs = at.short_runs;
+        self.runs = at.runs;
         (at.entries, changed)
     }
 
     /// Where the entries of a table begin that are not zero, and a geometry with the width of the first
     /// one's counts, which are loaded. None, if it is no standard cluster, or no block describes it.
     fn first_of(&mut self, dev: &mut Device, table: &[u8]) -> Result<(Cursor, Option<Geometry>)> {
-        let g = self.g;
-        let entries = run::zeros(table, g.l2_entry_size());
+        let e = Entries::of(self.g);
+        let entries = run::zeros(table, e.size);
         let far = self.residency.held > CACHED;
+        let entry = table.get(entries * e.size..).filter(|r| !r.is_empty());
         let at = Cursor {
             entries,
+            next: entry.and_then(|entry| e.block_of(BigEndian::read_u64(entry))),
             due_at: if far { 0 } else { usize::MAX },
-            short_runs: self.short_runs,
+            runs: self.runs,
         };
-        let entry = table
-            .get(entries * g.l2_entry_size()..)
-            .filter(|r| !r.is_empty());
-        let index = entry.and_then(|entry| run::block_of(g, BigEndian::read_u64(entry)));
         let mut width = None;
-        if let Some(index) = index {
+        if let Some(index) = at.next {
             if self.load(dev, index)? {
-                width = self.block(index).map(|b| b.now.narrow(g));
+                width = self.block(index).map(|b| b.now.narrow(self.g));
             }
         }
         Ok((at, width))
     }
 
-    /// Go on to the next entry that is not zero: the refcount block that counts it, if it is a standard
-    /// cluster, and where in the table it stands.
-    #[inline(always)]
-    fn next_block<const WIDTH: u32>(&self, table: &[u8], at: &mut Cursor) -> Option<(u64, usize)> {
-        let size = self.g.l2_entry_size();
-        loop {
-            let rest = table.get(at.entries * size..).filter(|r| !r.is_empty())?;
-            let entry = BigEndian::read_u64(rest);
-            if entry != 0 {
-                if at.looks_ahead() {
-                    self.touch::<WIDTH>(rest);
-                }
-                return Some((run::block_of(self.g, entry)?, at.entries * size));
-            }
-            at.entries += run::zeros(rest, size);
-        }
-    }
-
     /// Load the counts of the next entries, so that the memory answers for all of them at once. A
     /// walk that jumps about waits for little else.
     #[inline(always)]
-    fn touch<const WIDTH: u32>(&self, table: &[u8]) {
-        let g = self.g;
-        let fields = refblock::with_width::<WIDTH>(g);
+    fn touch<const WIDTH: u32>(&self, e: Entries, table: &[u8]) {
+        let fields = refblock::with_width::<WIDTH>(self.g);
         let mut sum = 0;
-        for word in table.chunks_exact(g.l2_entry_size()).take(AHEAD) {
+        for word in table.chunks_exact(e.size).take(AHEAD) {
             let entry = BigEndian::read_u64(word);
-            let block = run::block_of(g, entry).and_then(|index| self.block(index));
+            let block = e.block_of(entry).and_then(|index| self.block(index));
             if let Some(counts) = block.and_then(|b| b.now.of_width::<WIDTH>()) {
-                let at = g.refblock_index(g.cluster_of(entry & OFFSET_MASK));
-                sum ^= refblock::get(fields, counts, at);
+                sum ^= refblock::get(fields, counts, e.index_of(entry));
             }
         }
         std::hint::black_box(sum);
