@@ -670,7 +670,7 @@ impl<'a, 'f> Check<'a, 'f> {
     ) -> Result<()> {
         let g = self.g();
         let cs = g.cluster_size();
-        let most = (MAX_REQUEST / g.cluster_len()).max(1);
+        let most = (MAX_REQUEST / g.cluster_len()).clamp(1, named.len().max(1));
         let mut buf = device::zeroed(most as u64 * cs)?;
         let (mut at, mut asked) = (0, 0);
         while let Some(first) = named.get(at) {
