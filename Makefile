@@ -47,7 +47,7 @@ HEADER  := include/qcow2_snapshot.h
 
 # What is built names no folder of this machine, so that two builds give equal files (make reproducible).
 CARGO_HOME_ := $(or $(CARGO_HOME),$(HOME)/.cargo)
-REPRODUCIBLE = RUSTFLAGS='$(RUSTFLAGS) --remap-path-prefix=$(CURDIR)=. --remap-path-prefix=$(CARGO_HOME_)=/cargo' \
+REPRODUCIBLE = CC='$(CC)' RUSTFLAGS='$(RUSTFLAGS) --remap-path-prefix=$(CURDIR)=. --remap-path-prefix=$(CARGO_HOME_)=/cargo' \
 	CFLAGS='$(BUILD_CFLAGS) -ffile-prefix-map=$(CURDIR)=. -ffile-prefix-map=$(CARGO_HOME_)=/cargo'
 
 .PHONY: power fuzz soak-hostile asan tsan miri all library tool demo check quick exhaustive c-check header bench soak soak-crash install uninstall \
