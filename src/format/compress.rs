@@ -126,6 +126,38 @@ mod tests {
         unpack(Compression::Zlib, &packed, &mut shorter).unwrap();
     }
 
+    #[test]
+    #[cfg_attr(miri, ignore = "zstd is C")]
+    fn zstd_frames_must_fill_the_cluster_and_end_there() {
+        let data: Vec<u8> = (0..65536u32).map(|i| (i * i >> 7) as u8).collect();
+        let frame = |data: &[u8]| {
+            let mut packed = vec![0; zstd_safe::compress_bound(data.len())];
+            let n = zstd_safe::compress(&mut packed[..], data, 3).unwrap();
+            packed.truncate(n);
+            packed
+        };
+        let (whole, half) = (frame(&data), data.len() / 2);
+        let two = [frame(&data[..half]), frame(&data[half..])].concat();
+        let mut unpacker = Unpacker::new(Compression::Zstd).unwrap();
+        for packed in [&whole, &two] {
+            // What stands behind it in its last sector is not counted.
+            let longer = [&packed[..], &[0x55; 300]].concat();
+            for input in [packed, &longer] {
+                let mut out = vec![0; data.len()];
+                assert_eq!(unpacker.unpack(input, &mut out).unwrap(), packed.len());
+                assert_eq!(out, data);
+            }
+            let mut out = vec![0; data.len()];
+            // Cut off; not as long as the cluster; longer. The next one does not suffer.
+            assert!(unpacker
+                .unpack(&packed[..packed.len() - 1], &mut out)
+                .is_err());
+            assert!(unpacker.unpack(&frame(&data[1..]), &mut out).is_err());
+            assert!(unpacker.unpack(packed, &mut out[1..]).is_err());
+            assert!(unpacker.unpack(&[], &mut out).is_err());
+        }
+    }
+
     proptest! {
         #[test]
         fn random_bytes_never_panic(packed in proptest::collection::vec(any::<u8>(), 0..600)) {

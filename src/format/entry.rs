@@ -74,3 +74,49 @@ fn compressed(g: Geometry, entry: u64) -> Cluster {
     let length = sectors * COMPRESSED_SECTOR - (offset & (COMPRESSED_SECTOR - 1));
     Cluster::Compressed { offset, length }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_entry_is_told_from_the_others() {
+        for extended in [false, true] {
+            let g = Geometry::new(16, 4, extended);
+            let zero = |plain, as_bits| if extended { as_bits } else { plain };
+            let standard = Cluster::Standard(0x30000);
+            for (entry, want, counted) in [
+                (0, Cluster::Unallocated, false),
+                (0x30000, standard, true),
+                (COPIED | 0x30000, standard, true),
+                // Reserved bits say nothing.
+                (0x3f << 56 | 0x1fe | 0x30000, standard, true),
+                (ZERO, zero(Cluster::ZeroPlain, Cluster::Unallocated), false),
+                (
+                    ZERO | 0x30000,
+                    zero(Cluster::ZeroAllocated(0x30000), standard),
+                    true,
+                ),
+            ] {
+                assert_eq!(cluster(g, entry), want, "{entry:#x}");
+                assert_eq!(is_counted(entry), counted, "{entry:#x}");
+            }
+        }
+        assert!(!is_counted(COMPRESSED | 0x30000));
+    }
+
+    #[test]
+    fn a_compressed_entry_has_its_offset_below_its_sectors() {
+        for cluster_bits in 9..=21 {
+            let g = Geometry::new(cluster_bits, 4, false);
+            // As the specification has it.
+            let x = 62 - (cluster_bits - 8);
+            let most = (1 << (cluster_bits - 8)) - 1;
+            for (offset, more) in [(0x1200u64, 0u64), (0x12f3, 1), ((1 << x) - 1, most)] {
+                let entry = COMPRESSED | more << x | offset;
+                let length = (more + 1) * 512 - offset % 512;
+                assert_eq!(cluster(g, entry), Cluster::Compressed { offset, length });
+            }
+        }
+    }
+}
