@@ -129,7 +129,7 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "zstd is C")]
     fn zstd_frames_must_fill_the_cluster_and_end_there() {
-        let data: Vec<u8> = (0..65536u32).map(|i| (i * i >> 7) as u8).collect();
+        let data: Vec<u8> = (0..65536u32).map(|i| ((i * i) >> 7) as u8).collect();
         let frame = |data: &[u8]| {
             let mut packed = vec![0; zstd_safe::compress_bound(data.len())];
             let n = zstd_safe::compress(&mut packed[..], data, 3).unwrap();
