@@ -3,56 +3,15 @@
 //! through the C API; this answers within seconds, without a C compiler.
 #![allow(clippy::unwrap_used)]
 
-use flate2::read::GzDecoder;
-use qcow2_snapshot::{Error, Image, NewSnapshot, OpenFlags};
-use std::io::Read as _;
+#[path = "reference/ops.rs"]
+mod ops;
+
+use ops::{name, new_snapshot, unpacked};
+use qcow2_snapshot::{Error, Image, OpenFlags};
 use std::path::Path;
 
 /// Larger ones are left to the C tests.
 const MOST: usize = 3 << 20;
-
-fn unpacked(path: &Path) -> Vec<u8> {
-    let file = std::fs::File::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let mut bytes = Vec::new();
-    GzDecoder::new(file).read_to_end(&mut bytes).unwrap();
-    bytes
-}
-
-/// A name of an ops file: `%XX` is a byte, `""` is empty.
-fn name(word: &str) -> Vec<u8> {
-    let mut rest = if word == "\"\"" { "" } else { word }.bytes();
-    let mut out = Vec::new();
-    while let Some(byte) = rest.next() {
-        out.push(match byte {
-            b'%' => {
-                let digits = [rest.next().unwrap(), rest.next().unwrap()];
-                u8::from_str_radix(std::str::from_utf8(&digits).unwrap(), 16).unwrap()
-            }
-            byte => byte,
-        });
-    }
-    out
-}
-
-fn new_snapshot(words: &[&str]) -> NewSnapshot {
-    let mut new = NewSnapshot {
-        name: name(words[0]),
-        date_sec: words[1].parse().unwrap(),
-        date_nsec: words[2].parse().unwrap(),
-        ..NewSnapshot::default()
-    };
-    for field in &words[3..] {
-        let (key, value) = field.split_once('=').unwrap();
-        let value = value.parse().unwrap();
-        match key {
-            "vm_state_size" => new.vm_state_size = value,
-            "vm_clock_nsec" => new.vm_clock_nsec = value,
-            "icount" => new.icount = value,
-            key => panic!("an unknown field: {key}"),
-        }
-    }
-    new
-}
 
 fn errno(word: &str) -> i32 {
     match word {

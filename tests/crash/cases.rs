@@ -1,9 +1,11 @@
 //! What is run: verbs on images, chains of them, and where the images come from.
 
-use std::io::Read;
 use std::path::Path;
 
 use qcow2_snapshot::{Image, NewSnapshot, Result};
+
+#[path = "../reference/ops.rs"]
+mod ops;
 
 use super::craft::{self, Fill, Shape};
 
@@ -74,24 +76,6 @@ pub struct Chain {
     pub verbs: Vec<Verb>,
 }
 
-fn unpercent(text: &str) -> Vec<u8> {
-    if text == "\"\"" {
-        return vec![];
-    }
-    let mut out = vec![];
-    let mut bytes = text.bytes();
-    while let Some(b) = bytes.next() {
-        if b == b'%' {
-            let hex: Vec<u8> = bytes.by_ref().take(2).collect();
-            let hex = String::from_utf8(hex).unwrap();
-            out.push(u8::from_str_radix(&hex, 16).unwrap());
-        } else {
-            out.push(b);
-        }
-    }
-    out
-}
-
 /// The chains of `c-tests/images`. Folders that are about refusing damaged images come out with
 /// no verbs or are refused by the judge, which says so.
 pub fn reference(most_bytes: usize) -> (Vec<Chain>, Vec<String>) {
@@ -104,46 +88,21 @@ pub fn reference(most_bytes: usize) -> (Vec<Chain>, Vec<String>) {
     names.sort();
     for path in names {
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        let (Ok(ops), Ok(packed)) = (
-            std::fs::read_to_string(path.join("ops")),
-            std::fs::read(path.join("before.qcow2.gz")),
-        ) else {
+        let Ok(lines) = std::fs::read_to_string(path.join("ops")) else {
             continue;
         };
-        let mut image = vec![];
-        flate2::read::GzDecoder::new(&packed[..])
-            .read_to_end(&mut image)
-            .unwrap();
+        let image = ops::unpacked(&path.join("before.qcow2.gz"));
         if image.len() > most_bytes {
             skipped.push(format!("{name} ({} MiB)", image.len() >> 20));
             continue;
         }
         let mut verbs = vec![];
-        for line in ops.lines() {
+        for line in lines.lines() {
             let words: Vec<&str> = line.split(' ').collect();
             match words[..] {
-                ["create", name, sec, nsec, ref more @ ..] => {
-                    let mut new = NewSnapshot {
-                        name: unpercent(name),
-                        date_sec: sec.parse().unwrap(),
-                        date_nsec: nsec.parse().unwrap(),
-                        icount: u64::MAX,
-                        ..NewSnapshot::default()
-                    };
-                    for field in more {
-                        let (key, value) = field.split_once('=').unwrap();
-                        let value: u64 = value.parse().unwrap();
-                        match key {
-                            "vm_state_size" => new.vm_state_size = value,
-                            "vm_clock_nsec" => new.vm_clock_nsec = value,
-                            "icount" => new.icount = value,
-                            _ => panic!("{line}"),
-                        }
-                    }
-                    verbs.push(Verb::Create(new));
-                }
-                ["goto", name] => verbs.push(Verb::Goto(unpercent(name))),
-                ["delete", name] => verbs.push(Verb::Delete(unpercent(name))),
+                ["create", ref new @ ..] => verbs.push(Verb::Create(ops::new_snapshot(new))),
+                ["goto", name] => verbs.push(Verb::Goto(ops::name(name))),
+                ["delete", name] => verbs.push(Verb::Delete(ops::name(name))),
                 ["write-snapshots"] => verbs.push(Verb::Write),
                 _ => {}
             }
