@@ -4,7 +4,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::ArgMatches;
-use qcow2_snapshot::{Error, Snapshot};
+use qcow2_snapshot::{Error, OpenFlags, Snapshot};
 
 use crate::actions::remarked;
 use crate::cli::{Action, Request};
@@ -36,7 +36,11 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
         ));
     }
     let dry = m.get_flag("dry-run");
-    let mut image = select::open(&request, !dry)?;
+    let flags = match dry {
+        true => OpenFlags::read_only(),
+        false => OpenFlags::RDWR,
+    };
+    let mut image = select::open(&request, flags)?;
     let list = select::list(&mut image)?;
     let gone: Vec<&Snapshot> = choice
         .of(&list)?

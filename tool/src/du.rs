@@ -1,7 +1,7 @@
 //! `du`: what snapshots hold, and what deleting them would free.
 
 use clap::ArgMatches;
-use qcow2_snapshot::{Image, Snapshot, Usage};
+use qcow2_snapshot::{Image, OpenFlags, Snapshot, Usage};
 
 use crate::cli::{Action, Request};
 use crate::listing::{quoted, size, visible};
@@ -11,7 +11,7 @@ use crate::stop::{explained, print, Stop};
 
 pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
     let request = Request::of(m, Action::List);
-    let mut image = select::open(&request, false)?;
+    let mut image = select::open(&request, OpenFlags::read_only())?;
     let list = select::list(&mut image)?;
     let operands = select::operands(m);
     let named = !operands.is_empty();

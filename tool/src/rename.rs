@@ -4,6 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use clap::ArgMatches;
+use qcow2_snapshot::OpenFlags;
 
 use crate::actions::{could_not, told};
 use crate::cli::{Action, Request};
@@ -14,7 +15,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
     let text = |id| m.get_one::<OsString>(id).map_or(OsStr::new(""), |o| o);
     let (snapshot, name) = (text("SNAPSHOT"), text("NAME"));
     let request = Request::of(m, Action::List);
-    let mut image = select::open(&request, true)?;
+    let mut image = select::open(&request, OpenFlags::RDWR)?;
     let place = match request.json {
         true => select::find(&select::list(&mut image)?, snapshot.as_bytes()),
         false => None,

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use clap::ArgMatches;
-use qcow2_snapshot::{Error, Image};
+use qcow2_snapshot::{Error, Image, OpenFlags};
 
 use crate::actions::{self, could_not, told, Failure};
 use crate::cli::{Action, Request};
@@ -20,7 +20,7 @@ pub(crate) fn run(m: &ArgMatches) -> Result<(), Stop> {
     let Some(saved) = text("save-as") else {
         return actions::run(&request, false);
     };
-    let mut image = select::open(&request, true)?;
+    let mut image = select::open(&request, OpenFlags::RDWR)?;
     // Not after the first half.
     let id = wanted(&mut image, snapshot)?;
     let asked = Asked::watch()?;

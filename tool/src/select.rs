@@ -119,11 +119,7 @@ pub(crate) fn age(text: &str) -> Result<u64, String> {
 }
 
 /// Open the image of a subcommand.
-pub(crate) fn open(request: &Request, write: bool) -> Result<Image, Stop> {
-    let flags = match write {
-        true => OpenFlags::RDWR,
-        false => OpenFlags::read_only(),
-    };
+pub(crate) fn open(request: &Request, flags: OpenFlags) -> Result<Image, Stop> {
     match Target::of(request)?.open(request.file, flags)? {
         Opened::Image(image) => Ok(*image),
         Opened::Other { .. } => {
