@@ -19,3 +19,18 @@ pub const BITMAPS: u64 = 1;
 pub const DATA_FILE_RAW: u64 = 1 << 1;
 /// All autoclear bits that are known (`QCOW2_AUTOCLEAR_MASK`).
 pub const AUTOCLEAR_KNOWN: u64 = BITMAPS | DATA_FILE_RAW;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_are_those_of_the_specification() {
+        assert_eq!(
+            [DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2],
+            [1, 2, 4, 8, 16]
+        );
+        assert_eq!(INCOMPATIBLE_KNOWN, 0x1f);
+        assert_eq!([BITMAPS, DATA_FILE_RAW, AUTOCLEAR_KNOWN], [1, 2, 3]);
+    }
+}

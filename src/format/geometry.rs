@@ -204,3 +204,92 @@ impl Geometry {
         self.cluster_size() / TABLE_ENTRY
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_qemus() {
+        assert_eq!(MAX_L1_BYTES, 33_554_432);
+        assert_eq!(MAX_REFTABLE_BYTES, 8_388_608);
+        assert_eq!(MAX_SNAPSHOT_TABLE_BYTES, 67_108_864);
+        assert_eq!(MAX_CLUSTER_OFFSET, 0x00ff_ffff_ffff_ffff);
+    }
+
+    /// Every shift says what a division says.
+    #[test]
+    fn sizes_and_places_are_those_of_plain_arithmetic() {
+        for bits in 9..=21 {
+            for order in 0..=6 {
+                for (extended, entry) in [(false, 8), (true, 16)] {
+                    agrees(Geometry::new(bits, order, extended), entry);
+                }
+            }
+        }
+    }
+
+    #[allow(clippy::arithmetic_side_effects)]
+    fn agrees(g: Geometry, l2_entry: u64) {
+        let cluster = 2u64.pow(g.cluster_bits);
+        let (entries, width) = (cluster / l2_entry, 2u64.pow(g.refcount_order));
+        let counts = cluster * 8 / width;
+        assert_eq!(
+            (g.cluster_size(), g.cluster_len()),
+            (cluster, cluster as usize)
+        );
+        assert_eq!(
+            (g.l2_entry_size() as u64, g.l2_entries()),
+            (l2_entry, entries)
+        );
+        assert_eq!(2u64.pow(g.l2_bits()), entries);
+        assert_eq!(u64::from(g.refcount_bits()), width);
+        assert_eq!(u128::from(g.refcount_max()), 2u128.pow(width as u32) - 1);
+        assert_eq!(
+            (g.refblock_entries(), 2u64.pow(g.refblock_bits())),
+            (counts, counts)
+        );
+        assert_eq!(g.reftable_entries_per_cluster(), cluster / 8);
+        assert_eq!(g.block_entries_in(cluster as usize) as u64, counts);
+        assert_eq!(g.block_entries_in(8), 64 / width as usize);
+        let per_table = cluster * entries;
+        let last = u64::MAX / cluster * cluster;
+        for at in [
+            0,
+            1,
+            511,
+            512,
+            cluster,
+            per_table,
+            5 * per_table,
+            counts * cluster,
+            1 << 62,
+            u64::MAX,
+        ] {
+            for at in [at.wrapping_sub(1), at, at.wrapping_add(1)] {
+                assert_eq!(g.in_cluster(at), at % cluster);
+                assert_eq!(g.cluster_of(at), HostCluster(at / cluster));
+                assert_eq!(g.clusters_for(at), at.div_ceil(cluster));
+                assert_eq!(
+                    g.round_up(at),
+                    at.checked_next_multiple_of(cluster).unwrap_or(last)
+                );
+                assert_eq!(
+                    g.offset_of(HostCluster(at)),
+                    at.checked_mul(cluster).unwrap_or(last)
+                );
+                assert_eq!(g.l1_entries_for(at), at.div_ceil(per_table));
+                assert_eq!(g.l1_index(at), at / per_table);
+                assert_eq!(g.l2_index(at), at / cluster % entries);
+                assert_eq!(g.guest_of_l1(at), at.checked_mul(per_table));
+                assert_eq!(g.reftable_index(HostCluster(at)), at / counts);
+                assert_eq!(g.refblock_index(HostCluster(at)) as u64, at % counts);
+            }
+        }
+        assert_eq!(g.first_cluster_of_block(3), HostCluster(3 * counts));
+        // QEMU's cache of 32 MiB covers a disk to the cluster, or it has slices.
+        let covered = (32 << 20) / l2_entry * cluster;
+        assert_eq!(g.l2_slice_bytes(covered), cluster);
+        assert_eq!(g.l2_slice_bytes(covered + 1), cluster.min(4096));
+    }
+}

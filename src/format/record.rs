@@ -230,6 +230,15 @@ mod tests {
     }
 
     #[test]
+    fn extra_data_has_up_to_1024_bytes() {
+        let mut bytes = vec![0; 2000];
+        for (extra, good) in [(1024, true), (1025, false)] {
+            BigEndian::write_u32(&mut bytes[36..], extra);
+            assert_eq!(decode(&bytes, 0, 7).is_ok(), good);
+        }
+    }
+
+    #[test]
     fn short_extra_data_falls_back_field_by_field() {
         let s = Snapshot {
             l1_table_offset: 0,

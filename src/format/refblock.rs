@@ -266,6 +266,43 @@ mod tests {
     }
 
     #[test]
+    fn one_count_among_many_is_found_from_wherever_the_search_begins() {
+        for order in 0..=6 {
+            let g = Geometry::new(9, order, false);
+            let n = g.refblock_entries() as usize;
+            for (fill, other) in [(0u8, 1), (0xff, 0)] {
+                for at in [0, 1, 7, 8, 33, n / 2 + 5, n - 1]
+                    .into_iter()
+                    .filter(|at| *at < n)
+                {
+                    let mut block = vec![fill; 512];
+                    set(g, &mut block, at, other);
+                    for from in (0..n).step_by(STEP) {
+                        let want = (from <= at).then_some(at);
+                        assert_eq!(find(g, &block, from, n, other == 0), want, "{order} {from}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn low_counts_are_passed_over_eight_bytes_at_a_time() {
+        for order in 0..=6 {
+            let g = Geometry::new(9, order, false);
+            let mut block = [0; 8];
+            let n = g.block_entries_in(8);
+            (0..n).for_each(|i| set(g, &mut block, i, 1));
+            assert!(!has_zero(g, BigEndian::read_u64(&block)), "{order}");
+            for i in 0..n {
+                set(g, &mut block, i, 0);
+                assert!(has_zero(g, BigEndian::read_u64(&block)), "{order} {i}");
+                set(g, &mut block, i, 1);
+            }
+        }
+    }
+
+    #[test]
     fn raising_takes_the_higher_count_of_each_pair() {
         for order in 0..=6 {
             let g = Geometry::new(9, order, false);
