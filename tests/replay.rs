@@ -67,12 +67,12 @@ impl Run<'_> {
 }
 
 fn equal(case: &str, have: &[u8], want: &[u8]) {
-    let differs = have.iter().zip(want).position(|(a, b)| a != b);
     assert!(
         have == want,
-        "{case}: {} bytes, not {}; the first that differs: {differs:?}",
+        "{case}: {} bytes, not {}; the first that differs: {:?}",
         have.len(),
-        want.len()
+        want.len(),
+        have.iter().zip(want).position(|(a, b)| a != b)
     );
 }
 
