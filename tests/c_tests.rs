@@ -18,9 +18,9 @@ const LEFT_OUT: [&str; 7] = [
 #[ignore = "make check runs the C tests by themselves; this is for tools/mutants"]
 fn the_c_tests_pass_with_the_library_that_cargo_made() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    // deps/c_tests-... is beside the library of the same build.
+    // The library of the same build is beside this program.
     let program = std::env::current_exe().unwrap();
-    let folder = program.parent().and_then(Path::parent).unwrap();
+    let folder = program.parent().unwrap();
     assert!(folder.join("libqcow2_snapshot.so").exists(), "{folder:?}");
     let mut tests = vec![];
     for file in std::fs::read_dir(root.join("c-tests")).unwrap() {
@@ -32,6 +32,7 @@ fn the_c_tests_pass_with_the_library_that_cargo_made() {
     let status = Command::new("make")
         .args(["--no-print-directory", "-C", "c-tests", "check"])
         .arg(format!("LIBDIR={}", folder.display()))
+        .arg(format!("BUILD={}/../c-tests", folder.display()))
         .arg(format!("INCDIR={}/include", root.display()))
         .arg(format!("TESTS={}", tests.join(" ")))
         .current_dir(root)
