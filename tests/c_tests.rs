@@ -1,4 +1,5 @@
 //! The C tests as one Rust test, for tools/mutants: `make check` runs them by themselves.
+#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 use std::process::Command;

@@ -457,6 +457,7 @@ mod tests {
             for word in t.chunks_exact_mut(g.l2_entry_size()) {
                 match random(12) {
                     0 => cluster = random(260),
+                    3 => cluster = g.refblock_entries() - 40 + random(44), // the block's end
                     1 => flags = [0, COPIED, ZERO, COPIED, 0][random(5) as usize],
                     2 => continue,
                     _ => {}
@@ -500,6 +501,20 @@ mod tests {
                     "{round} {tally:?}"
                 );
                 assert_eq!(together, one_by_one, "{round} {tally:?}");
+            }
+            for only_clear in [false, true] {
+                let (mut together, mut one_by_one) = (t.clone(), t.clone());
+                let (n, changed) = set_copied(g, &mut together, &counts, 0, only_clear);
+                let (mut done, mut any) = (0, false);
+                for word in one_by_one.chunks_exact_mut(g.l2_entry_size()) {
+                    let one = set_copied(g, word, &counts, 0, only_clear);
+                    if one.0 == 0 {
+                        break;
+                    }
+                    (done, any) = (done + 1, any | one.1);
+                }
+                assert_eq!((n, changed), (done, any), "{round} {only_clear}");
+                assert_eq!(together, one_by_one, "{round} {only_clear}");
             }
         }
     }
