@@ -273,3 +273,49 @@ fn a_list_of_65536_goes_at_once_and_one_of_it_gets_a_name() {
     assert_eq!(image.snapshot_list().unwrap().len(), 1);
     assert_eq!(image.snapshot_list().unwrap()[0].id, b"00000000");
 }
+
+#[test]
+fn ids_and_names_are_refused_one_byte_behind_their_bounds_and_where_they_hold_a_nul() {
+    let (mut image, trace) = open(&image());
+    let new = |id: &[u8], name: &[u8]| NewSnapshot {
+        id: id.to_vec(),
+        name: name.to_vec(),
+        ..NewSnapshot::default()
+    };
+    let (most, more) = (vec![b'n'; 65535], vec![b'n'; 65536]);
+    for bad in [
+        new(&more, b"a"),
+        new(b"a", &more),
+        new(b"a\0", b"a"),
+        new(b"a", b"\0a"),
+    ] {
+        let error = image.snapshot_create(&bad).unwrap_err();
+        assert_eq!(error.errno(), libc::EINVAL, "{error}");
+    }
+    let taken = image.snapshot_list().unwrap()[0].id.clone();
+    let error = image.snapshot_create(&new(&taken, b"a")).unwrap_err();
+    assert_eq!(error.errno(), libc::EEXIST);
+    for (name, good) in [(255, true), (256, false)] {
+        let renamed = image.snapshot_rename(b"second", &most[..name]);
+        assert_eq!(renamed.is_ok(), good, "{name}");
+        if good {
+            image.snapshot_rename(&most[..name], b"second").unwrap();
+        }
+    }
+    assert!(image.snapshot_rename(b"second", b"a\0").is_err());
+    let before = trace.events().len();
+    image.snapshot_create(&new(&most, &most)).unwrap();
+    assert!(trace.events().len() > before);
+    let last = image.snapshot_list().unwrap().last().unwrap();
+    assert_eq!((last.id.len(), last.name.len()), (65535, 65535));
+    assert_eq!(image.remark(), None);
+}
+
+#[test]
+fn a_verb_with_nothing_to_do_is_done() {
+    let (mut image, trace) = open(&image());
+    assert_eq!(image.last_outcome(), Outcome::None);
+    image.snapshot_delete_many(&[]).unwrap();
+    assert_eq!(image.last_outcome(), Outcome::Done);
+    assert!(trace.events().is_empty());
+}
