@@ -5,14 +5,9 @@
 mod ops;
 
 use ops::{name, new_snapshot, unpacked};
-use qcow2_snapshot::io::memory::MemoryStorage;
 use qcow2_snapshot::io::trace::{FaultPlan, RequestKind, TraceStorage};
-use qcow2_snapshot::io::Storage;
 use qcow2_snapshot::{Image, NewSnapshot, OpenFlags, Outcome};
-use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Arc;
 
 fn folder(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -58,43 +53,6 @@ fn who_shares_an_image_sees_what_others_make_of_it() {
     writer.snapshot_delete(None, Some(b"two")).unwrap();
     writer.snapshot_create(&named("one")).unwrap();
     assert!(reader.read(0, &mut bytes).is_err());
-}
-
-/// A storage that counts what is closed, and cannot close.
-struct Counted(MemoryStorage, Arc<AtomicUsize>);
-
-impl Storage for Counted {
-    fn length(&mut self) -> io::Result<u64> {
-        self.0.length()
-    }
-    fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.0.read(offset, buf)
-    }
-    fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.0.write(label, offset, data)
-    }
-    fn truncate(&mut self, length: u64) -> io::Result<()> {
-        self.0.truncate(length)
-    }
-    fn discard(&mut self, offset: u64, bytes: u64) -> io::Result<()> {
-        self.0.discard(offset, bytes)
-    }
-    fn barrier(&mut self) -> io::Result<()> {
-        self.0.barrier()
-    }
-    fn close(self: Box<Self>) -> io::Result<()> {
-        self.1.fetch_add(1, Ordering::Relaxed);
-        Err(io::Error::from_raw_os_error(libc::EDQUOT))
-    }
-}
-
-#[test]
-fn an_error_of_close_is_told() {
-    let closed = Arc::new(AtomicUsize::new(0));
-    let storage = Counted(MemoryStorage::new(reference("v3-64k")), closed.clone());
-    let image = Image::open_storage(Box::new(storage), OpenFlags::default()).unwrap();
-    assert_eq!(image.close().unwrap_err().errno(), libc::EDQUOT);
-    assert_eq!(closed.load(Ordering::Relaxed), 1);
 }
 
 #[test]
