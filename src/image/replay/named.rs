@@ -158,6 +158,18 @@ mod tests {
     }
 
     #[test]
+    fn a_table_is_named_up_to_2_to_the_28_entries_more_than_there_are() {
+        // 2^18 entries in a table.
+        let g = Geometry::new(21, 4, false);
+        let same = |n: usize| check_repeats(g, &vec![1 << 63 | 5 << 21; n]);
+        let others: Vec<u64> = (1..=1026u64).map(|n| n << 21).collect();
+        assert!(same(1024).is_ok() && same(1025).is_ok());
+        assert!(same(1026).is_err());
+        assert!(check_repeats(g, &others).is_ok());
+        assert!(check_repeats(g, &vec![0; 1026]).is_ok());
+    }
+
+    #[test]
     fn each_table_is_there_once_with_the_number_of_those_that_name_it() {
         let g = Geometry::new(9, 4, false);
         let mut naming = Naming::default();

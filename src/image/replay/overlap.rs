@@ -171,3 +171,95 @@ impl Overlap {
         list.get(from).filter(|o| **o < end).map(|_| kind)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    /// Clusters of 512 bytes: 3 is the active L1, 5 to 8 a snapshot's, 6 the snapshot table; L2 tables are 10 and
+    /// 12, refcount blocks 14 and 15.
+    fn overlap() -> Overlap {
+        let g = Geometry::new(9, 4, false);
+        let (l1, reftable) = ([0, 1 << 63 | 10 << 9, 12 << 9], [15 << 9, 0, 14 << 9]);
+        let mut overlap = Overlap::new(g, &l1, &reftable).unwrap();
+        overlap
+            .protect(Protected::InactiveL1, 5 << 9, 3 * 512 + 1)
+            .unwrap();
+        overlap
+            .protect(Protected::SnapshotTable, 6 << 9, 1)
+            .unwrap();
+        overlap.protect(Protected::ActiveL1, 3 << 9, 512).unwrap();
+        overlap.protect(Protected::Reftable, 20 << 9, 512).unwrap();
+        overlap
+            .protect(Protected::BitmapDirectory, 30 << 9, 0)
+            .unwrap();
+        overlap.seal();
+        overlap
+    }
+
+    /// The clusters of the first 40 that may not be written.
+    fn held(overlap: &Overlap, ignore: Option<Protected>) -> Vec<u64> {
+        let free = |c: &u64| overlap.check(c << 9, 1, ignore).is_ok();
+        (0..40).filter(|c| !free(c)).collect()
+    }
+
+    #[test]
+    fn each_cluster_of_a_structure_is_protected_and_no_other() {
+        let overlap = overlap();
+        let all = [0, 3, 5, 6, 7, 8, 10, 12, 14, 15, 20];
+        assert_eq!(held(&overlap, None), all);
+        let without = |kind, clusters: &[u64]| {
+            let left: Vec<u64> = all.into_iter().filter(|c| !clusters.contains(c)).collect();
+            assert_eq!(held(&overlap, Some(kind)), left, "{kind:?}");
+        };
+        without(Protected::Header, &[0]);
+        without(Protected::ActiveL1, &[3]);
+        without(Protected::InactiveL1, &[5, 7, 8]);
+        without(Protected::SnapshotTable, &[]);
+        without(Protected::ActiveL2, &[10, 12]);
+        without(Protected::Refblock, &[14, 15]);
+        without(Protected::Reftable, &[20]);
+    }
+
+    #[test]
+    fn a_table_that_is_not_at_a_cluster_s_begin_counts_with_both_clusters() {
+        let g = Geometry::new(10, 4, false);
+        let overlap = Overlap::new(g, &[23 << 9], &[]).unwrap();
+        let held = |c: &u64| overlap.check(c << 10, 1, None).is_err();
+        assert_eq!((1..20).filter(held).collect::<Vec<_>>(), [11, 12]);
+    }
+
+    #[test]
+    fn a_write_counts_with_all_clusters_that_it_touches_and_says_what_is_there() {
+        let overlap = overlap();
+        let check = |at: u64, bytes: u64| overlap.check(at, bytes, None);
+        assert!(check(1 << 9, 1024).is_ok());
+        assert!(check((2 << 9) + 511, 1).is_ok());
+        let e = check((2 << 9) + 511, 2).unwrap_err().to_string();
+        assert!(e.contains("active L1 table"), "{e}");
+        assert!(check(9 << 9, 512).is_ok() && check(9 << 9, 513).is_err());
+        assert!(check((3 << 9) + 511, 0).is_ok());
+        assert!(check(16 << 9, 4 * 512).is_ok() && check(16 << 9, 4 * 512 + 1).is_err());
+    }
+
+    #[test]
+    fn what_is_released_or_has_moved_is_not_protected() {
+        let mut overlap = overlap();
+        overlap.follow_reftable(20 << 9, 1024).unwrap();
+        assert!(!held(&overlap, None).contains(&21));
+        overlap.follow_reftable(24 << 9, 1024).unwrap();
+        overlap.release(Protected::InactiveL1, &[3 << 9, 5 << 9]);
+        assert_eq!(held(&overlap, None), [0, 3, 6, 10, 12, 14, 15, 24, 25]);
+        overlap.follow(&[28 << 9], &[]).unwrap();
+        assert_eq!(held(&overlap, None), [0, 3, 6, 24, 25, 28]);
+    }
+
+    #[test]
+    fn a_refcount_block_stands_in_the_table_once() {
+        let g = Geometry::new(9, 4, false);
+        let twice = |table: &[u64]| Overlap::new(g, &[], table).unwrap().check_refblocks();
+        assert!(twice(&[14 << 9, 0, 0, 15 << 9]).is_ok());
+        assert!(twice(&[14 << 9, 15 << 9, 14 << 9]).is_err());
+    }
+}
