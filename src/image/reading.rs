@@ -129,3 +129,28 @@ pub(crate) struct Unpacked {
     pub(crate) entry: u64,
     pub(crate) bytes: Vec<u8>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_there_until_another_takes_its_place() {
+        for size in [512, 4096, L2Cache::SLICE] {
+            let mut cache = L2Cache::default();
+            assert_eq!(cache.get(0), None);
+            // Neighbours are kept together, and no offset is taken for another.
+            let parts = |n: std::ops::Range<u64>| n.map(|i| (i * size, vec![i as u8; 8]));
+            parts(0..SLOTS).for_each(|(at, bytes)| cache.put(at, bytes));
+            for (at, bytes) in parts(0..SLOTS) {
+                assert_eq!(cache.get(at), Some(bytes.as_slice()), "{at:#x}");
+            }
+            parts(SLOTS..2 * SLOTS).for_each(|(at, bytes)| cache.put(at, bytes));
+            for (at, bytes) in parts(0..2 * SLOTS) {
+                let kept = at >= SLOTS * size;
+                assert_eq!(cache.get(at), kept.then_some(bytes.as_slice()), "{at:#x}");
+            }
+        }
+        assert_eq!(L2Cache::SLICE, 65536);
+    }
+}
