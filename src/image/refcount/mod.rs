@@ -376,7 +376,7 @@ mod tests {
             let mut r = Refcounts::new(g, places, entries, 0, cap);
             let mut want = vec![0u64; (blocks * g.refblock_entries()) as usize];
             let mut seed = 88_172_645_463_325_252u64;
-            for round in 0..500 {
+            for round in 0..1500 {
                 let mut table = [0; 512];
                 for word in table.chunks_exact_mut(8) {
                     seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
