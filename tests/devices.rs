@@ -532,7 +532,8 @@ fn a_write_protected_device_is_only_read() {
     assert!(image.snapshot_create(&NewSnapshot::default()).is_err());
 }
 
-/// The bytes of this device's node that anybody has locked.
+/// The bytes of this device's node that anybody has locked. The kernel's list is no snapshot: others lock files
+/// meanwhile, and it may show a lock twice.
 fn locks(device: &LoopDevice) -> Vec<String> {
     use std::os::unix::fs::MetadataExt;
     let inode = format!(":{}", std::fs::metadata(&device.path).unwrap().ino());
@@ -546,6 +547,7 @@ fn locks(device: &LoopDevice) -> Vec<String> {
         })
         .collect();
     found.sort();
+    found.dedup();
     found
 }
 
