@@ -5,6 +5,7 @@
 mod ops;
 
 use ops::{name, new_snapshot, unpacked};
+use qcow2_snapshot::io::memory::MemoryStorage;
 use qcow2_snapshot::io::trace::{FaultPlan, RequestKind, TraceStorage};
 use qcow2_snapshot::{Image, NewSnapshot, OpenFlags, Outcome};
 use std::path::{Path, PathBuf};
@@ -118,6 +119,11 @@ fn what_a_verb_has_changed_is_what_is_different() {
                 "{case}"
             );
             assert_eq!(changed.snapshots, differs(64..72), "{case}");
+            // The list is the one that another handle reads.
+            let again = Box::new(MemoryStorage::new(now));
+            let mut again = Image::open_storage(again, OpenFlags::read_only()).unwrap();
+            let read = again.snapshot_list().unwrap();
+            assert_eq!(image.snapshot_list().unwrap(), read, "{case}");
         }
     }
     assert!(verbs > 150, "{verbs} verbs");

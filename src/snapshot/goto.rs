@@ -169,11 +169,6 @@ impl Image {
                 "Can't resize a v2 image which has snapshots".into(),
             ));
         }
-        if self.extensions.has_bitmaps && self.active_bitmaps() {
-            return Err(Error::Unsupported(
-                "Can't resize an image with bitmaps".into(),
-            ));
-        }
         if new < old {
             replay.shrink(&mut self.dev, old, new)?;
         } else {

@@ -1,0 +1,149 @@
+//! How long the file is after a goto that went through a temporary L1 table: as long as before.
+#![allow(clippy::unwrap_used)]
+
+use qcow2_snapshot::io::memory::MemoryStorage;
+use qcow2_snapshot::io::Storage;
+use qcow2_snapshot::{Image, NewSnapshot, OpenFlags};
+use std::cell::RefCell;
+use std::rc::Rc;
+
+const CLUSTER: usize = 4096;
+const SECTOR: usize = 512;
+
+/// Memory whose length is told in whole sectors, as QEMU tells that of a file.
+struct InSectors(MemoryStorage);
+
+impl Storage for InSectors {
+    fn length(&mut self) -> std::io::Result<u64> {
+        Ok(self.0.length()?.next_multiple_of(SECTOR as u64))
+    }
+    fn length_in_sectors(&self) -> bool {
+        true
+    }
+    fn read(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.0.read(offset, buf)
+    }
+    fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.0.write(label, offset, data)
+    }
+    fn truncate(&mut self, length: u64) -> std::io::Result<()> {
+        self.0.truncate(length)
+    }
+    fn discard(&mut self, offset: u64, bytes: u64) -> std::io::Result<()> {
+        self.0.discard(offset, bytes)
+    }
+    fn barrier(&mut self) -> std::io::Result<()> {
+        self.0.barrier()
+    }
+    fn close(self: Box<Self>) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What is in the file after `verb`.
+fn after(bytes: Vec<u8>, in_sectors: bool, verb: impl FnOnce(&mut Image)) -> Vec<u8> {
+    let memory = MemoryStorage::new(bytes);
+    let contents: Rc<RefCell<Vec<u8>>> = memory.handle();
+    let storage: Box<dyn Storage> = match in_sectors {
+        true => Box::new(InSectors(memory)),
+        false => Box::new(memory),
+    };
+    let mut image = Image::open_storage(storage, OpenFlags::RDWR).unwrap();
+    verb(&mut image);
+    image.close().unwrap();
+    contents.take()
+}
+
+fn put(bytes: &mut [u8], at: usize, word: u64) {
+    bytes[at..at + 8].copy_from_slice(&word.to_be_bytes());
+}
+
+/// An image of 256 MiB in clusters of 4 KiB: the L1 table has two sectors. Its snapshot "empty" has nothing; the disk
+/// now has a cluster by way of either sector. The file ends in the snapshot table, `last` bytes after the begin of
+/// a cluster.
+fn ends_in_the_snapshot_table(last: usize) -> Vec<u8> {
+    let mut image = vec![0; 4 * CLUSTER];
+    image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    image[20..24].copy_from_slice(&12u32.to_be_bytes());
+    put(&mut image, 24, 256 << 20);
+    image[36..40].copy_from_slice(&128u32.to_be_bytes());
+    put(&mut image, 40, 3 * CLUSTER as u64);
+    put(&mut image, 48, CLUSTER as u64);
+    image[56..60].copy_from_slice(&1u32.to_be_bytes());
+    image[96..104].copy_from_slice(&[0, 0, 0, 4, 0, 0, 0, 104]);
+    put(&mut image, CLUSTER, 2 * CLUSTER as u64);
+    for n in 0..4 {
+        image[2 * CLUSTER + 2 * n + 1] = 1;
+    }
+    let named = |name: &[u8]| NewSnapshot {
+        name: name.into(),
+        ..NewSnapshot::default()
+    };
+    let mut image = after(image, false, |i| {
+        i.snapshot_create(&named(b"empty")).unwrap();
+    });
+    image.resize(image.len().next_multiple_of(CLUSTER), 0);
+    for l1_entry in [0, 127] {
+        let at = image.len();
+        put(&mut image, 3 * CLUSTER + l1_entry * 8, 1 << 63 | at as u64);
+        image.resize(at + 2 * CLUSTER, 0x5a);
+        image[at..at + CLUSTER].fill(0);
+        put(&mut image, at, 1 << 63 | (at + CLUSTER) as u64);
+    }
+    for n in 0..image.len() / CLUSTER {
+        // The first snapshot table has the last cluster of the first image.
+        image[2 * CLUSTER + 2 * n + 1] = 1;
+    }
+    (1..CLUSTER)
+        .map(|length| {
+            after(image.clone(), false, |i| {
+                i.snapshot_create(&named(&vec![b'n'; length])).unwrap();
+            })
+        })
+        .find(|made| made.len() % CLUSTER == last)
+        .unwrap()
+}
+
+#[test]
+fn a_goto_leaves_a_file_as_long_as_it_was_but_for_zeros_that_make_its_last_sector_whole() {
+    let sparse = [0; 3 * SECTOR];
+    for (last, behind, in_sectors, kept) in [
+        // The file ends in the table: what was told is up to 511 bytes more.
+        (1000, &[][..], true, 0),
+        (1000, &[], false, 0),
+        // It may as well be whole sectors long, as a file that tells its bytes says.
+        (1000, &sparse[..24], true, 0),
+        (1000, &sparse[..24], false, 24),
+        (
+            1000,
+            b"\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\x01",
+            true,
+            24,
+        ),
+        (
+            1000,
+            b"\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0",
+            true,
+            24,
+        ),
+        // No rounding adds a whole sector, or makes clusters whole.
+        (1000, &sparse[..24 + SECTOR], true, 24 + SECTOR),
+        (1024, &sparse[..SECTOR], true, SECTOR),
+        (1024, &sparse[..0], true, 0),
+        (4000, &sparse[..96], true, 96),
+    ] {
+        let mut bytes = ends_in_the_snapshot_table(last);
+        let end = bytes.len();
+        bytes.extend(behind);
+        let got = after(bytes.clone(), in_sectors, |i| {
+            i.snapshot_goto(b"empty").unwrap();
+            assert!(i.remark().is_none(), "the table was written in place");
+        });
+        let case = format!(
+            "{last} and {} bytes, in sectors: {in_sectors}",
+            behind.len()
+        );
+        assert_eq!(got.len(), end + kept, "{case}");
+        assert!(got[end..] == behind[..kept], "{case}");
+    }
+}
