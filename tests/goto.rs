@@ -1,4 +1,4 @@
-//! How long the file is after a goto that went through a temporary L1 table: as long as before.
+//! What a goto leaves: the file's length, and the sizes in the list.
 #![allow(clippy::unwrap_used)]
 
 use qcow2_snapshot::io::memory::MemoryStorage;
@@ -102,6 +102,64 @@ fn ends_in_the_snapshot_table(last: usize) -> Vec<u8> {
         })
         .find(|made| made.len() % CLUSTER == last)
         .unwrap()
+}
+
+/// `image`, a snapshot of which is there, with another snapshot table: copies of that one, each with a name, a disk
+/// size and so many bytes of extra data.
+fn listed(mut image: Vec<u8>, entries: &[(u8, u64, u32)]) -> Vec<u8> {
+    let at = u64::from_be_bytes(image[64..72].try_into().unwrap()) as usize;
+    let l1: [u8; 12] = image[at..at + 12].try_into().unwrap();
+    let mut table = vec![];
+    for (name, size, extra) in entries {
+        table.extend(l1);
+        // ID and name of one byte; date, clock, VM state.
+        table.extend([0, 1, 0, 1]);
+        table.extend([0; 20]);
+        table.extend(extra.to_be_bytes());
+        table.extend(
+            [0; 8]
+                .iter()
+                .chain(&size.to_be_bytes())
+                .take(*extra as usize),
+        );
+        table.extend([*name; 2]);
+        table.resize(table.len().next_multiple_of(8), 0);
+    }
+    assert!(table.len() <= CLUSTER && at + CLUSTER <= image.len().next_multiple_of(CLUSTER));
+    image.resize(image.len().max(at + table.len()), 0);
+    image[at..at + table.len()].copy_from_slice(&table);
+    image[60..64].copy_from_slice(&(entries.len() as u32).to_be_bytes());
+    image
+}
+
+#[test]
+fn snapshots_that_store_no_disk_size_follow_the_disk() {
+    let image = ends_in_the_snapshot_table(1000);
+    let sizes = [(b'a', 128 << 20, 16), (b'b', 64 << 20, 16), (b'c', 0, 0)];
+    let mut bytes = listed(image, &sizes);
+    // They share an L1 table, which no image of QEMU's has: each is given its own.
+    let at = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
+    let l1 = u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let length = bytes.len().next_multiple_of(CLUSTER);
+    bytes.resize(length + 2 * CLUSTER, 0);
+    for (n, entry) in [at + 56 + 8, at + 2 * (56 + 8)].into_iter().enumerate() {
+        let own = length + n * CLUSTER;
+        bytes.copy_within(l1..l1 + 1024, own);
+        put(&mut bytes, entry, own as u64);
+        bytes[2 * CLUSTER + 2 * (own / CLUSTER) + 1] = 1;
+    }
+    let sizes = |i: &mut Image| {
+        let list = i.snapshot_list().unwrap();
+        list.iter().map(|s| s.disk_size >> 20).collect::<Vec<_>>()
+    };
+    for (verb, wanted) in [(b"b", [128, 64, 64]), (b"a", [128, 64, 128])] {
+        let now = after(bytes.clone(), false, |i| {
+            assert_eq!(sizes(i), [128, 64, 256]);
+            i.snapshot_goto(verb).unwrap();
+            assert_eq!(sizes(i), wanted);
+        });
+        after(now, false, |i| assert_eq!(sizes(i), wanted));
+    }
 }
 
 #[test]

@@ -3,8 +3,11 @@
 #![allow(clippy::unwrap_used)]
 
 use flate2::read::GzDecoder;
+use qcow2_snapshot::io::memory::MemoryStorage;
 use qcow2_snapshot::io::trace::TraceStorage;
+use qcow2_snapshot::io::{Run, Storage};
 use qcow2_snapshot::{Error, Fix, Image, NewSnapshot, OpenFlags, Outcome, Stage};
+use std::collections::BTreeSet;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -131,6 +134,83 @@ fn tables_that_lie_are_errors_and_nothing_underflows() {
     let usage = image.snapshot_usage(&[Some(b"first"), Some(b"second"), None]);
     assert!(n < 2 || usage.is_err_and(|e| e.errno() == libc::EINVAL));
     assert!(trace.events().is_empty());
+}
+
+/// Memory some clusters of which are holes of a file.
+struct Holed {
+    memory: MemoryStorage,
+    hole: fn(u64) -> bool,
+}
+
+impl Storage for Holed {
+    fn length(&mut self) -> std::io::Result<u64> {
+        self.memory.length()
+    }
+    fn run(&mut self, offset: u64) -> Option<Run> {
+        let first = offset / 4096;
+        let end = (self.memory.length().unwrap().div_ceil(4096)).max(first + 1);
+        let same = |n: &u64| (self.hole)(*n) == (self.hole)(first);
+        let behind = (first..end).find(|n| !same(n)).unwrap_or(end);
+        let bytes = behind * 4096 - offset;
+        Some(match (self.hole)(first) {
+            true => Run::Hole((behind < end).then_some(bytes)),
+            false => Run::Data(bytes),
+        })
+    }
+    fn read(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.memory.read(offset, buf)
+    }
+    fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.memory.write(label, offset, data)
+    }
+    fn truncate(&mut self, length: u64) -> std::io::Result<()> {
+        self.memory.truncate(length)
+    }
+    fn discard(&mut self, offset: u64, bytes: u64) -> std::io::Result<()> {
+        self.memory.discard(offset, bytes)
+    }
+    fn barrier(&mut self) -> std::io::Result<()> {
+        self.memory.barrier()
+    }
+    fn close(self: Box<Self>) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn allocated_is_what_the_file_has_of_the_clusters_in_use() {
+    let bytes = image();
+    // What "first" has, by its tables.
+    let [first, _] = entries(&bytes);
+    let (l1, n) = (word(&bytes, first), word(&bytes, first + 8) >> 32);
+    let mut used = BTreeSet::from_iter(l1 / 4096..(l1 + n * 8).div_ceil(4096));
+    let place = |entry: u64| entry & 0x00ff_ffff_ffff_fe00;
+    for l2 in (0..n).map(|i| place(word(&bytes, l1 + i * 8))) {
+        used.extend((l2 != 0).then_some(l2 / 4096));
+        for i in 0..if l2 == 0 { 0 } else { 512 } {
+            let entry = word(&bytes, l2 + i * 8);
+            assert_eq!(entry & 1 << 62, 0, "a compressed cluster");
+            used.extend((place(entry) != 0).then_some(place(entry) / 4096));
+        }
+    }
+    let holes: [fn(u64) -> bool; 6] = [
+        |_| false,
+        |_| true,
+        |n| n % 2 == 0,
+        |n| n % 2 == 1,
+        |n| n * 7 % 5 < 2,
+        |n| n / 8 % 2 == 1,
+    ];
+    for hole in holes {
+        let memory = MemoryStorage::new(bytes.clone());
+        let storage = Box::new(Holed { memory, hole });
+        let mut image = Image::open_storage(storage, OpenFlags::read_only()).unwrap();
+        let usage = image.snapshot_usage(&[Some(b"first")]).unwrap();
+        let there = used.iter().filter(|n| !hole(**n)).count() as u64;
+        assert_eq!(usage.referenced, used.len() as u64 * 4096);
+        assert_eq!(usage.allocated, there * 4096);
+    }
+    assert!(used.len() > 8);
 }
 
 /// Nothing is written, and the handle is as good as before.
