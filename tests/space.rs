@@ -6,8 +6,8 @@ use flate2::read::GzDecoder;
 use qcow2_snapshot::io::memory::MemoryStorage;
 use qcow2_snapshot::io::trace::TraceStorage;
 use qcow2_snapshot::io::{Run, Storage};
-use qcow2_snapshot::{Error, Fix, Image, NewSnapshot, OpenFlags, Outcome, Stage};
-use std::collections::BTreeSet;
+use qcow2_snapshot::{Error, Fix, Image, NewSnapshot, OpenFlags, Outcome, Snapshot, Stage, Usage};
+use std::collections::BTreeMap;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -139,6 +139,7 @@ fn tables_that_lie_are_errors_and_nothing_underflows() {
 /// Memory some clusters of which are holes of a file.
 struct Holed {
     memory: MemoryStorage,
+    bits: u32,
     hole: fn(u64) -> bool,
 }
 
@@ -147,11 +148,12 @@ impl Storage for Holed {
         self.memory.length()
     }
     fn run(&mut self, offset: u64) -> Option<Run> {
-        let first = offset / 4096;
-        let end = (self.memory.length().unwrap().div_ceil(4096)).max(first + 1);
+        let cluster = 1 << self.bits;
+        let first = offset / cluster;
+        let end = (self.memory.length().unwrap().div_ceil(cluster)).max(first + 1);
         let same = |n: &u64| (self.hole)(*n) == (self.hole)(first);
         let behind = (first..end).find(|n| !same(n)).unwrap_or(end);
-        let bytes = behind * 4096 - offset;
+        let bytes = behind * cluster - offset;
         Some(match (self.hole)(first) {
             true => Run::Hole((behind < end).then_some(bytes)),
             false => Run::Data(bytes),
@@ -177,22 +179,48 @@ impl Storage for Holed {
     }
 }
 
-#[test]
-fn allocated_is_what_the_file_has_of_the_clusters_in_use() {
-    let bytes = image();
-    // What "first" has, by its tables.
-    let [first, _] = entries(&bytes);
-    let (l1, n) = (word(&bytes, first), word(&bytes, first + 8) >> 32);
-    let mut used = BTreeSet::from_iter(l1 / 4096..(l1 + n * 8).div_ceil(4096));
+/// Clusters that a state's tables name, and whether each is a table, and whether a part of the disk (not VM state).
+type Named = BTreeMap<u64, (bool, bool)>;
+
+/// What an L1 table of `n` entries at `l1` names for a disk of `size` bytes; clusters of `1 << bits` bytes.
+fn named(b: &[u8], bits: u32, (l1, n, size): (u64, u64, u64)) -> Named {
+    let (mut found, cluster) = (Named::new(), 1u64 << bits);
     let place = |entry: u64| entry & 0x00ff_ffff_ffff_fe00;
-    for l2 in (0..n).map(|i| place(word(&bytes, l1 + i * 8))) {
-        used.extend((l2 != 0).then_some(l2 / 4096));
-        for i in 0..if l2 == 0 { 0 } else { 512 } {
-            let entry = word(&bytes, l2 + i * 8);
+    for i in l1 >> bits..(l1 + n * 8).div_ceil(cluster) {
+        found.insert(i, (true, true));
+    }
+    for i in 0..n {
+        let l2 = place(word(b, l1 + i * 8));
+        if l2 == 0 {
+            continue;
+        }
+        // A table of both is the disk's.
+        let of_disk = i * cluster / 8 * cluster < size;
+        found.insert(l2 >> bits, (true, of_disk));
+        for j in 0..cluster / 8 {
+            let entry = word(b, l2 + j * 8);
             assert_eq!(entry & 1 << 62, 0, "a compressed cluster");
-            used.extend((place(entry) != 0).then_some(place(entry) / 4096));
+            if place(entry) != 0 {
+                let of_disk = (i * cluster / 8 + j) * cluster < size;
+                let known = found
+                    .entry(place(entry) >> bits)
+                    .or_insert((false, of_disk));
+                known.1 |= of_disk;
+            }
         }
     }
+    found
+}
+
+#[test]
+fn usage_is_what_the_tables_and_the_counts_say() {
+    let reference = |case: &str| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("c-tests/images");
+        let file = std::fs::File::open(root.join(case).join("before.qcow2.gz")).unwrap();
+        let mut bytes = Vec::new();
+        GzDecoder::new(file).read_to_end(&mut bytes).unwrap();
+        bytes
+    };
     let holes: [fn(u64) -> bool; 6] = [
         |_| false,
         |_| true,
@@ -201,16 +229,71 @@ fn allocated_is_what_the_file_has_of_the_clusters_in_use() {
         |n| n * 7 % 5 < 2,
         |n| n / 8 % 2 == 1,
     ];
-    for hole in holes {
-        let memory = MemoryStorage::new(bytes.clone());
-        let storage = Box::new(Holed { memory, hole });
-        let mut image = Image::open_storage(storage, OpenFlags::read_only()).unwrap();
-        let usage = image.snapshot_usage(&[Some(b"first")]).unwrap();
-        let there = used.iter().filter(|n| !hole(**n)).count() as u64;
-        assert_eq!(usage.referenced, used.len() as u64 * 4096);
-        assert_eq!(usage.allocated, there * 4096);
+    let (mut vm_states, mut tables, mut sets) = (0, 0, 0);
+    for bytes in [
+        image(),
+        reference("v3-512"),
+        reference("vm-state-512"),
+        reference("vm-state-v3"),
+        reference("l1-growth-goto-512"),
+        reference("resize-512"),
+    ] {
+        let bits = word(&bytes, 16) as u32;
+        let list = {
+            let (mut image, _) = open(&bytes);
+            image.snapshot_list().unwrap().to_vec()
+        };
+        let mut states = vec![None];
+        states.extend(list.iter().map(Some));
+        let place = |s: &Option<&Snapshot>| match s {
+            Some(s) => (s.l1_table_offset, s.l1_size.into(), s.disk_size),
+            None => (
+                word(&bytes, 40),
+                word(&bytes, 32) & 0xffff_ffff,
+                word(&bytes, 24),
+            ),
+        };
+        // 16 bits each, all in the first refcount block or few.
+        let count = |n: u64| {
+            let per_block = 1 << (bits - 1);
+            let block = word(&bytes, word(&bytes, 48) + n / per_block * 8);
+            word(&bytes, (block + n % per_block * 2) & !7) >> (48 - n % 4 * 16) & 0xffff
+        };
+        for set in 1u32..1 << states.len().min(4) {
+            let set: Vec<_> = (0..states.len()).filter(|i| set >> i & 1 == 1).collect();
+            let mut all: BTreeMap<u64, (u64, bool, bool)> = BTreeMap::new();
+            for state in &set {
+                for (n, (table, of_disk)) in named(&bytes, bits, place(&states[*state])) {
+                    let known = all.entry(n).or_insert((0, table, false));
+                    (known.0, known.2) = (known.0 + 1, known.2 | of_disk);
+                }
+            }
+            let sum = |wanted: &dyn Fn(u64, &(u64, bool, bool)) -> bool| {
+                (all.iter().filter(|(n, s)| wanted(**n, s)).count() as u64) << bits
+            };
+            let ids: Vec<_> = set.iter().map(|i| states[*i].map(|s| &s.id[..])).collect();
+            for hole in holes {
+                let memory = MemoryStorage::new(bytes.clone());
+                let storage = Box::new(Holed { memory, bits, hole });
+                let mut image = Image::open_storage(storage, OpenFlags::read_only()).unwrap();
+                let expected = Usage {
+                    referenced: sum(&|_, _| true),
+                    exclusive: sum(&|n, s| count(n) == s.0),
+                    tables: sum(&|n, s| count(n) == s.0 && s.1),
+                    vm_state: sum(&|_, s| !s.2),
+                    allocated: sum(&|n, _| !hole(n)),
+                };
+                assert_eq!(image.snapshot_usage(&ids).unwrap(), expected, "{ids:?}");
+                vm_states += u32::from(expected.vm_state != 0);
+                tables += u32::from(expected.tables != 0);
+                sets += 1;
+            }
+        }
     }
-    assert!(used.len() > 8);
+    assert!(
+        vm_states > 20 && tables > 100,
+        "{vm_states} with VM state, {tables} with tables, of {sets}"
+    );
 }
 
 /// Nothing is written, and the handle is as good as before.
@@ -270,6 +353,20 @@ fn a_name_for_which_the_table_has_no_room_is_efbig_with_the_way_out() {
     assert_eq!((64 << 20) - (bytes.len() - table), 8);
     put(&mut bytes, 64, table as u64);
     bytes[60..64].copy_from_slice(&entries.to_be_bytes());
+    // Its clusters are counted, in new blocks where there is none.
+    let (first, reftable) = (table / 4096, word(&bytes, 48));
+    bytes.resize(bytes.len().next_multiple_of(4096), 0);
+    let blocks = bytes.len() / 4096;
+    let end = blocks + blocks / 2048;
+    bytes.resize(end * 4096, 0);
+    for n in 1..=end / 2048 {
+        let at = (blocks + n - 1) * 4096;
+        put(&mut bytes, reftable + 8 * n as u64, at as u64);
+    }
+    for n in first..end {
+        let block = word(&bytes, reftable + (n / 2048 * 8) as u64) as usize;
+        bytes[block + n % 2048 * 2 + 1] = 1;
+    }
     let (mut image, trace) = open(&bytes);
     let e = image
         .snapshot_rename(b"00000000", &[b'x'; 255])
@@ -277,6 +374,15 @@ fn a_name_for_which_the_table_has_no_room_is_efbig_with_the_way_out() {
     assert_eq!(e.errno(), libc::EFBIG);
     assert!(e.to_string().contains("64 MiB; delete"), "{e}");
     assert!(trace.events().is_empty() && image.last_outcome() == Outcome::Unchanged);
+
+    // To its last byte it is used.
+    image.snapshot_rename(b"00000000", b"8 bytes.").unwrap();
+    let (mut image, trace) = open(&trace.contents());
+    assert_eq!(image.snapshot_list().unwrap()[0].name, b"8 bytes.");
+    let e = image
+        .snapshot_rename(b"00000000", b"9 bytes..")
+        .unwrap_err();
+    assert_eq!((e.errno(), trace.events().len()), (libc::EFBIG, 0));
 }
 
 #[test]
