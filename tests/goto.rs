@@ -58,23 +58,32 @@ fn put(bytes: &mut [u8], at: usize, word: u64) {
     bytes[at..at + 8].copy_from_slice(&word.to_be_bytes());
 }
 
+/// An image of `size` bytes without data, of so many clusters, all counted: header, refcount table, refcount block, and
+/// somewhere the L1 table.
+fn empty(bits: u32, size: u64, clusters: usize, l1: usize) -> Vec<u8> {
+    let cluster = 1 << bits;
+    let mut image = vec![0; clusters * cluster];
+    image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    image[20..24].copy_from_slice(&bits.to_be_bytes());
+    put(&mut image, 24, size);
+    let entries = (size >> bits) as u32 / (cluster / 8) as u32;
+    image[36..40].copy_from_slice(&entries.to_be_bytes());
+    put(&mut image, 40, (l1 * cluster) as u64);
+    put(&mut image, 48, cluster as u64);
+    image[56..60].copy_from_slice(&1u32.to_be_bytes());
+    image[96..104].copy_from_slice(&[0, 0, 0, 4, 0, 0, 0, 104]);
+    put(&mut image, cluster, 2 * cluster as u64);
+    for n in 0..clusters {
+        image[2 * cluster + 2 * n + 1] = 1;
+    }
+    image
+}
+
 /// An image of 256 MiB in clusters of 4 KiB: the L1 table has two sectors. Its snapshot "empty" has nothing; the disk
 /// now has a cluster by way of either sector. The file ends in the snapshot table, `last` bytes after the begin of
 /// a cluster.
 fn ends_in_the_snapshot_table(last: usize) -> Vec<u8> {
-    let mut image = vec![0; 4 * CLUSTER];
-    image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
-    image[20..24].copy_from_slice(&12u32.to_be_bytes());
-    put(&mut image, 24, 256 << 20);
-    image[36..40].copy_from_slice(&128u32.to_be_bytes());
-    put(&mut image, 40, 3 * CLUSTER as u64);
-    put(&mut image, 48, CLUSTER as u64);
-    image[56..60].copy_from_slice(&1u32.to_be_bytes());
-    image[96..104].copy_from_slice(&[0, 0, 0, 4, 0, 0, 0, 104]);
-    put(&mut image, CLUSTER, 2 * CLUSTER as u64);
-    for n in 0..4 {
-        image[2 * CLUSTER + 2 * n + 1] = 1;
-    }
+    let image = empty(12, 256 << 20, 4, 3);
     let named = |name: &[u8]| NewSnapshot {
         name: name.into(),
         ..NewSnapshot::default()
@@ -159,6 +168,29 @@ fn snapshots_that_store_no_disk_size_follow_the_disk() {
             assert_eq!(sizes(i), wanted);
         });
         after(now, false, |i| assert_eq!(sizes(i), wanted));
+    }
+}
+
+#[test]
+fn tables_side_by_side_do_not_overlap() {
+    let clusters_of_512 = |n: u64| n * 512;
+    let mut image = empty(9, 2 << 20, 7, 4);
+    for (n, name, at) in [(0, b'a', 5), (1, b'b', 3)] {
+        let entry = 6 * 512 + n * 64;
+        put(&mut image, entry, clusters_of_512(at));
+        image[entry + 8..entry + 16].copy_from_slice(&[0, 0, 0, 64, 0, 1, 0, 1]);
+        image[entry + 36..entry + 40].copy_from_slice(&16u32.to_be_bytes());
+        put(&mut image, entry + 48, 2 << 20);
+        image[entry + 56..entry + 58].copy_from_slice(&[name; 2]);
+    }
+    image[60..64].copy_from_slice(&2u32.to_be_bytes());
+    put(&mut image, 64, clusters_of_512(6));
+    for name in [b"a", b"b"] {
+        after(image.clone(), false, |i| i.snapshot_goto(name).unwrap());
+        after(image.clone(), false, |i| {
+            i.snapshot_delete(Some(name), None).unwrap();
+            assert!(i.remark().is_none());
+        });
     }
 }
 
