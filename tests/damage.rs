@@ -1,0 +1,147 @@
+//! Counts that are wrong where a table of several clusters is: no verb writes over a part of it, or frees one.
+#![allow(clippy::unwrap_used)]
+
+#[path = "goto/craft.rs"]
+mod craft;
+
+use craft::{empty, put};
+use qcow2_snapshot::io::trace::TraceStorage;
+use qcow2_snapshot::{Image, NewSnapshot, OpenFlags, Outcome, Result};
+use std::ops::Range;
+
+const CLUSTER: usize = 512;
+const COPIED: u64 = 1 << 63;
+
+/// An image in clusters of 512 bytes, each of whose tables has two, and a free one behind it. Its snapshots are "a" and "b"; "a" or the active
+/// disk has an L2 table that names a cluster. Everything is counted once.
+struct Made {
+    bytes: Vec<u8>,
+    tables: Vec<(&'static str, Range<usize>)>,
+    l2: usize,
+    data: usize,
+}
+
+const REFTABLE: usize = 1;
+const REFBLOCK: usize = 4;
+
+fn made(gap: usize, active: bool) -> Made {
+    let l1 = 6 + gap;
+    let [a, b, table, l2, data] = [l1 + 3, l1 + 6, l1 + 9, l1 + 12, l1 + 13];
+    let mut bytes = empty(9, 4 << 20, data + 1, l1);
+    // The builder has a table of one cluster, and a block behind it.
+    bytes.copy_within(2 * CLUSTER..3 * CLUSTER, REFBLOCK * CLUSTER);
+    bytes[2 * CLUSTER..3 * CLUSTER].fill(0);
+    bytes[59] = 2;
+    put(&mut bytes, REFTABLE * CLUSTER, (REFBLOCK * CLUSTER) as u64);
+    let free = (6..l1).chain([3, 5, a - 1, b - 1, table - 1, l2 - 1]);
+    free.for_each(|free| count(&mut bytes, free, 0));
+    let mut entry = table * CLUSTER;
+    for (name, at, length) in [(b'a', a, 400), (b'b', b, 300)] {
+        put(&mut bytes, entry, (at * CLUSTER) as u64);
+        let lengths = [0, 0, 0, 128, 0, 1, (length >> 8) as u8, length as u8];
+        bytes[entry + 8..entry + 16].copy_from_slice(&lengths);
+        bytes[entry + 36..entry + 40].copy_from_slice(&24u32.to_be_bytes());
+        put(&mut bytes, entry + 48, 4 << 20);
+        put(&mut bytes, entry + 56, u64::MAX);
+        bytes[entry + 64..entry + 65 + length].fill(name);
+        entry = (entry + 65 + length).next_multiple_of(8);
+    }
+    assert_eq!(entry.div_ceil(CLUSTER), table + 2);
+    bytes[60..64].copy_from_slice(&2u32.to_be_bytes());
+    put(&mut bytes, 64, (table * CLUSTER) as u64);
+    let holder = if active { l1 } else { a } * CLUSTER + 70 * 8;
+    put(&mut bytes, holder, COPIED | (l2 * CLUSTER) as u64);
+    put(&mut bytes, l2 * CLUSTER, COPIED | (data * CLUSTER) as u64);
+    Made {
+        bytes,
+        tables: vec![
+            ("the refcount table", REFTABLE..REFTABLE + 2),
+            ("a refcount block", REFBLOCK..REFBLOCK + 1),
+            ("the active L1 table", l1..l1 + 2),
+            ("the L1 table of \"b\"", b..b + 2),
+            ("the snapshot table", table..table + 2),
+        ],
+        l2,
+        data,
+    }
+}
+
+fn count(bytes: &mut [u8], cluster: usize, count: u8) {
+    bytes[REFBLOCK * CLUSTER + 2 * cluster + 1] = count;
+}
+
+/// Is it refused, with nothing written?
+fn run(bytes: &[u8], verb: impl Fn(&mut Image) -> Result<()>) -> Result<()> {
+    let storage = TraceStorage::new(bytes.to_vec());
+    let trace = storage.trace();
+    let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+    let done = verb(&mut image);
+    if done.is_err() {
+        assert!(trace.events().is_empty());
+        assert_eq!(image.last_outcome(), Outcome::Unchanged);
+    }
+    done
+}
+
+fn create(image: &mut Image) -> Result<()> {
+    let new = NewSnapshot {
+        name: b"new".into(),
+        ..NewSnapshot::default()
+    };
+    image.snapshot_create(&new).map(drop)
+}
+
+fn delete(image: &mut Image) -> Result<()> {
+    image.snapshot_delete(Some(b"a"), None)
+}
+
+fn goto(image: &mut Image) -> Result<()> {
+    image.snapshot_goto(b"b")
+}
+
+#[test]
+fn no_part_of_a_table_is_free_for_a_verb() {
+    let good = made(0, false);
+    run(&good.bytes, create).unwrap();
+    let around = made(40, false);
+    for (table, clusters) in &good.tables {
+        // Its last cluster, and all of it, where a table of two clusters fits.
+        for free in [clusters.end - 1..clusters.end, clusters.clone()] {
+            let mut bytes = good.bytes.clone();
+            free.clone().for_each(|n| count(&mut bytes, n, 0));
+            let e = run(&bytes, create).unwrap_err();
+            assert_eq!(e.errno(), libc::EIO, "{table}, {free:?}: {e}");
+            // Where another place is free first, nothing is in danger.
+            let mut bytes = around.bytes.clone();
+            let moved = if free.end > 6 { 40 } else { 0 };
+            free.clone().for_each(|n| count(&mut bytes, n + moved, 0));
+            let done = run(&bytes, create);
+            assert_eq!(done.is_err(), moved == 0, "{table}, {free:?}: {done:?}");
+        }
+    }
+}
+
+#[test]
+fn no_part_of_a_table_is_freed_as_data() {
+    type Verb = fn(&mut Image) -> Result<()>;
+    let verbs: [(bool, &str, Verb); 2] = [(false, "delete", delete), (true, "goto", goto)];
+    for (active, name, verb) in verbs {
+        for gap in [0, 40] {
+            let good = made(gap, active);
+            run(&good.bytes, verb).unwrap();
+            for (table, clusters) in &good.tables {
+                for cluster in clusters.clone() {
+                    let mut bytes = good.bytes.clone();
+                    let entry = COPIED | (cluster * CLUSTER) as u64;
+                    put(&mut bytes, good.l2 * CLUSTER, entry);
+                    count(&mut bytes, good.data, 0);
+                    let done = run(&bytes, verb);
+                    assert!(done.is_err(), "{name}, {gap}: {table}, {cluster}");
+                    // With another count for it nothing is lost.
+                    count(&mut bytes, cluster, 2);
+                    run(&bytes, verb).unwrap();
+                }
+            }
+        }
+    }
+}
