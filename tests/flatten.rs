@@ -101,9 +101,27 @@ fn flattened(o: &Overlay) -> u64 {
     let leaked = leaks(o);
     let mut image = Image::open(&o.path(), OpenFlags::RDWR).unwrap();
     let most = image.flatten_estimate().unwrap();
+    let header = || std::fs::read(o.path()).unwrap()[..72].to_vec();
+    let layout = image.layout().unwrap();
+    let (was, l1, reftable) = (header(), layout.l1.to_vec(), layout.reftable.to_vec());
     if let Err(e) = image.flatten() {
         panic!("{e}\n{}", o.story);
     }
+    let (is, layout) = (header(), image.layout().unwrap());
+    let differs = |field: std::ops::Range<usize>| was[field.clone()] != is[field];
+    let differ = [
+        differs(24..32),
+        differs(40..48) || l1 != layout.l1,
+        differs(48..56) || reftable != layout.reftable,
+        differs(64..72),
+    ];
+    let c = layout.changed;
+    let said = [c.size, c.l1, c.reftable, c.snapshots];
+    assert_eq!(
+        said, differ,
+        "size, L1, refcount and snapshot table\n{}",
+        o.story
+    );
     assert_eq!(image.last_outcome(), Outcome::Done);
     assert_eq!(image.flatten_estimate().unwrap(), 0);
     image.close().unwrap();

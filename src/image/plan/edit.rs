@@ -121,6 +121,10 @@ mod tests {
         assert_eq!(edit.sectors_published().count(), 1);
         edit.after[1199] = 512;
         assert_eq!(runs(&edit), [0..4096, 8192..9600]);
-        assert_eq!(edit.sectors_published().count(), 2);
+        assert_eq!(edit.sectors_published().collect::<Vec<_>>(), [0, 18]);
+        // The sectors are the file's.
+        edit.offset = 512 * 7;
+        edit.after[64] = 512;
+        assert_eq!(edit.sectors_published().collect::<Vec<_>>(), [7, 8, 25]);
     }
 }
