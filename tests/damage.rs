@@ -145,3 +145,26 @@ fn no_part_of_a_table_is_freed_as_data() {
         }
     }
 }
+
+/// Where a new refcount block is entered, nothing else may be.
+#[test]
+fn an_l1_table_in_the_refcount_table_is_not_written_over() {
+    let mut bytes = made(0, false).bytes;
+    let in_use = [0, 1].repeat(256);
+    bytes.resize(64 * 256 * CLUSTER, 0);
+    bytes[REFBLOCK * CLUSTER..(REFBLOCK + 1) * CLUSTER].copy_from_slice(&in_use);
+    for n in 1..64 {
+        let at = n * 256 * CLUSTER;
+        put(&mut bytes, REFTABLE * CLUSTER + n * 8, at as u64);
+        bytes[at..at + CLUSTER].copy_from_slice(&in_use);
+    }
+    // The next block is the first one in the second cluster of the table.
+    run(&bytes, create).unwrap();
+    let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
+    let b = (table + 65 + 400).next_multiple_of(8);
+    put(&mut bytes, b, ((REFTABLE + 1) * CLUSTER) as u64);
+    bytes[b + 11] = 64;
+    let e = run(&bytes, create).unwrap_err();
+    assert_eq!(e.errno(), libc::EIO, "{e}");
+    assert!(e.to_string().contains("inactive L1 table"), "{e}");
+}
