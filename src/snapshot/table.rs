@@ -285,7 +285,7 @@ impl Image {
         }
         let offset = replay.refs.alloc(&mut self.dev, size)?;
         replay.check_new(offset, size)?;
-        let contents = self.encode_table(replay, offset, size, list)?;
+        let contents = self.encode_table(offset, size, list)?;
         replay.write_new(&mut self.dev, "snapshot table", offset, contents)?;
 
         plan.decisive = replay.refs.epoch();
@@ -295,22 +295,10 @@ impl Image {
     }
 
     /// The table's bytes. QEMU never writes the gaps between entries: they show what was there.
-    fn encode_table(
-        &mut self,
-        replay: &Replay,
-        offset: u64,
-        size: u64,
-        list: &[Snapshot],
-    ) -> Result<Vec<u8>> {
-        let g = self.header.geometry;
+    fn encode_table(&mut self, offset: u64, size: u64, list: &[Snapshot]) -> Result<Vec<u8>> {
         let mut old = device::zeroed(size)?;
         self.dev
             .read("Could not read free clusters", offset, &mut old)?;
-        for (i, cluster) in old.chunks_mut(g.cluster_len()).enumerate() {
-            if replay.is_punched(offset.saturating_add((i as u64) << g.cluster_bits)) {
-                cluster.fill(0);
-            }
-        }
         let mut out = Vec::new();
         out.try_reserve_exact(old.len())
             .map_err(|_| Error::NoMemory(size))?;

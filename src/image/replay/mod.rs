@@ -143,11 +143,6 @@ impl Replay {
         room::push(&mut self.new_data, new)
     }
 
-    /// Has QEMU punched the cluster at `offset` in this verb?
-    pub(crate) fn is_punched(&self, offset: u64) -> bool {
-        self.refs.fates.is_punched(self.g.cluster_of(offset).0)
-    }
-
     /// QEMU's `qcow2_grow_l1_table(exact)`: the L1 table moves to a place with room for `entries`.
     pub(crate) fn grow_l1(&mut self, dev: &mut Device, entries: u64) -> Result<()> {
         if entries <= self.l1.len() as u64 {
