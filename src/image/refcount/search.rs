@@ -153,3 +153,141 @@ impl Refcounts {
         Ok(None)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::format::geometry::Geometry;
+    use crate::image::refcount::counts::MOST;
+    use crate::image::refcount::Places;
+    use crate::io::memory::MemoryStorage;
+
+    /// The counts of an image in clusters of 512 bytes, a block after the other; none: there is no block.
+    fn refcounts(order: u32, blocks: &[Option<Vec<u64>>]) -> (Refcounts, Device) {
+        let g = Geometry::new(9, order, false);
+        let mut file = vec![0; 512];
+        let mut entries = vec![];
+        for counts in blocks {
+            let Some(counts) = counts else {
+                entries.push(0);
+                continue;
+            };
+            let mut block = vec![0; 512];
+            for (i, count) in counts.iter().enumerate() {
+                refblock::set(g, &mut block, i, *count);
+            }
+            entries.push(file.len() as u64);
+            file.extend(block);
+        }
+        let places = Places {
+            l1_offset: 0,
+            l1_size: 0,
+            reftable_offset: 0,
+            reftable_clusters: 1,
+        };
+        let length = file.len() as u64;
+        let dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
+        (Refcounts::new(g, places, entries, length, MOST), dev)
+    }
+
+    /// Images of few blocks with runs of clusters in use and free, some without a block.
+    fn all(mut with: impl FnMut(u32, &[Option<Vec<u64>>], &mut dyn FnMut(u64) -> u64)) {
+        let mut seed = 1u64;
+        let mut below = |n: u64| {
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 33) % n
+        };
+        for round in 0..if cfg!(miri) { 7 } else { 400 } {
+            let order = round % 7;
+            let entries = 4096usize >> order;
+            let blocks: Vec<_> = (0..1 + below(4))
+                .map(|_| {
+                    let mut counts = vec![0; entries];
+                    let mut at = 0;
+                    while at < entries {
+                        let run = (1 + below(entries as u64 / 2)) as usize;
+                        let end = (at + run).min(entries);
+                        counts[at..end].fill(below(2));
+                        at = end;
+                    }
+                    // One alone, first or last.
+                    if below(4) == 0 {
+                        counts.fill(0);
+                        counts[[0, entries - 1][below(2) as usize]] = 1;
+                    }
+                    (below(4) != 0).then_some(counts)
+                })
+                .collect();
+            with(order, &blocks, &mut below);
+        }
+    }
+
+    fn count(blocks: &[Option<Vec<u64>>], order: u32, cluster: u64) -> u64 {
+        let entries = 4096 >> order;
+        let block = blocks
+            .get((cluster / entries) as usize)
+            .and_then(Option::as_ref);
+        block.map_or(0, |counts| counts[(cluster % entries) as usize])
+    }
+
+    #[test]
+    fn the_first_fit_is_the_first_that_fits_up_to_the_longest_file() {
+        all(|order, blocks, below| {
+            let entries = 4096 >> order;
+            let (next, n) = (below(entries), 1 + below(2 * entries));
+            let fits = |at: &u64| (*at..at + n).all(|c| count(blocks, order, c) == 0);
+            let want = (next..).find(fits).unwrap();
+            let find = |most: u64| {
+                let (mut r, mut dev) = refcounts(order, blocks);
+                r.next = next;
+                let found = r.find(&mut dev, n, most);
+                found.map(|at| (at, r.next))
+            };
+            let last = (want + n - 1) * 512;
+            for most in [u64::MAX, last + 511, last] {
+                assert_eq!(find(most).unwrap(), (want, want + n), "{order} {blocks:?}");
+            }
+            assert!(matches!(find(last - 1), Err(Error::TooBig(_))));
+        });
+    }
+
+    #[test]
+    fn the_last_cluster_is_the_last_in_use_within_a_length() {
+        all(|order, blocks, below| {
+            let described = blocks.len() as u64 * (4096 >> order);
+            let length = below(described * 512 * 5 / 4);
+            let within = 0..described.min(length.div_ceil(512));
+            let want = within.rev().find(|c| count(blocks, order, *c) != 0);
+            let (mut r, mut dev) = refcounts(order, blocks);
+            match (r.last_cluster(&mut dev, length), want) {
+                (Ok(found), Some(want)) => assert_eq!(found, want),
+                (Err(Error::Corrupt(_)), None) => {}
+                (found, want) => panic!("{found:?}, not {want:?}: {order} {blocks:?}"),
+            }
+        });
+    }
+
+    #[test]
+    fn room_for_a_short_time_is_where_blocks_say_that_nothing_is() {
+        all(|order, blocks, below| {
+            let entries = 4096 >> order;
+            let described = blocks.len() as u64 * entries;
+            let (from, n) = (below(described), 1 + below(2 * entries));
+            let free = |c: u64| {
+                c < described
+                    && blocks[(c / entries) as usize].is_some()
+                    && count(blocks, order, c) == 0
+            };
+            let want = (from..described).find(|at| (*at..at + n).all(free));
+            let (mut r, mut dev) = refcounts(order, blocks);
+            // What the verb has counted, or has in memory, is as good as what it has not looked at.
+            if below(2) == 0 {
+                let _ = r.load(&mut dev, below(blocks.len() as u64));
+            }
+            assert_eq!(r.find_untouched(&mut dev, from, n).unwrap(), want);
+        });
+    }
+}

@@ -310,3 +310,104 @@ fn blocks_with_metadata(g: Geometry, mut clusters: u64) -> u64 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::image::refcount::counts::MOST;
+    use crate::image::refcount::Places;
+    use crate::io::memory::MemoryStorage;
+
+    /// An image in clusters of 512 bytes with counts of 64 bits, of whose refcount table nothing is there.
+    fn bare() -> Refcounts {
+        let places = Places {
+            l1_offset: 0,
+            l1_size: 0,
+            reftable_offset: 0,
+            reftable_clusters: 1,
+        };
+        Refcounts::new(Geometry::new(9, 6, false), places, vec![0; 64], 0, MOST)
+    }
+
+    #[test]
+    fn blocks_describe_what_is_there_themselves_their_table_and_half_of_it_more() {
+        for (bits, order) in [(9, 6), (9, 4), (12, 0), (16, 4)] {
+            let g = Geometry::new(bits, order, false);
+            let (per_block, per_cluster) = (g.refblock_entries(), g.reftable_entries_per_cluster());
+            let table = |blocks: u64| blocks.div_ceil(per_cluster);
+            // Looked for from where there are too few.
+            let least = |clusters: u64| {
+                let enough = |b: &u64| b * per_block >= clusters + b + table(*b);
+                (clusters / per_block..).find(enough).unwrap()
+            };
+            for clusters in [1, 63, 64, 65, 4000, 262_144, 1_000_003, 88_888_888] {
+                let want = least(clusters + table(least(clusters)).div_ceil(2));
+                assert_eq!(
+                    blocks_with_metadata(g, clusters),
+                    want,
+                    "{bits} {order} {clusters}"
+                );
+            }
+        }
+    }
+
+    /// The last number for which this holds.
+    fn last(g: Geometry, holds: impl Fn(u64) -> bool) -> u64 {
+        let (mut low, mut high) = (0, MAX_REFTABLE_ENTRIES * g.refblock_entries());
+        while high - low > 1 {
+            let middle = low + (high - low) / 2;
+            (low, high) = match holds(middle) {
+                true => (middle, high),
+                false => (low, middle),
+            };
+        }
+        low
+    }
+
+    /// With QEMU's reserve.
+    fn is_not_too_long(blocks: u64) -> bool {
+        (blocks + blocks.div_ceil(2)).next_multiple_of(64) <= MAX_REFTABLE_ENTRIES
+    }
+
+    #[test]
+    fn what_no_block_could_describe_is_out_of_range() {
+        let r = bare();
+        let last = last(r.g, |cluster| {
+            let used = (cluster + 1).next_multiple_of(r.g.refblock_entries());
+            is_not_too_long(blocks_with_metadata(r.g, used))
+        });
+        for (cluster, out_of_range) in [
+            (64, false),
+            (64 * 64, false),
+            (last / 2, false),
+            (last, false),
+            (last + 1, true),
+            (last + last / 4, true),
+            (last * 4, true),
+            (1 << 46, true),
+        ] {
+            match (r.not_described(HostCluster(cluster)), out_of_range) {
+                (Error::TooBig(_), true) | (Error::Corrupt(_), false) => {}
+                (e, _) => panic!("{cluster:#x}: {e}"),
+            }
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "many minutes there")]
+    fn a_table_grows_to_its_last_cluster_and_no_further() {
+        let g = bare().g;
+        let most = last(g, |start| is_not_too_long(blocks_with_metadata(g, start)));
+        for (start, fits) in [(most, true), (most + 64, false), (most * 5 / 4, false)] {
+            let mut r = bare();
+            let mut dev = Device::new(Box::new(MemoryStorage::default())).unwrap();
+            // All that is described before it has its blocks.
+            r.tables[0].entries = vec![512; (start / 64) as usize];
+            let start = HostCluster(start);
+            let index = r.g.reftable_index(start);
+            let done = r.grow_table(&mut dev, start, index, 512);
+            assert_eq!(done.is_ok(), fits, "{start:?}: {done:?}");
+        }
+    }
+}
