@@ -168,3 +168,45 @@ fn an_l1_table_in_the_refcount_table_is_not_written_over() {
     assert_eq!(e.errno(), libc::EIO, "{e}");
     assert!(e.to_string().contains("inactive L1 table"), "{e}");
 }
+
+/// An image of 4 MiB in clusters of 4 KiB with the snapshot "b" of 2 MiB, whose disk has a data cluster at the end, by
+/// way of the entry `index` of its second L2 table.
+fn in_4k(index: usize) -> (Vec<u8>, usize) {
+    const CLUSTER: usize = 4096;
+    let [l1, b, table, l2, data] = [3, 4, 5, 6, 7];
+    let mut bytes = empty(12, 4 << 20, data + 3, l1);
+    put(&mut bytes, l1 * CLUSTER + 8, COPIED | (l2 * CLUSTER) as u64);
+    let entry = COPIED | (data * CLUSTER) as u64;
+    put(&mut bytes, l2 * CLUSTER + index * 8, entry);
+    let snapshot = table * CLUSTER;
+    put(&mut bytes, snapshot, (b * CLUSTER) as u64);
+    bytes[snapshot + 8..snapshot + 16].copy_from_slice(&[0, 0, 0, 1, 0, 1, 0, 1]);
+    bytes[snapshot + 36..snapshot + 40].copy_from_slice(&24u32.to_be_bytes());
+    put(&mut bytes, snapshot + 48, 2 << 20);
+    put(&mut bytes, snapshot + 56, u64::MAX);
+    bytes[snapshot + 64..snapshot + 66].fill(b'b');
+    bytes[60..64].copy_from_slice(&1u32.to_be_bytes());
+    put(&mut bytes, 64, snapshot as u64);
+    (bytes, l2 * CLUSTER + index * 8)
+}
+
+#[test]
+fn an_entry_that_is_not_aligned_is_named_with_its_table() {
+    for index in [0, 1, 5, 511] {
+        let (mut bytes, entry) = in_4k(index);
+        run(&bytes, create).unwrap();
+        bytes[entry + 6] |= 2;
+        let e = run(&bytes, create).unwrap_err().to_string();
+        let place = "offset 0x7200 unaligned (L2 offset: 0x6000, L2 index: ";
+        assert!(e.contains(&format!("{place}{index:#x})")), "{e}");
+
+        // Cut off with the end of the disk it frees nothing, as in QEMU.
+        let storage = TraceStorage::new(bytes);
+        let trace = storage.trace();
+        let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+        goto(&mut image).unwrap();
+        let counts = &trace.contents()[2 * 4096..][..20];
+        assert_eq!(counts.iter().sum::<u8>(), 9, "{counts:?}");
+        assert_eq!(counts[13], 0, "the L2 table's");
+    }
+}
