@@ -4,6 +4,7 @@
 
 use flate2::read::GzDecoder;
 use qcow2_snapshot::io::memory::MemoryStorage;
+use qcow2_snapshot::io::Storage;
 use qcow2_snapshot::{Error, Image, NewSnapshot, OpenFlags, Outcome, Snapshot};
 use std::io::Read;
 use std::path::Path;
@@ -157,4 +158,101 @@ fn a_snapshot_table_that_is_cut_off_is_an_error_at_open() {
     handle.borrow_mut().truncate(at as usize + 10);
     cut_off(i.read_snapshots(), "read again");
     assert_eq!(i.snapshot_list().unwrap(), list);
+}
+
+/// Memory some bytes of which cannot be read, as often as `left` says.
+struct Bad {
+    memory: MemoryStorage,
+    bytes: std::ops::Range<u64>,
+    left: usize,
+}
+
+impl Storage for Bad {
+    fn length(&mut self) -> std::io::Result<u64> {
+        self.memory.length()
+    }
+    fn read(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        let end = offset + buf.len() as u64;
+        if self.left > 0 && offset < self.bytes.end && self.bytes.start < end {
+            self.left -= 1;
+            return Err(std::io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.memory.read(offset, buf)
+    }
+    fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.memory.write(label, offset, data)
+    }
+    fn truncate(&mut self, length: u64) -> std::io::Result<()> {
+        self.memory.truncate(length)
+    }
+    fn discard(&mut self, offset: u64, bytes: u64) -> std::io::Result<()> {
+        self.memory.discard(offset, bytes)
+    }
+    fn barrier(&mut self) -> std::io::Result<()> {
+        self.memory.barrier()
+    }
+    fn close(self: Box<Self>) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn what_cannot_be_read_behind_a_snapshot_table_is_not_missed() {
+    let mut file = image("v3-4k");
+    let long = NewSnapshot {
+        name: vec![b'l'; 9000],
+        ..NewSnapshot::default()
+    };
+    let (done, after) = on(&file, OpenFlags::RDWR, |i| i.snapshot_create(&long));
+    done.unwrap();
+    file = after;
+    let list = snapshots(&file);
+    let start = word(&file, 64);
+    // The table is the last thing in the file; its last entry is by far the longest.
+    let end = file.len() as u64;
+    let last = end - (9000 + 64 + list.last().unwrap().id.len() as u64);
+    file.resize((end as usize + 5000).next_multiple_of(512), 0);
+    let read = |bytes: std::ops::Range<u64>, left: usize| {
+        let memory = MemoryStorage::new(file.clone());
+        let storage = Box::new(Bad {
+            memory,
+            bytes,
+            left,
+        });
+        let mut image = Image::open_storage(storage, OpenFlags::read_only())?;
+        image.snapshot_list().map(<[_]>::to_vec)
+    };
+    let sector = |n: u64| n.next_multiple_of(512)..n.next_multiple_of(512) + 512;
+    // Behind it, to the sector.
+    for bad in [sector(end), sector(end + 1000), sector(end + 4000)] {
+        assert_eq!(read(bad, usize::MAX).unwrap(), list);
+    }
+    // In it: in the first entry, at the begin of the last, in its fixed part, in its middle, at its end.
+    for at in [start, last, last + 40, last + 4096, last + 8000, end - 1] {
+        let e = read(at..at + 1, usize::MAX).unwrap_err();
+        assert_eq!(e.errno(), libc::EIO, "{at:#x}: {e}");
+        assert!(e.to_string().contains("read the snapshot table"), "{e}");
+    }
+    // What fails once is no place of which it is known that nothing of the table is there.
+    let e = read(sector(end), 1).unwrap_err();
+    assert_eq!(e.errno(), libc::EIO, "{e}");
+}
+
+#[test]
+fn a_long_entry_that_is_cut_off_is_an_error() {
+    let file = image("v3-4k");
+    let long = NewSnapshot {
+        name: vec![b'l'; 60_000],
+        ..NewSnapshot::default()
+    };
+    let (done, whole) = on(&file, OpenFlags::RDWR, |i| i.snapshot_create(&long));
+    done.unwrap();
+    for left in [60_000 - 100, 50_000, 10_000, 5000, 4096, 4000, 1] {
+        let cut = &whole[..whole.len() - 60_000 + left];
+        let read = |i: &mut Image| i.snapshot_list().map(<[_]>::to_vec);
+        cut_off(
+            on(cut, OpenFlags::read_only(), read).0,
+            &format!("{left} bytes"),
+        );
+    }
 }

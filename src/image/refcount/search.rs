@@ -200,7 +200,7 @@ mod tests {
                 .wrapping_add(1_442_695_040_888_963_407);
             (seed >> 33) % n
         };
-        for round in 0..if cfg!(miri) { 7 } else { 400 } {
+        for round in 0..if cfg!(miri) { 7 } else { 150 } {
             let order = round % 7;
             let entries = 4096usize >> order;
             let blocks: Vec<_> = (0..1 + below(4))
