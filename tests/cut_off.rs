@@ -248,14 +248,26 @@ fn a_long_entry_that_is_cut_off_is_an_error() {
         name: vec![b'l'; 60_000],
         ..NewSnapshot::default()
     };
-    let (done, whole) = on(&file, OpenFlags::RDWR, |i| i.snapshot_create(&long));
+    let (done, behind) = on(&file, OpenFlags::RDWR, |i| i.snapshot_create(&long));
     done.unwrap();
-    for left in [60_000 - 100, 50_000, 10_000, 5000, 4096, 4000, 1] {
-        let cut = &whole[..whole.len() - 60_000 + left];
-        let read = |i: &mut Image| i.snapshot_list().map(<[_]>::to_vec);
-        cut_off(
-            on(cut, OpenFlags::read_only(), read).0,
-            &format!("{left} bytes"),
-        );
+    // The only one: nothing has been read before it.
+    let ids: Vec<Vec<u8>> = snapshots(&file).into_iter().map(|s| s.id).collect();
+    let (done, alone) = on(&file, OpenFlags::RDWR, |i| {
+        let ids: Vec<&[u8]> = ids.iter().map(|id| &id[..]).collect();
+        i.snapshot_delete_many(&ids)?;
+        i.write_snapshots()?;
+        i.snapshot_create(&long)
+    });
+    done.unwrap();
+    for whole in [behind, alone] {
+        let table = word(&whole, 64) as usize;
+        let name = whole.windows(9).rposition(|w| w == b"lllllllll").unwrap() + 9;
+        assert!(name > table + 60_000);
+        for left in [60_000 - 100, 50_000, 10_000, 5000, 4096, 4000, 1] {
+            let cut = &whole[..name - 60_000 + left];
+            let read = |i: &mut Image| i.snapshot_list().map(<[_]>::to_vec);
+            let what = format!("{left} bytes");
+            cut_off(on(cut, OpenFlags::read_only(), read).0, &what);
+        }
     }
 }
