@@ -128,3 +128,54 @@ fn what_a_verb_has_changed_is_what_is_different() {
     }
     assert!(verbs > 150, "{verbs} verbs");
 }
+
+#[test]
+fn a_handle_reads_what_the_verb_has_made_of_the_disk() {
+    let open = |bytes, flags| {
+        let storage = Box::new(MemoryStorage::new(bytes));
+        Image::open_storage(storage, flags).unwrap()
+    };
+    let disk = |image: &mut Image| {
+        let mut bytes = vec![0; image.length() as usize];
+        image.read(0, &mut bytes).unwrap();
+        bytes
+    };
+    let mut different = 0;
+    for case in ["v3-4k", "v3-512", "v2-64k", "compressed-64k"] {
+        let mut image = open(reference(case), OpenFlags::RDWR);
+        let ids: Vec<_> = image
+            .snapshot_list()
+            .unwrap()
+            .iter()
+            .map(|s| s.id.clone())
+            .collect();
+        for id in ids {
+            let mut fresh = open(reference(case), OpenFlags::read_only());
+            fresh.snapshot_load_tmp(Some(&id), None).unwrap();
+            let was = disk(&mut image);
+            image.snapshot_goto(&id).unwrap();
+            let is = disk(&mut image);
+            assert!(is == disk(&mut fresh), "{case}");
+            different += usize::from(is != was);
+        }
+    }
+    assert!(different > 3, "{different}");
+}
+
+#[test]
+fn a_poisoned_handle_knows_nothing_and_does_nothing() {
+    let open = || {
+        let storage = MemoryStorage::new(reference("v3-64k"));
+        Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap()
+    };
+    for (mut image, outcome) in [(open(), Outcome::None), (open(), Outcome::Unknown)] {
+        if outcome == Outcome::Unknown {
+            image.snapshot_create(&named("one")).unwrap();
+        }
+        image.poison();
+        assert_eq!(image.last_outcome(), outcome);
+        assert!(image.snapshot_list().is_err());
+        assert!(image.snapshot_create(&named("two")).is_err());
+        assert!(image.read(0, &mut [0]).is_err());
+    }
+}

@@ -3,9 +3,13 @@
 
 use super::overlays::{self, io, scratch, tool, Overlay};
 use super::{flattened, states, toolbox};
+use qcow2_snapshot::io::memory::MemoryStorage;
+use qcow2_snapshot::io::Storage;
 use qcow2_snapshot::{Image, OpenFlags, Outcome};
+use std::cell::RefCell;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
+use std::rc::Rc;
 
 /// 512-byte clusters of a file full of bytes.
 pub fn overlay(options: &str, base: u64, size: u64) -> Overlay {
@@ -246,4 +250,73 @@ fn the_refcount_table_grows_on_the_way() {
     let before = clusters(&o);
     assert!(flattened(&o) >= 5 << 20);
     assert!(clusters(&o) > before.max(2), "{before} {}", clusters(&o));
+}
+
+/// A file that notes what is written to it, and what it is told that will be flushed.
+struct Noted {
+    memory: MemoryStorage,
+    notes: Rc<RefCell<Vec<&'static str>>>,
+}
+
+impl Storage for Noted {
+    fn length(&mut self) -> std::io::Result<u64> {
+        self.memory.length()
+    }
+    fn read(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.memory.read(offset, buf)
+    }
+    fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.notes.borrow_mut().push(label);
+        self.memory.write(label, offset, data)
+    }
+    fn truncate(&mut self, length: u64) -> std::io::Result<()> {
+        self.memory.truncate(length)
+    }
+    fn discard(&mut self, offset: u64, bytes: u64) -> std::io::Result<()> {
+        self.memory.discard(offset, bytes)
+    }
+    fn barrier(&mut self) -> std::io::Result<()> {
+        self.memory.barrier()
+    }
+    fn open_named(&mut self, _: &[u8], _: &[u8]) -> Option<std::io::Result<Box<dyn Storage>>> {
+        Some(Ok(Box::new(MemoryStorage::new(vec![9; 1 << 20]))))
+    }
+    fn will_flush(&mut self, _: u64, _: u64) {
+        self.notes.borrow_mut().push("will flush");
+    }
+    fn close(self: Box<Self>) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Data is written as it is read, and need not be held; but nothing is written while bits are set that nobody knows.
+#[test]
+fn data_goes_out_at_once_but_never_before_unknown_autoclear_bits() {
+    if !toolbox() {
+        return;
+    }
+    for (version, autoclear) in [(3, 0u64), (3, 1), (3, 1 << 40), (3, 1 << 40 | 1), (2, 0)] {
+        let compat = ["0.10", "1.1"][version - 2];
+        let o = overlay(&format!("compat={compat}"), 1 << 20, 1 << 20);
+        if version == 3 {
+            patch(&o, 88, &autoclear.to_be_bytes());
+        }
+        let notes = Rc::new(RefCell::new(vec![]));
+        let storage = Noted {
+            memory: MemoryStorage::new(std::fs::read(o.path()).unwrap()),
+            notes: Rc::clone(&notes),
+        };
+        let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+        image.flatten().unwrap();
+        let notes = notes.borrow();
+        let first = |label| notes.iter().position(|l| *l == label);
+        let data = first("guest data").unwrap();
+        let unknown = autoclear & !1 != 0;
+        assert_eq!(
+            first("will flush"),
+            (!unknown).then_some(data + 1),
+            "{notes:?}"
+        );
+        assert_eq!(data == 0, !unknown, "{notes:?}");
+    }
 }
