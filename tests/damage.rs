@@ -210,3 +210,17 @@ fn an_entry_that_is_not_aligned_is_named_with_its_table() {
         assert_eq!(counts[13], 0, "the L2 table's");
     }
 }
+
+#[test]
+fn what_an_l2_table_names_behind_the_end_of_the_disk_is_not_cut_off_with_it() {
+    for (index, freed) in [(255, true), (256, false), (300, false), (511, false)] {
+        let (mut bytes, _) = in_4k(index);
+        put(&mut bytes, 24, 3 << 20);
+        let storage = TraceStorage::new(bytes);
+        let trace = storage.trace();
+        let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+        goto(&mut image).unwrap();
+        let counts = &trace.contents()[2 * 4096..][..20];
+        assert_eq!(counts[15], u8::from(!freed), "{index}: {counts:?}");
+    }
+}
