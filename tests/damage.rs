@@ -146,6 +146,21 @@ fn no_part_of_a_table_is_freed_as_data() {
     }
 }
 
+/// A create clears flags in the active L1 table, in place.
+#[test]
+fn an_active_l1_table_that_is_a_snapshots_too_is_not_written() {
+    for (active, written) in [(true, true), (false, false)] {
+        let mut bytes = made(0, active).bytes;
+        let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
+        let l1 = u64::from_be_bytes(bytes[40..48].try_into().unwrap());
+        put(&mut bytes, (table + 65 + 400).next_multiple_of(8), l1);
+        let done = run(&bytes, create);
+        assert_eq!(done.is_err(), written, "{done:?}");
+        let said = done.map_err(|e| e.to_string()).err().unwrap_or_default();
+        assert_eq!(said.contains("inactive L1 table"), written, "{said}");
+    }
+}
+
 /// Where a new refcount block is entered, nothing else may be.
 #[test]
 fn an_l1_table_in_the_refcount_table_is_not_written_over() {

@@ -200,3 +200,39 @@ impl Device {
         flushed.map_err(failed("Could not flush the image file", 0))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::format::geometry::Geometry;
+    use crate::format::header::Places;
+    use crate::io::memory::MemoryStorage;
+
+    #[test]
+    fn a_new_table_names_no_block_that_is_made_later() {
+        // The first of the blocks is full, and alone.
+        let mut file = vec![0; 1024];
+        file[512..].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0, 1].repeat(64));
+        let places = Places {
+            l1_offset: 0,
+            l1_size: 0,
+            reftable_offset: 0,
+            reftable_clusters: 1,
+        };
+        let mut entries = vec![0; 64];
+        entries[0] = 512;
+        let mut dev = Device::new(Box::new(MemoryStorage::new(file))).unwrap();
+        let g = Geometry::new(9, 6, false);
+        let mut refs = Refcounts::new(g, places, entries, 1024, 1 << 20);
+        refs.alloc(&mut dev, 512).unwrap();
+        refs.next_epoch().unwrap();
+        refs.alloc(&mut dev, 64 * 512).unwrap();
+        let all = [0, 1, 2].map(|index| refs.entry(index));
+        assert!(all.iter().all(|offset| *offset != 0));
+        for (epoch, wanted) in [(0, [all[0], all[1], 0]), (1, all)] {
+            let table = device::words(&new_table(&refs, 0, epoch).unwrap()).unwrap();
+            assert_eq!((&table[..3], &table[3..]), (&wanted[..], &[0; 61][..]));
+        }
+    }
+}

@@ -159,8 +159,8 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::format::geometry::Geometry;
+    use crate::format::header::Places;
     use crate::image::refcount::counts::MOST;
-    use crate::image::refcount::Places;
     use crate::io::memory::MemoryStorage;
 
     /// The counts of an image in clusters of 512 bytes, a block after the other; none: there is no block.

@@ -315,8 +315,8 @@ fn blocks_with_metadata(g: Geometry, mut clusters: u64) -> u64 {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::format::header::Places;
     use crate::image::refcount::counts::MOST;
-    use crate::image::refcount::Places;
     use crate::io::memory::MemoryStorage;
 
     /// An image in clusters of 512 bytes with counts of 64 bits, of whose refcount table nothing is there.
