@@ -5,8 +5,8 @@
 mod craft;
 
 use craft::{empty, put};
-use qcow2_snapshot::io::trace::TraceStorage;
-use qcow2_snapshot::{Image, NewSnapshot, OpenFlags, Outcome, Result};
+use qcow2_snapshot::io::trace::{Event, FaultPlan, RequestKind, TraceStorage};
+use qcow2_snapshot::{Fix, Image, NewSnapshot, OpenFlags, Outcome, Result};
 use std::ops::Range;
 
 const CLUSTER: usize = 512;
@@ -237,5 +237,54 @@ fn what_an_l2_table_names_behind_the_end_of_the_disk_is_not_cut_off_with_it() {
         goto(&mut image).unwrap();
         let counts = &trace.contents()[2 * 4096..][..20];
         assert_eq!(counts[15], u8::from(!freed), "{index}: {counts:?}");
+    }
+}
+
+/// What is true of an image is not known only where the header is being switched.
+#[test]
+fn a_repair_that_fails_says_whether_the_header_was_being_switched() {
+    let mut rebuild = made(0, false).bytes;
+    // The block is named behind all of the file.
+    put(&mut rebuild, REFTABLE * CLUSTER, 1 << 40);
+    let mut cut_list = made(0, false).bytes;
+    // The second entry is said to be longer than the table could be.
+    let table = u64::from_be_bytes(cut_list[64..72].try_into().unwrap()) as usize;
+    let second = (table + 65 + 400).next_multiple_of(8);
+    cut_list[second + 36..second + 40].copy_from_slice(&u32::MAX.to_be_bytes());
+    let fix = Fix::LEAKS | Fix::ERRORS;
+    for (bytes, switch) in [
+        (rebuild, "header: refcount table"),
+        (cut_list, "header: snapshots"),
+    ] {
+        let open = || {
+            let storage = TraceStorage::new(bytes.clone());
+            let trace = storage.trace();
+            let flags = OpenFlags::RDWR | OpenFlags::CHECK;
+            let image = Image::open_storage(Box::new(storage), flags).unwrap();
+            (image, trace)
+        };
+        let (mut image, trace) = open();
+        image.check(fix, &mut |_| {}).unwrap();
+        assert_eq!(image.last_outcome(), Outcome::Done);
+        let labels: Vec<_> = trace
+            .events()
+            .iter()
+            .filter_map(|e| match e {
+                Event::Write { label, .. } => Some(*label),
+                _ => None,
+            })
+            .collect();
+        assert!(labels.contains(&switch), "{labels:?}");
+        for (nth, label) in (1..).zip(&labels) {
+            let (mut image, trace) = open();
+            let plan = FaultPlan::nth(nth, libc::EIO).of_kind(RequestKind::Write);
+            trace.set_fault(Some(plan));
+            image.check(fix, &mut |_| {}).unwrap_err();
+            let wanted = match label.starts_with("header: ") {
+                true => Outcome::Unknown,
+                false => Outcome::Unchanged,
+            };
+            assert_eq!(image.last_outcome(), wanted, "{label}, write {nth}");
+        }
     }
 }
