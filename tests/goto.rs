@@ -15,30 +15,64 @@ use std::rc::Rc;
 const CLUSTER: usize = 4096;
 const SECTOR: usize = 512;
 
-/// Memory whose length is told in whole sectors, as QEMU tells that of a file.
-struct InSectors(MemoryStorage);
+/// Memory as a file that is told in whole sectors, as QEMU tells it, on a full disk, or as a block device.
+struct Shaped {
+    memory: MemoryStorage,
+    shape: Shape,
+}
 
-impl Storage for InSectors {
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Shape {
+    File,
+    InSectors,
+    /// It has no room for more bytes than these.
+    Full(u64),
+    Device,
+}
+
+impl Shaped {
+    fn room_for(&mut self, end: u64) -> std::io::Result<()> {
+        match self.shape {
+            Shape::Full(most) if end > most => Err(std::io::Error::from_raw_os_error(libc::ENOSPC)),
+            Shape::Device => {
+                assert!(end <= self.memory.length()?);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Storage for Shaped {
     fn length(&mut self) -> std::io::Result<u64> {
-        Ok(self.0.length()?.next_multiple_of(SECTOR as u64))
+        let length = self.memory.length()?;
+        Ok(match self.shape {
+            Shape::InSectors => length.next_multiple_of(SECTOR as u64),
+            _ => length,
+        })
     }
     fn length_in_sectors(&self) -> bool {
-        true
+        self.shape == Shape::InSectors
+    }
+    fn fixed_length(&self) -> bool {
+        self.shape == Shape::Device
     }
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
-        self.0.read(offset, buf)
+        self.memory.read(offset, buf)
     }
     fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> std::io::Result<()> {
-        self.0.write(label, offset, data)
+        self.room_for(offset + data.len() as u64)?;
+        self.memory.write(label, offset, data)
     }
     fn truncate(&mut self, length: u64) -> std::io::Result<()> {
-        self.0.truncate(length)
+        self.room_for(length)?;
+        self.memory.truncate(length)
     }
     fn discard(&mut self, offset: u64, bytes: u64) -> std::io::Result<()> {
-        self.0.discard(offset, bytes)
+        self.memory.discard(offset, bytes)
     }
     fn barrier(&mut self) -> std::io::Result<()> {
-        self.0.barrier()
+        self.memory.barrier()
     }
     fn close(self: Box<Self>) -> std::io::Result<()> {
         Ok(())
@@ -46,13 +80,10 @@ impl Storage for InSectors {
 }
 
 /// What is in the file after `verb`.
-fn after(bytes: Vec<u8>, in_sectors: bool, verb: impl FnOnce(&mut Image)) -> Vec<u8> {
+fn after(bytes: Vec<u8>, shape: Shape, verb: impl FnOnce(&mut Image)) -> Vec<u8> {
     let memory = MemoryStorage::new(bytes);
     let contents: Rc<RefCell<Vec<u8>>> = memory.handle();
-    let storage: Box<dyn Storage> = match in_sectors {
-        true => Box::new(InSectors(memory)),
-        false => Box::new(memory),
-    };
+    let storage = Box::new(Shaped { memory, shape });
     let mut image = Image::open_storage(storage, OpenFlags::RDWR).unwrap();
     verb(&mut image);
     image.close().unwrap();
@@ -68,7 +99,7 @@ fn ends_in_the_snapshot_table(last: usize) -> Vec<u8> {
         name: name.into(),
         ..NewSnapshot::default()
     };
-    let mut image = after(image, false, |i| {
+    let mut image = after(image, Shape::File, |i| {
         i.snapshot_create(&named(b"empty")).unwrap();
     });
     image.resize(image.len().next_multiple_of(CLUSTER), 0);
@@ -85,7 +116,7 @@ fn ends_in_the_snapshot_table(last: usize) -> Vec<u8> {
     }
     (1..CLUSTER)
         .map(|length| {
-            after(image.clone(), false, |i| {
+            after(image.clone(), Shape::File, |i| {
                 i.snapshot_create(&named(&vec![b'n'; length])).unwrap();
             })
         })
@@ -143,7 +174,7 @@ fn snapshots_that_store_no_disk_size_follow_the_disk() {
     };
     for (verb, wanted) in [(b"b", [128, 64, 64]), (b"a", [128, 64, 128])] {
         let most = Rc::new(Cell::new(0));
-        let now = after(bytes.clone(), false, |i| {
+        let now = after(bytes.clone(), Shape::File, |i| {
             assert_eq!(sizes(i), [128, 64, 256]);
             let told = Rc::clone(&most);
             i.set_progress(Some(Box::new(move |stage, _, total| {
@@ -162,7 +193,7 @@ fn snapshots_that_store_no_disk_size_follow_the_disk() {
             (cut..cut + 10 * CLUSTER as u64).contains(&most.get()),
             "{most:?}"
         );
-        after(now, false, |i| assert_eq!(sizes(i), wanted));
+        after(now, Shape::File, |i| assert_eq!(sizes(i), wanted));
     }
 }
 
@@ -181,8 +212,10 @@ fn tables_side_by_side_do_not_overlap() {
     image[60..64].copy_from_slice(&2u32.to_be_bytes());
     put(&mut image, 64, clusters_of_512(6));
     for name in [b"a", b"b"] {
-        after(image.clone(), false, |i| i.snapshot_goto(name).unwrap());
-        after(image.clone(), false, |i| {
+        after(image.clone(), Shape::File, |i| {
+            i.snapshot_goto(name).unwrap()
+        });
+        after(image.clone(), Shape::File, |i| {
             i.snapshot_delete(Some(name), None).unwrap();
             assert!(i.remark().is_none());
         });
@@ -220,7 +253,12 @@ fn a_goto_leaves_a_file_as_long_as_it_was_but_for_zeros_that_make_its_last_secto
         let mut bytes = ends_in_the_snapshot_table(last);
         let end = bytes.len();
         bytes.extend(behind);
-        let got = after(bytes.clone(), in_sectors, |i| {
+        let shape = if in_sectors {
+            Shape::InSectors
+        } else {
+            Shape::File
+        };
+        let got = after(bytes.clone(), shape, |i| {
             i.snapshot_goto(b"empty").unwrap();
             assert!(i.remark().is_none(), "the table was written in place");
         });
@@ -230,5 +268,55 @@ fn a_goto_leaves_a_file_as_long_as_it_was_but_for_zeros_that_make_its_last_secto
         );
         assert_eq!(got.len(), end + kept, "{case}");
         assert!(got[end..] == behind[..kept], "{case}");
+    }
+}
+
+#[test]
+fn a_full_disk_costs_atomicity_only_where_the_file_has_no_free_cluster_either() {
+    let mut full = ends_in_the_snapshot_table(1000);
+    // Where the first snapshot table was.
+    for n in 0..full.len().div_ceil(CLUSTER) {
+        full[2 * CLUSTER + 2 * n + 1] = full[2 * CLUSTER + 2 * n + 1].max(1);
+    }
+    let whole = |mut bytes: Vec<u8>| {
+        bytes.resize(bytes.len().next_multiple_of(CLUSTER), 0);
+        bytes
+    };
+    // One more cluster, which is free, or in use.
+    let mut spare = whole(full.clone());
+    spare.resize(spare.len() + CLUSTER, 0);
+    let mut used = spare.clone();
+    used[2 * CLUSTER + 2 * (spare.len() / CLUSTER - 1) + 1] = 1;
+    // A free one in the middle.
+    let mut middle = used.clone();
+    middle.resize(middle.len() + CLUSTER, 0);
+    middle[2 * CLUSTER + 2 * (used.len() / CLUSTER - 1) + 1] = 0;
+    middle[2 * CLUSTER + 2 * (used.len() / CLUSTER) + 1] = 1;
+    let mut wanted = None;
+    for (bytes, atomic) in [
+        (whole(full), false),
+        (spare, true),
+        (used, false),
+        (middle, true),
+    ] {
+        let length = bytes.len() as u64;
+        for (shape, atomic) in [
+            (Shape::File, true),
+            (Shape::Full(length), atomic),
+            // The table has 128 entries.
+            (Shape::Full(length + 1023), atomic),
+            (Shape::Full(length + 1024), true),
+            (Shape::Device, atomic),
+        ] {
+            let got = after(bytes.clone(), shape, |i| {
+                i.snapshot_goto(b"empty").unwrap();
+                assert_eq!(i.remark().is_none(), atomic, "{shape:?} of {length}");
+            });
+            assert_eq!(got.len(), bytes.len());
+            // The header and the active L1 table.
+            let wanted = wanted.get_or_insert(got[..CLUSTER].to_vec());
+            assert!(got[..CLUSTER] == wanted[..]);
+            assert!(got[3 * CLUSTER..4 * CLUSTER].iter().all(|b| *b == 0));
+        }
     }
 }
