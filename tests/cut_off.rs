@@ -236,6 +236,30 @@ fn what_cannot_be_read_behind_a_snapshot_table_is_not_missed() {
         assert_eq!(e.errno(), libc::EIO, "{at:#x}: {e}");
         assert!(e.to_string().contains("read the snapshot table"), "{e}");
     }
+    // The same behind a table that takes more than one request.
+    let mut many = image("v3-4k");
+    for n in 0..20 {
+        let long = NewSnapshot {
+            name: vec![b'a' + n; 60_000],
+            ..NewSnapshot::default()
+        };
+        let (done, after) = on(&many, OpenFlags::RDWR, |i| i.snapshot_create(&long));
+        done.unwrap();
+        many = after;
+    }
+    let end = word(&many, 64) + 20 * 60_000;
+    let behind = many.len() as u64;
+    assert!((end..end + 10_000).contains(&behind));
+    many.resize(many.len().next_multiple_of(512) + 4096, 0);
+    let memory = MemoryStorage::new(many.clone());
+    let storage = Box::new(Bad {
+        memory,
+        bytes: sector(behind),
+        left: usize::MAX,
+    });
+    let mut image = Image::open_storage(storage, OpenFlags::read_only()).unwrap();
+    assert_eq!(image.snapshot_list().unwrap(), snapshots(&many));
+
     // What fails once is no place of which it is known that nothing of the table is there.
     let e = read(sector(end), 1).unwrap_err();
     assert_eq!(e.errno(), libc::EIO, "{e}");
