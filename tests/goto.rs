@@ -6,6 +6,7 @@ mod craft;
 
 use craft::{empty, put};
 use qcow2_snapshot::io::memory::MemoryStorage;
+use qcow2_snapshot::io::trace::{Event, TraceStorage};
 use qcow2_snapshot::io::Storage;
 use qcow2_snapshot::{Image, NewSnapshot, OpenFlags, Stage};
 use std::cell::{Cell, RefCell};
@@ -319,4 +320,53 @@ fn a_full_disk_costs_atomicity_only_where_the_file_has_no_free_cluster_either() 
             assert!(got[3 * CLUSTER..4 * CLUSTER].iter().all(|b| *b == 0));
         }
     }
+}
+
+/// A temporary L1 table of two clusters has both of them while the header names it.
+#[test]
+fn every_cluster_of_a_table_that_the_header_names_is_counted() {
+    let named = NewSnapshot {
+        name: b"empty".into(),
+        ..NewSnapshot::default()
+    };
+    let image = empty(9, 4 << 20, 5, 3);
+    let mut image = after(image, Shape::File, |i| {
+        drop(i.snapshot_create(&named).unwrap())
+    });
+    image.resize(image.len().next_multiple_of(512), 0);
+    let l1 = 3 * 512;
+    for entry in [0, 127] {
+        let at = image.len();
+        put(&mut image, l1 + entry * 8, 1 << 63 | at as u64);
+        image.resize(at + 512, 0);
+        image[2 * 512 + 2 * (at / 512) + 1] = 1;
+    }
+    let storage = TraceStorage::new(image.clone());
+    let trace = storage.trace();
+    let mut handle = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+    handle.snapshot_goto(b"empty").unwrap();
+    assert!(handle.remark().is_none());
+    let word = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let mut elsewhere = 0;
+    for event in trace.events() {
+        match event {
+            Event::Write { offset, data, .. } => {
+                let (at, end) = (offset as usize, offset as usize + data.len());
+                image.resize(image.len().max(end), 0);
+                image[at..end].copy_from_slice(&data);
+            }
+            Event::Truncate { length } => image.resize(length as usize, 0),
+            Event::Discard { offset, bytes } => {
+                let end = ((offset + bytes) as usize).min(image.len());
+                image[offset as usize..end].fill(0);
+            }
+            _ => {}
+        }
+        let table = word(&image, 40) as usize / 512;
+        elsewhere += usize::from(table != 3);
+        for cluster in [table, table + 1] {
+            assert_ne!(image[2 * 512 + 2 * cluster + 1], 0, "cluster {cluster}");
+        }
+    }
+    assert!(elsewhere > 0);
 }
