@@ -288,3 +288,22 @@ fn a_repair_that_fails_says_whether_the_header_was_being_switched() {
         }
     }
 }
+
+/// A refcount block at the end of the file is written whole, as by QEMU.
+#[test]
+fn a_refcount_block_that_is_cut_off_where_it_has_zeros_is_made_whole() {
+    let mut bytes = made(0, true).bytes;
+    let at = bytes.len();
+    let block = at / CLUSTER;
+    count(&mut bytes, REFBLOCK, 0);
+    count(&mut bytes, block, 1);
+    bytes.extend_from_within(REFBLOCK * CLUSTER..(REFBLOCK + 1) * CLUSTER);
+    put(&mut bytes, REFTABLE * CLUSTER, at as u64);
+    for left in [100, 256, 511, 512] {
+        let storage = TraceStorage::new(bytes[..at + left].to_vec());
+        let trace = storage.trace();
+        let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+        goto(&mut image).unwrap();
+        assert_eq!(trace.contents().len(), at + CLUSTER, "{left} bytes of it");
+    }
+}
