@@ -298,6 +298,7 @@ fn data_goes_out_at_once_but_never_before_unknown_autoclear_bits() {
     for (version, autoclear) in [(3, 0u64), (3, 1), (3, 1 << 40), (3, 1 << 40 | 1), (2, 0)] {
         let compat = ["0.10", "1.1"][version - 2];
         let o = overlay(&format!("compat={compat}"), 1 << 20, 1 << 20);
+        io(o.dir.path(), "o.qcow2", &["write -P 1 64k 64k".into()]);
         if version == 3 {
             patch(&o, 88, &autoclear.to_be_bytes());
         }
@@ -307,7 +308,16 @@ fn data_goes_out_at_once_but_never_before_unknown_autoclear_bits() {
             notes: Rc::clone(&notes),
         };
         let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+        let disk = |image: &mut Image| {
+            let mut bytes = vec![0; 1 << 20];
+            image.read(0, &mut bytes).unwrap();
+            bytes
+        };
+        let was = disk(&mut image);
+        assert!(was[..1 << 16] == [9; 1 << 16] && was[1 << 16..1 << 17] == [1; 1 << 16]);
         image.flatten().unwrap();
+        // The same handle knows what is in the tables now.
+        assert!(disk(&mut image) == was);
         let notes = notes.borrow();
         let first = |label| notes.iter().position(|l| *l == label);
         let data = first("guest data").unwrap();
