@@ -1,4 +1,4 @@
-//! The C tests as one Rust test, for tools/mutants: `make check` runs them by themselves.
+//! The C tests and tools/instructions as Rust tests, for tools/mutants: `make check` runs them by themselves.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -40,4 +40,24 @@ fn the_c_tests_pass_with_the_library_that_cargo_made() {
         .status()
         .unwrap();
     assert!(status.success());
+}
+
+#[test]
+#[ignore = "make check runs tools/instructions by itself; this is for tools/mutants"]
+fn verbs_take_no_more_instructions_than_they_may() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let make = Command::new("make")
+        .arg("library")
+        .current_dir(root)
+        .status();
+    assert!(make.unwrap().success());
+    let counted = Command::new("tools/instructions")
+        .current_dir(root)
+        .output();
+    let counted = counted.unwrap();
+    let said = String::from_utf8_lossy(&counted.stdout);
+    assert!(
+        counted.status.success() && said.contains("6 passed"),
+        "{said}"
+    );
 }
