@@ -182,6 +182,9 @@ impl Storage for Holed {
 /// Clusters that a state's tables name, and whether each is a table, and whether a part of the disk (not VM state).
 type Named = BTreeMap<u64, (bool, bool)>;
 
+/// How often a set of states names a cluster, and the same two.
+type Counted = (u64, bool, bool);
+
 /// What an L1 table of `n` entries at `l1` names for a disk of `size` bytes; clusters of `1 << bits` bytes.
 fn named(b: &[u8], bits: u32, (l1, n, size): (u64, u64, u64)) -> Named {
     let (mut found, cluster) = (Named::new(), 1u64 << bits);
@@ -261,14 +264,14 @@ fn usage_is_what_the_tables_and_the_counts_say() {
         };
         for set in 1u32..1 << states.len().min(4) {
             let set: Vec<_> = (0..states.len()).filter(|i| set >> i & 1 == 1).collect();
-            let mut all: BTreeMap<u64, (u64, bool, bool)> = BTreeMap::new();
+            let mut all: BTreeMap<u64, Counted> = BTreeMap::new();
             for state in &set {
                 for (n, (table, of_disk)) in named(&bytes, bits, place(&states[*state])) {
                     let known = all.entry(n).or_insert((0, table, false));
                     (known.0, known.2) = (known.0 + 1, known.2 | of_disk);
                 }
             }
-            let sum = |wanted: &dyn Fn(u64, &(u64, bool, bool)) -> bool| {
+            let sum = |wanted: &dyn Fn(u64, &Counted) -> bool| {
                 (all.iter().filter(|(n, s)| wanted(**n, s)).count() as u64) << bits
             };
             let ids: Vec<_> = set.iter().map(|i| states[*i].map(|s| &s.id[..])).collect();
