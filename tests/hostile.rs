@@ -15,6 +15,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use targets::mutate::{self, Rng};
 
+#[allow(dead_code)]
+mod reference;
+
 #[allow(dead_code, unreachable_pub, unused_imports)]
 #[path = "../fuzz/src/lib.rs"]
 mod targets;
@@ -81,7 +84,7 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
         }
     }
     out.sort();
-    out
+    reference::for_seeds(out)
 }
 
 /// Run qemu-img. `None`: it was killed, by a signal of its own or because it took too long.

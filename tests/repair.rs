@@ -43,7 +43,7 @@ fn all() -> Fix {
 
 /// The small reference images.
 fn reference() -> Vec<(String, Vec<u8>)> {
-    reference::images(160 << 10)
+    reference::for_seeds(reference::images(160 << 10))
 }
 
 /// Seeds of soaks that found something, with the reference images of 2026-11-26.
