@@ -15,7 +15,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use targets::mutate::{self, Rng};
 
-#[allow(dead_code)]
+#[allow(dead_code, clippy::unwrap_used)]
 mod reference;
 
 #[allow(dead_code, unreachable_pub, unused_imports)]
