@@ -186,9 +186,11 @@ impl Replay {
                 let from = g.l2_index(at) as usize * g.l2_entry_size();
                 let word = table.word(from);
                 if word & entry::COMPRESSED != 0 {
-                    return Err(Error::Unsupported(
-                        "Cannot zero a part of a compressed cluster".into(),
-                    ));
+                    // Such a cluster has no subclusters. In QEMU's words.
+                    return Err(Error::Os {
+                        context: "Failed to zero out new clusters".into(),
+                        source: std::io::Error::from_raw_os_error(libc::ENOTSUP),
+                    });
                 }
             }
             // Only a table that is not freed with the old disk would show the zeros.
