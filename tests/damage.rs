@@ -307,3 +307,26 @@ fn a_refcount_block_that_is_cut_off_where_it_has_zeros_is_made_whole() {
         assert_eq!(trace.contents().len(), at + CLUSTER, "{left} bytes of it");
     }
 }
+
+/// Until the header names the new one, the old snapshot table is read as far as it is said to reach: were the new one
+/// written there, an old entry would end in it.
+#[test]
+fn a_new_snapshot_table_stands_behind_all_that_the_old_one_is_said_to_be() {
+    let mut bytes = made(0, false).bytes;
+    let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
+    let second = (table + 65 + 400).next_multiple_of(8);
+    let (extra, name) = (1100, 1500);
+    bytes[second + 36..second + 40].copy_from_slice(&(extra as u32).to_be_bytes());
+    bytes[second + 14..second + 16].copy_from_slice(&(name as u16).to_be_bytes());
+    let end = second + 40 + extra + 1 + name;
+    assert!(end > bytes.len() && bytes.len() > table);
+    let storage = TraceStorage::new(bytes);
+    let trace = storage.trace();
+    let flags = OpenFlags::RDWR | OpenFlags::CHECK;
+    let mut image = Image::open_storage(Box::new(storage), flags).unwrap();
+    let fix = Fix::ERRORS | Fix::TABLE_ONLY;
+    image.check(fix, &mut |_| {}).unwrap();
+    let now = trace.contents();
+    let at = u64::from_be_bytes(now[64..72].try_into().unwrap()) as usize;
+    assert_eq!(at, end.next_multiple_of(CLUSTER));
+}
