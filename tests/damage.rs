@@ -330,3 +330,22 @@ fn a_new_snapshot_table_stands_behind_all_that_the_old_one_is_said_to_be() {
     let at = u64::from_be_bytes(now[64..72].try_into().unwrap()) as usize;
     assert_eq!(at, end.next_multiple_of(CLUSTER));
 }
+
+/// Of a table that begins behind the end of the file nothing can be lost.
+#[test]
+fn a_new_snapshot_table_takes_the_first_place_where_the_old_one_is_not_in_the_file() {
+    let good = made(0, false).bytes;
+    for behind in [0, 4] {
+        let mut bytes = good.clone();
+        put(&mut bytes, 64, (good.len() + behind * CLUSTER) as u64);
+        let storage = TraceStorage::new(bytes);
+        let trace = storage.trace();
+        let flags = OpenFlags::RDWR | OpenFlags::CHECK;
+        let mut image = Image::open_storage(Box::new(storage), flags).unwrap();
+        let fix = Fix::ERRORS | Fix::TABLE_ONLY;
+        image.check(fix, &mut |_| {}).unwrap();
+        let now = trace.contents();
+        let at = u64::from_be_bytes(now[64..72].try_into().unwrap()) as usize;
+        assert_eq!(at, (REFTABLE + 2) * CLUSTER, "{behind}");
+    }
+}
