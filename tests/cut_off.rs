@@ -2,6 +2,10 @@
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
+#[macro_use]
+#[path = "reference/pass_on.rs"]
+mod pass_on;
+
 use flate2::read::GzDecoder;
 use qcow2_snapshot::io::memory::MemoryStorage;
 use qcow2_snapshot::io::Storage;
@@ -171,9 +175,7 @@ struct Bad {
 }
 
 impl Storage for Bad {
-    fn length(&mut self) -> std::io::Result<u64> {
-        self.memory.length()
-    }
+    pass_on!(length write truncate discard barrier close);
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
         let end = offset + buf.len() as u64;
         if self.left > 0 && offset < self.bytes.end && self.bytes.start < end {
@@ -181,21 +183,6 @@ impl Storage for Bad {
             return Err(std::io::Error::from_raw_os_error(libc::EIO));
         }
         self.memory.read(offset, buf)
-    }
-    fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> std::io::Result<()> {
-        self.memory.write(label, offset, data)
-    }
-    fn truncate(&mut self, length: u64) -> std::io::Result<()> {
-        self.memory.truncate(length)
-    }
-    fn discard(&mut self, offset: u64, bytes: u64) -> std::io::Result<()> {
-        self.memory.discard(offset, bytes)
-    }
-    fn barrier(&mut self) -> std::io::Result<()> {
-        self.memory.barrier()
-    }
-    fn close(self: Box<Self>) -> std::io::Result<()> {
-        Ok(())
     }
 }
 

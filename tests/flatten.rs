@@ -7,6 +7,9 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[macro_use]
+#[path = "reference/pass_on.rs"]
+mod pass_on;
 #[path = "flatten/crash.rs"]
 mod crash;
 #[allow(dead_code)]

@@ -1,6 +1,10 @@
 //! What a goto leaves: the file's length, and the sizes in the list.
 #![allow(clippy::unwrap_used)]
 
+#[macro_use]
+#[path = "reference/pass_on.rs"]
+mod pass_on;
+
 #[path = "goto/craft.rs"]
 mod craft;
 
@@ -45,6 +49,7 @@ impl Shaped {
 }
 
 impl Storage for Shaped {
+    pass_on!(read discard barrier close);
     fn length(&mut self) -> std::io::Result<u64> {
         let length = self.memory.length()?;
         Ok(match self.shape {
@@ -57,9 +62,6 @@ impl Storage for Shaped {
     }
     fn fixed_length(&self) -> bool {
         self.shape == Shape::Device
-    }
-    fn read(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
-        self.memory.read(offset, buf)
     }
     fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> std::io::Result<()> {
         let room = self.room_for(offset + data.len() as u64);
@@ -74,15 +76,6 @@ impl Storage for Shaped {
     fn truncate(&mut self, length: u64) -> std::io::Result<()> {
         self.room_for(length)?;
         self.memory.truncate(length)
-    }
-    fn discard(&mut self, offset: u64, bytes: u64) -> std::io::Result<()> {
-        self.memory.discard(offset, bytes)
-    }
-    fn barrier(&mut self) -> std::io::Result<()> {
-        self.memory.barrier()
-    }
-    fn close(self: Box<Self>) -> std::io::Result<()> {
-        Ok(())
     }
 }
 

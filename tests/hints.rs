@@ -1,6 +1,10 @@
 //! What a storage is told that will be read: tables ahead of where a walk is, each once in a walk.
 #![allow(clippy::unwrap_used)]
 
+#[macro_use]
+#[path = "reference/pass_on.rs"]
+mod pass_on;
+
 use qcow2_snapshot::io::memory::MemoryStorage;
 use qcow2_snapshot::io::Storage;
 use qcow2_snapshot::{Image, NewSnapshot, OpenFlags};
@@ -20,9 +24,7 @@ struct Noted {
 }
 
 impl Storage for Noted {
-    fn length(&mut self) -> std::io::Result<u64> {
-        self.memory.length()
-    }
+    pass_on!(length write truncate discard barrier close);
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
         let end = offset + buf.len() as u64;
         self.requests.borrow_mut().push(Request::Read(offset, end));
@@ -31,21 +33,6 @@ impl Storage for Noted {
     fn will_read(&mut self, offset: u64, bytes: u64) {
         let hint = Request::WillRead(offset, offset + bytes);
         self.requests.borrow_mut().push(hint);
-    }
-    fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> std::io::Result<()> {
-        self.memory.write(label, offset, data)
-    }
-    fn truncate(&mut self, length: u64) -> std::io::Result<()> {
-        self.memory.truncate(length)
-    }
-    fn discard(&mut self, offset: u64, bytes: u64) -> std::io::Result<()> {
-        self.memory.discard(offset, bytes)
-    }
-    fn barrier(&mut self) -> std::io::Result<()> {
-        self.memory.barrier()
-    }
-    fn close(self: Box<Self>) -> std::io::Result<()> {
-        Ok(())
     }
 }
 

@@ -2,6 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+#[macro_use]
+#[path = "reference/pass_on.rs"]
+mod pass_on;
+
 use flate2::read::GzDecoder;
 use qcow2_snapshot::io::memory::MemoryStorage;
 use qcow2_snapshot::io::trace::TraceStorage;
@@ -144,9 +148,7 @@ struct Holed {
 }
 
 impl Storage for Holed {
-    fn length(&mut self) -> std::io::Result<u64> {
-        self.memory.length()
-    }
+    pass_on!(length read write truncate discard barrier close);
     fn run(&mut self, offset: u64) -> Option<Run> {
         let cluster = 1 << self.bits;
         let first = offset / cluster;
@@ -158,24 +160,6 @@ impl Storage for Holed {
             true => Run::Hole((behind < end).then_some(bytes)),
             false => Run::Data(bytes),
         })
-    }
-    fn read(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
-        self.memory.read(offset, buf)
-    }
-    fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> std::io::Result<()> {
-        self.memory.write(label, offset, data)
-    }
-    fn truncate(&mut self, length: u64) -> std::io::Result<()> {
-        self.memory.truncate(length)
-    }
-    fn discard(&mut self, offset: u64, bytes: u64) -> std::io::Result<()> {
-        self.memory.discard(offset, bytes)
-    }
-    fn barrier(&mut self) -> std::io::Result<()> {
-        self.memory.barrier()
-    }
-    fn close(self: Box<Self>) -> std::io::Result<()> {
-        Ok(())
     }
 }
 

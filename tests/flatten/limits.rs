@@ -259,33 +259,16 @@ struct Noted {
 }
 
 impl Storage for Noted {
-    fn length(&mut self) -> std::io::Result<u64> {
-        self.memory.length()
-    }
-    fn read(&mut self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
-        self.memory.read(offset, buf)
-    }
+    pass_on!(length read truncate discard barrier close);
     fn write(&mut self, label: &'static str, offset: u64, data: &[u8]) -> std::io::Result<()> {
         self.notes.borrow_mut().push(label);
         self.memory.write(label, offset, data)
-    }
-    fn truncate(&mut self, length: u64) -> std::io::Result<()> {
-        self.memory.truncate(length)
-    }
-    fn discard(&mut self, offset: u64, bytes: u64) -> std::io::Result<()> {
-        self.memory.discard(offset, bytes)
-    }
-    fn barrier(&mut self) -> std::io::Result<()> {
-        self.memory.barrier()
     }
     fn open_named(&mut self, _: &[u8], _: &[u8]) -> Option<std::io::Result<Box<dyn Storage>>> {
         Some(Ok(Box::new(MemoryStorage::new(vec![9; 1 << 20]))))
     }
     fn will_flush(&mut self, _: u64, _: u64) {
         self.notes.borrow_mut().push("will flush");
-    }
-    fn close(self: Box<Self>) -> std::io::Result<()> {
-        Ok(())
     }
 }
 
