@@ -354,8 +354,8 @@ fn a_new_snapshot_table_takes_the_first_place_where_the_old_one_is_not_in_the_fi
 /// count makes flags worth a look.
 #[test]
 fn flags_of_vm_state_go_before_it_is_counted_twice() {
-    let [l1, disk, vm, data, state] = [3, 4, 5, 6, 7];
-    let mut bytes = empty(9, 32 << 10, 8, l1);
+    let [l1, disk, vm, data, state] = [3, 7, 8, 9, 10];
+    let mut bytes = empty(9, 32 << 10, 11, l1);
     bytes[36..40].copy_from_slice(&2u32.to_be_bytes());
     for (at, names) in [
         (l1 * CLUSTER, disk),
@@ -365,7 +365,10 @@ fn flags_of_vm_state_go_before_it_is_counted_twice() {
     ] {
         put(&mut bytes, at, COPIED | (names * CLUSTER) as u64);
     }
-    bytes[2 * CLUSTER + 2 * data + 1] = 0;
+    // What the verb allocates has room before the cluster in use that is counted 0.
+    for free in [4, 5, 6, data] {
+        bytes[2 * CLUSTER + 2 * free + 1] = 0;
+    }
     let storage = TraceStorage::new(bytes.clone());
     let trace = storage.trace();
     let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
