@@ -350,10 +350,18 @@ fn a_new_snapshot_table_takes_the_first_place_where_the_old_one_is_not_in_the_fi
     }
 }
 
-/// A create that gives the VM state to the snapshot alone counts it twice for a while: flags go before, wherever a wrong
-/// count makes flags worth a look.
-#[test]
-fn flags_of_vm_state_go_before_it_is_counted_twice() {
+/// An image whose active disk has a cluster of data and one of VM state.
+struct WithState {
+    bytes: Vec<u8>,
+    l1: usize,
+    /// The L2 tables of the disk and of the VM state.
+    disk: usize,
+    vm: usize,
+    state: usize,
+}
+
+/// What the verb allocates has room before the cluster in use that is counted 0.
+fn with_state(counted_0: fn(disk: usize, data: usize) -> usize) -> WithState {
     let [l1, disk, vm, data, state] = [3, 7, 8, 9, 10];
     let mut bytes = empty(9, 32 << 10, 11, l1);
     bytes[36..40].copy_from_slice(&2u32.to_be_bytes());
@@ -365,30 +373,72 @@ fn flags_of_vm_state_go_before_it_is_counted_twice() {
     ] {
         put(&mut bytes, at, COPIED | (names * CLUSTER) as u64);
     }
-    // What the verb allocates has room before the cluster in use that is counted 0.
-    for free in [4, 5, 6, data] {
+    for free in [4, 5, 6, counted_0(disk, data)] {
         bytes[2 * CLUSTER + 2 * free + 1] = 0;
     }
-    let storage = TraceStorage::new(bytes.clone());
-    let trace = storage.trace();
-    let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
-    let new = NewSnapshot {
-        name: b"new".into(),
-        vm_state_size: 512,
-        ..NewSnapshot::default()
-    };
-    image.snapshot_create(&new).unwrap();
-    let mut twice = 0;
-    for event in trace.events() {
-        if let Event::Write { offset, data, .. } = event {
-            let at = offset as usize;
-            bytes.resize(bytes.len().max(at + data.len()), 0);
-            bytes[at..at + data.len()].copy_from_slice(&data);
-        }
-        if bytes[64..72] != [0; 8] && bytes[2 * CLUSTER + 2 * state + 1] == 2 {
-            twice += 1;
-            assert_eq!(bytes[vm * CLUSTER] & 0x80, 0);
+    WithState {
+        bytes,
+        l1,
+        disk,
+        vm,
+        state,
+    }
+}
+
+impl WithState {
+    /// Create a snapshot with the VM state. `look` sees the image after each event.
+    fn create(&mut self, mut look: impl FnMut(&WithState)) {
+        let storage = TraceStorage::new(self.bytes.clone());
+        let trace = storage.trace();
+        let mut image = Image::open_storage(Box::new(storage), OpenFlags::RDWR).unwrap();
+        let new = NewSnapshot {
+            name: b"new".into(),
+            vm_state_size: 512,
+            ..NewSnapshot::default()
+        };
+        image.snapshot_create(&new).unwrap();
+        for event in trace.events() {
+            if let Event::Write { offset, data, .. } = event {
+                let at = offset as usize;
+                self.bytes.resize(self.bytes.len().max(at + data.len()), 0);
+                self.bytes[at..at + data.len()].copy_from_slice(&data);
+            }
+            look(self);
         }
     }
+
+    fn word(&self, at: usize) -> u64 {
+        u64::from_be_bytes(self.bytes[at..at + 8].try_into().unwrap())
+    }
+}
+
+/// A create that gives the VM state to the snapshot alone counts it twice for a while: flags go before, wherever a wrong
+/// count makes flags worth a look.
+#[test]
+fn flags_of_vm_state_go_before_it_is_counted_twice() {
+    let mut twice = 0;
+    with_state(|_, data| data).create(|now| {
+        if now.word(64) != 0 && now.bytes[2 * CLUSTER + 2 * now.state + 1] == 2 {
+            twice += 1;
+            assert_eq!(now.word(now.vm * CLUSTER) & COPIED, 0);
+        }
+    });
     assert!(twice > 0);
+}
+
+/// The active L1 table has let go of the VM state when a flag in it, which a wrong count had kept away, is set.
+#[test]
+fn a_flag_that_is_set_late_does_not_bring_vm_state_back() {
+    let mut image = with_state(|disk, _| disk);
+    let (at, vm) = (image.l1 * CLUSTER, image.vm);
+    let word = (image.disk * CLUSTER) as u64;
+    put(&mut image.bytes, at, word);
+    let mut gone = false;
+    image.create(|now| {
+        let names_it = now.word(at + 8) & !COPIED == (vm * CLUSTER) as u64;
+        assert!(!(gone && names_it));
+        gone |= !names_it;
+    });
+    assert!(gone);
+    assert_eq!(image.word(at), word | COPIED);
 }

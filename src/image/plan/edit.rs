@@ -65,13 +65,12 @@ impl Edit {
         Ok(out)
     }
 
-    /// The bytes to write over this table, as it is at `from`, so that it is as `other` is at `to`:
-    /// whole pieces.
-    pub(crate) fn changes(&self, from: At, other: &Edit, to: At) -> Result<Vec<Range<usize>>> {
+    /// The bytes that differ: whole pieces.
+    pub(crate) fn changes(&self, from: At, to: At) -> Result<Vec<Range<usize>>> {
         let mut runs = Vec::new();
-        let words = other.after.len();
+        let words = self.after.len();
         let piece = |i: usize| i * PIECE / 8..((i + 1) * PIECE / 8).min(words);
-        let changed = |i: usize| piece(i).any(|w| self.word(w, from) != other.word(w, to));
+        let changed = |i: usize| piece(i).any(|w| self.word(w, from) != self.word(w, to));
         changed_runs(words * 8, PIECE, changed, |run| room::push(&mut runs, run))?;
         Ok(runs)
     }
@@ -116,7 +115,7 @@ mod tests {
             before,
             after,
         };
-        let runs = |e: &Edit| e.changes(At::Before, e, At::After).unwrap();
+        let runs = |e: &Edit| e.changes(At::Before, At::After).unwrap();
         assert_eq!(runs(&edit), vec![0..4096]);
         assert_eq!(edit.sectors_published().count(), 1);
         edit.after[1199] = 512;

@@ -294,7 +294,7 @@ impl Steps {
     fn fill(&mut self, refs: &Refcounts, plan: &Plan) -> Result<()> {
         let l1 = plan.l1.iter().filter(|(_, how)| !matches!(how, How::Moved));
         for edit in l1.map(|(edit, _)| edit).chain(&plan.left) {
-            for run in edit.changes(At::Before, edit, At::After)? {
+            for run in edit.changes(At::Before, At::After)? {
                 let at = edit.offset.saturating_add(run.start as u64);
                 self.push(Step::Fill(at, run.len() as u64))?;
             }
@@ -312,8 +312,7 @@ impl Steps {
 
     /// Write the pieces of an L1 table in which it differs.
     fn edit(&mut self, edit: &Rc<Edit>, from: At, to: At) -> Result<()> {
-        let writes = changes(edit, from, edit, to)?;
-        self.writes(writes)
+        self.writes(changes(edit, from, to, edit)?)
     }
 
     /// One write within the header's first sector. Nothing if nothing changes.
@@ -354,12 +353,8 @@ impl Steps {
             let torn = matches!(how, How::InPlace);
             debug_assert!(torn || edit.sectors_published().count() <= 1);
             // Nothing, if only bit 63 changes: later.
-            self.push(Step::Publish(changes(
-                edit,
-                At::Before,
-                edit,
-                At::Published,
-            )?))?;
+            let writes = changes(edit, At::Before, At::Published, edit)?;
+            self.push(Step::Publish(writes))?;
         }
         if plan.let_go {
             self.publish("header: backing file", AT_BACKING, &[0; 12])?;
@@ -395,19 +390,12 @@ impl Steps {
         self.push(Step::Stream(Pass::Lower(lowered, spare)))?;
         self.push(Step::Stream(Pass::Set(plan.set)))?;
         for edit in &plan.copied {
-            let last = match &plan.l1 {
-                // Entries published one by one are on the disk already, and stay: pieces are
-                // written whole.
-                Some((last, How::EachEntry))
-                    if last.offset == edit.offset
-                        && !edit.changes(At::Published, edit, At::After)?.is_empty() =>
-                {
-                    last
-                }
+            // Entries published one by one are on the disk already, and stay: pieces are written whole.
+            let words = match &plan.l1 {
+                Some((last, How::EachEntry)) if last.offset == edit.offset => last,
                 _ => edit,
             };
-            let writes = changes(edit, At::Published, last, At::After)?;
-            self.writes(writes)?;
+            self.writes(changes(edit, At::Published, At::After, words)?)?;
         }
         self.writes(plan.flags)?;
         let l1 = plan
@@ -454,13 +442,13 @@ fn another<T>(shared: &Rc<T>) -> Rc<T> {
     Rc::clone(shared)
 }
 
-/// The writes that make a table, which is as `edit` is at `from`, what `last` is at `to`.
-fn changes(edit: &Edit, from: At, last: &Rc<Edit>, to: At) -> Result<Vec<Write>> {
-    let runs = edit.changes(from, last, to)?.into_iter();
+/// The writes of the pieces of a table that `edit` changes. They hold what `words` says of it at `to`.
+fn changes(edit: &Edit, from: At, to: At, words: &Rc<Edit>) -> Result<Vec<Write>> {
+    let runs = edit.changes(from, to)?.into_iter();
     let writes = runs.map(|run| Write {
         label: "L1 table",
         at: edit.offset.saturating_add(run.start as u64),
-        what: What::Words(another(last), to, run),
+        what: What::Words(another(words), to, run),
     });
     room::collected(writes)
 }
