@@ -129,9 +129,6 @@ impl Refcounts {
     /// new state is published the table names it, and afterwards its counts go with it.
     fn find_untouched_in_dropped(&mut self, dev: &mut Device, n: u64) -> Result<Option<u64>> {
         let g = self.g;
-        if n > g.refblock_entries() {
-            return Ok(None);
-        }
         for i in 0..self.dropped.len() {
             let d = &self.dropped[i];
             dev.progress.pass(g.cluster_size())?;
