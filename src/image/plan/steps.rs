@@ -392,9 +392,10 @@ impl Steps {
         for edit in &plan.copied {
             // Entries published one by one are on the disk already, and stay: pieces are written whole.
             let words = match &plan.l1 {
-                Some((last, How::EachEntry)) if last.offset == edit.offset => last,
+                Some((last, How::EachEntry)) => last,
                 _ => edit,
             };
+            debug_assert_eq!(words.offset, edit.offset);
             self.writes(changes(edit, At::Published, At::After, words)?)?;
         }
         self.writes(plan.flags)?;
