@@ -126,6 +126,14 @@ mod tests {
         unpack(Compression::Zlib, &packed, &mut shorter).unwrap();
     }
 
+    /// What the message says where there is no memory for one.
+    #[test]
+    #[cfg_attr(miri, ignore = "zstd is C")]
+    fn a_decoder_takes_about_what_is_said() {
+        let takes = DCtx::create().sizeof() as u64;
+        assert!((takes / 2..takes * 2).contains(&ZSTD_CONTEXT), "{takes}");
+    }
+
     #[test]
     #[cfg_attr(miri, ignore = "zstd is C")]
     fn zstd_frames_must_fill_the_cluster_and_end_there() {
