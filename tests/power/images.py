@@ -7,7 +7,7 @@ import struct
 import subprocess
 from collections import namedtuple
 
-# A state is the SHA-256 of its disk. `backing`: is there a backing file?
+# A state is the SHA-256 of its disk (of `export --all` all of them). `backing`: is there a backing file?
 Meaning = namedtuple('Meaning', 'disk snapshots backing')
 
 
@@ -46,6 +46,14 @@ def make(folder):
     for c in 'write -P 2 100k 64k', 'write -P 3 5M 64k':
         run('qemu-io', '-f', 'qcow2', '-c', c, path)
     run('qemu-img', 'snapshot', '-c', 's2', path)
+    # The same, whose active L1 table is shorter than a snapshot's: going there moves it.
+    grown = os.path.join(folder, 'grown.qcow2')
+    shutil.copy(path, grown)
+    run('qemu-img', 'snapshot', '-a', 's1', grown)
+    with open(grown, 'r+b') as f:
+        f.seek(36)
+        f.write(struct.pack('>L', (256 << 10) // (64 * 512)))
+    run('qemu-img', 'check', '-q', '-r', 'leaks', grown)
     with open(os.path.join(folder, 'base.raw'), 'wb') as f:
         f.write(os.urandom(1 << 20))
     image('over.qcow2', 'cluster_size=4k', '2M',
@@ -89,7 +97,8 @@ def verbs():
     """(file, arguments): the arguments with IMAGE for the file. In rounds over the images, so that the file
     system has more than one in hand."""
     rounds = [['create', 'IMAGE', 'c1'], ['revert', 'IMAGE', 's1'], ['create', 'IMAGE', 'c2'], ['revert', 'IMAGE', 's2'],
-              ['rename', 'IMAGE', 'c2', 'r2'], ['delete', 'IMAGE', 's2'], ['create', 'IMAGE', 'c3'], ['revert', 'IMAGE', 'c1'],
+              ['rename', 'IMAGE', 'c2', 'r2'], ['delete', 'IMAGE', 's2'], ['create', 'IMAGE', 'c3'],
+              ['export', 'IMAGE', '--all', 'OUT'], ['revert', 'IMAGE', 'c1'],
               ['export', '-O', 'qcow2', 'IMAGE', 'r2', 'OUT'], ['delete', 'IMAGE', 's1', 'r2'],
               ['export', '-O', 'raw', '--no-reflink', 'IMAGE', 'c3', 'OUT'], ['revert', 'IMAGE', 'c3'], ['delete', 'IMAGE', '--all']]
     extra = {1: ('harm1', ['check', '-r', 'all', 'IMAGE']), 3: ('over', ['flatten', 'IMAGE']), 5: ('harm2', ['check', '-r', 'all', 'IMAGE']),
@@ -97,14 +106,14 @@ def verbs():
     full = [['create', 'IMAGE', 'f1'], ['revert', 'IMAGE', 's1'], ['delete', 'IMAGE', 's2'], ['export', '-O', 'qcow2', 'IMAGE', 's1', 'OUT']]
     out = []
     for n, verb in enumerate(rounds):
-        out += [(name + '.qcow2', verb) for name in ('small', 'many', 'wide', 'old', 'grow')]
+        out += [(name + '.qcow2', verb) for name in ('small', 'many', 'wide', 'old', 'grow', 'grown')]
         if n in extra:
             out.append((extra[n][0] + '.qcow2', extra[n][1]))
     out.append((None, ['full']))
     out += [(name + '.qcow2', verb) for verb in full for name in ('over', 'harm1', 'harm2')]
     done = []
     for n, (name, verb) in enumerate(out):
-        done.append((name, ['out%d.%s' % (n, verb[2]) if a == 'OUT' else a for a in verb]))
+        done.append((name, ['out%d.%s' % (n, verb[2].strip('-')) if a == 'OUT' else a for a in verb]))
     return done
 
 
@@ -123,6 +132,8 @@ def after(verb, old):
     if word == 'delete':
         gone = named if args == ['--all'] else args
         return old._replace(snapshots=tuple(s for s in snapshots if s[1] not in gone))
+    if word == 'export' and args[0] == '--all':
+        return Meaning(tuple(named.values()), (), False)
     if word == 'export':
         return Meaning(named[verb[-2]], (), False)
     return old._replace(backing=old.backing and word != 'flatten')
@@ -137,6 +148,12 @@ def meaning(path):
     """What qemu-img reads in it, or what is wrong."""
     if path.endswith('.raw'):
         return Meaning(digest(path), (), False)
+    if os.path.isdir(path):
+        with open(f'{path}/index.json') as f:
+            files = [f'{path}/{s["filename"]}' for s in json.load(f)]
+        for made in files:
+            run('qemu-img', 'check', made)
+        return Meaning(tuple(meaning(made).disk for made in files), (), False)
     out, copy = path + '.disk', path + '.copy'
 
     def disk(snapshot=None):

@@ -205,15 +205,14 @@ class Judge:
         self.tool, self.folder, self.seen = tool, folder, {}
 
     def look(self, name, data, damaged):
-        key = hashlib.sha256(data).digest(), damaged, name.startswith('over')
+        key = hashlib.sha256(data if isinstance(data, bytes) else repr(data).encode()).digest(), damaged, name.startswith('over')
         if key not in self.seen:
             with tempfile.TemporaryDirectory(dir=self.folder) as d:
                 shutil.copy(f'{self.folder}/images/base.raw', d)
-                with open(f'{d}/{name}', 'wb') as f:
-                    f.write(data)
+                put(f'{d}/{name}', data)
                 try:
                     means = images.meaning(f'{d}/{name}')
-                    self.seen[key] = means, '' if name.endswith('.raw') else self.wrong(d, name, means, damaged)
+                    self.seen[key] = means, '' if name.endswith(('.raw', '.all')) else self.wrong(d, name, means, damaged)
                 except subprocess.CalledProcessError as e:
                     self.seen[key] = None, f'{e.cmd}: {e.stdout[-500:]}'
         return self.seen[key]
@@ -256,7 +255,7 @@ def choose(rng, entries, disk, time, count, drop):
 
 
 def mounted(machine, folder, fs, options, disks, wanted):
-    """Mount each disk and bring the wanted files: {name: bytes} for each disk, None where it cannot be mounted."""
+    """Mount each disk and bring the wanted files: {name: bytes, or these of a folder} for each disk, None where it cannot be mounted."""
     brought = f'{folder}/brought'
     with open(brought, 'wb') as f:
         f.truncate(1024 * MIB)
@@ -273,9 +272,25 @@ losetup -d /dev/loop0
     out = [None if f'disk {n}: ' in said else {} for n in range(len(wanted))]
     with tarfile.open(brought, 'r:', ignore_zeros=True) as tar:
         for member in tar:
-            number, name = member.name.split('/')
-            out[int(number)][name] = tar.extractfile(member).read()
+            number, name, *within = member.name.split('/', 2)
+            if member.isdir():
+                out[int(number)][name] = {}
+            elif within:
+                out[int(number)][name][within[0]] = tar.extractfile(member).read()
+            else:
+                out[int(number)][name] = tar.extractfile(member).read()
     return out, said
+
+
+def put(path, data):
+    """A file, or a folder of files."""
+    if isinstance(data, bytes):
+        with open(path, 'wb') as f:
+            f.write(data)
+    else:
+        os.mkdir(path)
+        for name in data:
+            put(f'{path}/{name}', data[name])
 
 
 def short(m):
@@ -312,8 +327,7 @@ def one(machine, folder, name, names, start, args):
                     near = [(verbs[n], time.begin[n], time.end[n]) for n in time.begin if time.begin[n] <= cut][-2:]
                     losses.append(f'{name}, {cut} of {len(entries)} entries done, {stable} of them stable (ran last: {near}), {f}: {wrong}\n'
                                   f'   is {short(means)}\n   may be {" or ".join(str(short(m)) for m in time.allowed(f, cut))}')
-                    with open(f'{folder}/loss-{cut}-{f}', 'wb') as out:
-                        out.write(files.get(f, b''))
+                    put(f'{folder}/loss-{cut}-{f}', files.get(f, b''))
         shutil.rmtree(where)
         os.unlink(disks)
 
