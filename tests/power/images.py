@@ -7,7 +7,7 @@ import struct
 import subprocess
 from collections import namedtuple
 
-# A state is the SHA-256 of its disk (of `export --all` all of them). `backing`: is there a backing file?
+# A state is the SHA-256 of its disk (of `export --all`: of all of them). `backing`: is there a backing file?
 Meaning = namedtuple('Meaning', 'disk snapshots backing')
 
 
@@ -133,7 +133,7 @@ def after(verb, old):
         gone = named if args == ['--all'] else args
         return old._replace(snapshots=tuple(s for s in snapshots if s[1] not in gone))
     if word == 'export' and args[0] == '--all':
-        return Meaning(tuple(named.values()), (), False)
+        return Meaning(' '.join(named.values()), (), False)
     if word == 'export':
         return Meaning(named[verb[-2]], (), False)
     return old._replace(backing=old.backing and word != 'flatten')
@@ -153,7 +153,7 @@ def meaning(path):
             files = [f'{path}/{s["filename"]}' for s in json.load(f)]
         for made in files:
             run('qemu-img', 'check', made)
-        return Meaning(tuple(meaning(made).disk for made in files), (), False)
+        return Meaning(' '.join(meaning(made).disk for made in files), (), False)
     out, copy = path + '.disk', path + '.copy'
 
     def disk(snapshot=None):

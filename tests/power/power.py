@@ -215,6 +215,8 @@ class Judge:
                     self.seen[key] = means, '' if name.endswith(('.raw', '.all')) else self.wrong(d, name, means, damaged)
                 except subprocess.CalledProcessError as e:
                     self.seen[key] = None, f'{e.cmd}: {e.stdout[-500:]}'
+                except (OSError, ValueError) as e:  # what export --all says of its files is not all there
+                    self.seen[key] = None, str(e)
         return self.seen[key]
 
     def wrong(self, folder, name, means, damaged):
