@@ -10,7 +10,7 @@
 #   make bench    time the verbs against qemu-img and the floor (ROUNDS=5 BENCH_DIR=/var/tmp/...)
 #   make soak     SECONDS=1800: random images against qemu-img, fresh seeds
 #   make soak-crash  every power cut and every failing request, on every image
-#   make power    POWER_CUTS=600: power cuts in a virtual machine, on ext4, xfs and btrfs (a quarter of an hour; POWER_ARGS)
+#   make power    power cuts in a virtual machine, on ext4, xfs and btrfs: at each flush and POWER_CUTS=200 at random (half an hour; POWER_ARGS)
 #   make install  PREFIX=/usr/local DESTDIR= LIBDIR= BINDIR= INCLUDEDIR= MANDIR= DATADIR=
 #                 stripped; SO_MODE=644, STRIP=: to keep the symbols; install-debug adds a debug file
 #   make uninstall  with the same variables
@@ -160,7 +160,7 @@ soak-crash: setup
 
 # The real tool in a virtual machine whose disk loses power (docs/crash-safety.md). POWER_ROOT: a Debian root with QEMU, a
 # kernel and mkfs (made if it is not there, as root). Then two disks without barriers, on which losses must be found.
-POWER_CUTS ?= 600
+POWER_CUTS ?= 200
 POWER = python3 tests/power/power.py $(POWER_ARGS)
 power: tool
 	@if ! command -v python3 > /dev/null; then echo 'SKIPPED: no python3 here: no power cut was tried'; exit 0; fi; \

@@ -28,6 +28,7 @@ AT = MIB                  # where it begins; before it lies a partition for mark
 DISK = AT + SIZE
 BATCH = 24                # disks that one start of the machine mounts
 PACKAGES = 'qemu-system-x86,linux-image-cloud-amd64,initramfs-tools,busybox-static,xfsprogs,btrfs-progs,e2fsprogs'
+ROOM = {'btrfs': 1024}     # KiB that are left on a full disk, else 128: of so little btrfs gives none to anybody
 MKFS = {'ext4': ['mkfs.ext4', '-q', '-F', '-E', 'lazy_itable_init=0'], 'xfs': ['mkfs.xfs', '-q', '-f'], 'btrfs': ['mkfs.btrfs', '-q', '-f']}
 ROOT = os.environ.get('POWER_ROOT') or '/var/tmp/qcow2-snapshot-power'
 
@@ -156,8 +157,8 @@ while sleep 0.05; do dd if=/dev/zero of=other bs=4k count=5 conv=fsync 2> /dev/n
             before = 'LD_PRELOAD=/bin/preload.so ' * bool(preload)
             job += f'mark begin {n}; {before}qcow2-snapshot {call} > /tmp/said 2>&1; r=$?; mark end {n} $r; [ $r = 0 ] || {{ echo "{call}: $r"; head -n 3 /tmp/said; }}\n'
         else:  # fill the disk up to some 100 KiB
-            job += ("kill $other; sync; fallocate -l $((($(df -k . | tail -n 1 | awk '{ print $4 }') - 4096) * 1024)) full\n"
-                    'dd if=/dev/zero of=rest bs=64k 2> /dev/null; truncate -s -128k rest; sync\n')
+            job += ("kill $other; sync; fallocate -l $((($(df -k . | tail -n 1 | awk '{ print $4 }') - 16384) * 1024)) full\n"
+                    f'dd if=/dev/zero of=rest bs=64k 2> /dev/null; truncate -s $(($(stat -c %s rest) - {ROOM.get(fs, 128)} * 1024)) rest; sync\n')
     said = machine.start(folder, job + 'cd /; umount /m/d; sync\n', [f'{folder}/../images/{n}' for n in names], [
         f'driver=blklogwrites,file.driver=raw,file.cache.no-flush=on,file.discard=unmap,file.file.driver=file,file.file.discard=unmap,'
         f'file.file.filename={disk},discard=unmap,log.driver=file,log.filename={log}'])
@@ -181,8 +182,10 @@ class Time:
         self.history = {name: [(0, 0, m)] for name, m in start.items()}
         self.mended = {name: len(entries) for name in start if name.startswith('harm')}
         for n, (name, verb) in enumerate(verbs):
+            if name and verb[0] == 'export':
+                self.history.setdefault(verb[-1], [(0, 0, None)])
             if name and self.code[n] == 0:
-                past = self.history.setdefault(verb[-1] if verb[0] == 'export' else name, [(0, 0, None)])
+                past = self.history[verb[-1] if verb[0] == 'export' else name]
                 past.append((self.begin[n], self.end[n], images.after(verb, self.history[name][-1][2])))
                 if verb[0] == 'check':
                     self.mended[name] = self.end[n] - 1
@@ -245,15 +248,15 @@ class Judge:
 
 
 def choose(rng, entries, disk, time, count, drop):
-    """(entries done, of these stable, which others are there): after flushes, and at random points of each verb."""
+    """(entries done, of these stable, which others are there): after each flush, and at random points of each verb."""
     flushes = [n for n in range(time.ready, len(entries) + 1) if entries[n - 1].flags & replay.FLUSH]
-    out = [] if drop else [(n, n, None) for n in sorted(rng.sample(flushes, min(count // 2, len(flushes))))]
+    out = [] if drop else [(n, n, None) for n in flushes]
     verbs = sorted(time.begin)
-    for k in range(count - len(out)):
+    for k in range(count):
         n = verbs[k % len(verbs)]
         end = rng.randint(time.begin[n], min(time.end[n] + 3, len(entries)))
         out.append((end, min(time.begin[n], end) if drop else disk.flushed(end), replay.subset(rng)))
-    return sorted(out, key=lambda c: c[:2]), len(flushes)
+    return sorted(out, key=lambda c: c[:2])
 
 
 def mounted(machine, folder, fs, options, disks, wanted):
@@ -311,7 +314,7 @@ def one(machine, folder, name, names, start, args):
     refused = [n for n, code in time.code.items() if code]
     if any(n < verbs.index((None, ['full'])) for n in refused):
         raise SystemExit(f'verbs failed with room on the disk:\n{said}')
-    planned, flushes = choose(rng, entries, disk, time, args.cuts, args.drop_flushes)
+    planned = choose(rng, entries, disk, time, args.cuts, args.drop_flushes)
     judge, losses, failed, judged = Judge(args.tool, folder), [], [], []
 
     def batch(k, part, disks):
@@ -347,7 +350,7 @@ def one(machine, folder, name, names, start, args):
                 done.result()
         for done in running:
             done.result()
-    print(f'{name}: {len(time.code)} verbs ({len(refused)} refused, disk full), {len(entries)} requests, {flushes} flushes; {len(planned)} power cuts, '
+    print(f'{name}: {len(time.code)} verbs ({len(refused)} refused, disk full), {len(entries)} requests; {len(planned) - args.cuts} power cuts at flushes, {args.cuts} at random, '
           f'{len(judged)} images judged ({len(judge.seen)} different), {len(failed)} disks not mounted, {len(losses)} losses', flush=True)
     return losses + ([] if args.drop_flushes else failed)
 
@@ -356,7 +359,7 @@ def main():
     words = argparse.ArgumentParser(description=__doc__)
     words.add_argument('tool')
     words.add_argument('filesystem', nargs='*', help='ext4, xfs, btrfs; mount options behind a colon', default=['ext4', 'xfs', 'btrfs'])
-    words.add_argument('--cuts', type=int, default=600, help='for each file system')
+    words.add_argument('--cuts', type=int, default=200, help='at random, for each file system; there is one at each flush besides')
     words.add_argument('--seed', type=int, default=1)
     words.add_argument('--drop-flushes', action='store_true', help='teeth: losses must be found on a disk that ignores flushes while a verb runs')
     words.add_argument('--preload', help='teeth: losses must be found with this library before the C library')
