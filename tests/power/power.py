@@ -293,7 +293,7 @@ def put(path, data):
         with open(path, 'wb') as f:
             f.write(data)
     else:
-        os.mkdir(path)
+        os.makedirs(path, exist_ok=True)
         for name in data:
             put(f'{path}/{name}', data[name])
 
