@@ -308,6 +308,18 @@ fn a_refcount_block_that_is_cut_off_where_it_has_zeros_is_made_whole() {
     }
 }
 
+/// Where the snapshot table is when it has been repaired.
+fn table_after_repair(bytes: Vec<u8>) -> usize {
+    let storage = TraceStorage::new(bytes);
+    let trace = storage.trace();
+    let flags = OpenFlags::RDWR | OpenFlags::CHECK;
+    let mut image = Image::open_storage(Box::new(storage), flags).unwrap();
+    let fix = Fix::ERRORS | Fix::TABLE_ONLY;
+    image.check(fix, &mut |_| {}).unwrap();
+    let now = trace.contents();
+    u64::from_be_bytes(now[64..72].try_into().unwrap()) as usize
+}
+
 /// Until the header names the new one, the old snapshot table is read as far as it is said to reach: were the new one
 /// written there, an old entry would end in it.
 #[test]
@@ -320,14 +332,7 @@ fn a_new_snapshot_table_stands_behind_all_that_the_old_one_is_said_to_be() {
     bytes[second + 14..second + 16].copy_from_slice(&(name as u16).to_be_bytes());
     let end = second + 40 + extra + 1 + name;
     assert!(end > bytes.len() && bytes.len() > table);
-    let storage = TraceStorage::new(bytes);
-    let trace = storage.trace();
-    let flags = OpenFlags::RDWR | OpenFlags::CHECK;
-    let mut image = Image::open_storage(Box::new(storage), flags).unwrap();
-    let fix = Fix::ERRORS | Fix::TABLE_ONLY;
-    image.check(fix, &mut |_| {}).unwrap();
-    let now = trace.contents();
-    let at = u64::from_be_bytes(now[64..72].try_into().unwrap()) as usize;
+    let at = table_after_repair(bytes);
     assert_eq!(at, end.next_multiple_of(CLUSTER));
 }
 
@@ -338,14 +343,7 @@ fn a_new_snapshot_table_takes_the_first_place_where_the_old_one_is_not_in_the_fi
     for behind in [0, 4] {
         let mut bytes = good.clone();
         put(&mut bytes, 64, (good.len() + behind * CLUSTER) as u64);
-        let storage = TraceStorage::new(bytes);
-        let trace = storage.trace();
-        let flags = OpenFlags::RDWR | OpenFlags::CHECK;
-        let mut image = Image::open_storage(Box::new(storage), flags).unwrap();
-        let fix = Fix::ERRORS | Fix::TABLE_ONLY;
-        image.check(fix, &mut |_| {}).unwrap();
-        let now = trace.contents();
-        let at = u64::from_be_bytes(now[64..72].try_into().unwrap()) as usize;
+        let at = table_after_repair(bytes);
         assert_eq!(at, (REFTABLE + 2) * CLUSTER, "{behind}");
     }
 }
