@@ -5,7 +5,7 @@
 #   make demo     build it and walk through it on a scratch image
 #   make check    everything that is tested
 #   make quick    format, lints, unit tests, an image of each kind, a crash sweep: one minute
-#   make exhaustive  every small image, every cut (three quarters of an hour; PART=i/n: one image in n)
+#   make exhaustive  every small image, every cut (40 minutes; PART=i/n: one image in n)
 #   make header   make include/qcow2_snapshot.h, man/man3 and the golden texts of tests/abi and tests/package.txt again
 #   make bench    time the verbs against qemu-img and the floor (ROUNDS=5 BENCH_DIR=/var/tmp/...)
 #   make soak     SECONDS=1800: random images against qemu-img, fresh seeds

@@ -57,7 +57,7 @@ const fn bound(b: [usize; 7]) -> Bound {
 /// A minute: one snapshot, all deviations; two snapshots.
 const CHECK: &[Bound] = &[bound([2, 2, 1, 1, 2, 1, 1]), bound([2, 1, 1, 2, 2, 0, 0])];
 
-/// Three quarters of an hour: two snapshots and all deviations; three tables; four clusters in use; the last entries of
+/// 40 minutes: two snapshots and all deviations; three tables; four clusters in use; the last entries of
 /// tables too; two deviations at once; two snapshots that share data under tables of their own.
 const HOUR: &[Bound] = &[
     bound([2, 2, 1, 2, 2, 1, 1]),
