@@ -10,7 +10,7 @@
 #   make bench    time the verbs against qemu-img and the floor (ROUNDS=5 BENCH_DIR=/var/tmp/...)
 #   make soak     SECONDS=1800: random images against qemu-img, fresh seeds
 #   make soak-crash  every power cut and every failing request, on every image
-#   make power    power cuts in a virtual machine, on ext4, xfs and btrfs: at each flush and POWER_CUTS=200 at random (half an hour; POWER_ARGS)
+#   make power    power cuts in a virtual machine, on ext4, xfs and btrfs: at each flush and POWER_CUTS=200 at random (25 minutes; POWER_ARGS)
 #   make install  PREFIX=/usr/local DESTDIR= LIBDIR= BINDIR= INCLUDEDIR= MANDIR= DATADIR=
 #                 stripped; SO_MODE=644, STRIP=: to keep the symbols; install-debug adds a debug file
 #   make uninstall  with the same variables
