@@ -534,21 +534,27 @@ fn one(
     }
     sums.cuts += judged;
     sums.in_place += u64::from(clean.in_place);
-    // A shrink, or a growth over a backing file, makes tables for a while, as in QEMU: they take room that is free
-    // before and after.
-    let backing = before[8..16].iter().any(|b| *b != 0);
-    let (was, is) = (old.image.active.size, new.active.size);
-    let makes_tables = is < was || (is > was && backing);
-    if clean.in_place && !makes_tables && has_room(before, &clean.after) {
-        return Err("the L1 table was written in place, and there was room".into());
+    if clean.in_place {
+        // A shrink, or a growth over a backing file, makes a table for each L1 entry for a while, as in QEMU: they take
+        // room that is free before and after.
+        let tables = |image: &model::Image| image.active.size.div_ceil(CLUSTER * CLUSTER / 8);
+        let (was, is) = (tables(&old.image), tables(&new));
+        let backing = before[8..16].iter().any(|b| *b != 0);
+        let made = match is > was && !backing {
+            true => 0,
+            false => is.abs_diff(was),
+        };
+        if free_clusters(before, &clean.after) as u64 > made {
+            return Err("the L1 table was written in place, and there was room".into());
+        }
     }
     sums.faults += fail_each(before, &judge, &clean.events, &cuts)?;
     Ok(Some(clean.after))
 }
 
-/// Is there a cluster that both images count 0, in the same refcount block? An L1 table here has one cluster. The header
-/// is there even where its count is too low.
-fn has_room(before: &[u8], after: &[u8]) -> bool {
+/// How many clusters do both images count 0, in the same refcount block? An L1 table here has one cluster. The header is
+/// there even where its count is too low.
+fn free_clusters(before: &[u8], after: &[u8]) -> usize {
     let word = |image: &[u8], at: usize| {
         let word = image.get(at..at + 8);
         word.map_or(0, |w| u64::from_be_bytes(w.try_into().unwrap()))
@@ -559,21 +565,23 @@ fn has_room(before: &[u8], after: &[u8]) -> bool {
     };
     let block = |image: &[u8], i: usize| word(image, word(image, 48) as usize + 8 * i) as usize;
     let tables = CLUSTER as usize / 8 * usize::from(before[59].min(after[59]));
-    (0..tables).any(|i| {
-        let (old, new) = (block(before, i), block(after, i));
-        old == new
-            && old != 0
-            && (usize::from(i == 0)..CLUSTER as usize * 8 / bits).any(|n| {
-                let zero = |image: &[u8]| {
-                    (n * bits..(n + 1) * bits).all(|bit| {
-                        image
-                            .get(old + bit / 8)
-                            .is_none_or(|byte| byte >> (bit % 8) & 1 == 0)
-                    })
-                };
-                zero(before) && zero(after)
+    let kept = (0..tables).filter(|i| {
+        let old = block(before, *i);
+        old != 0 && old == block(after, *i)
+    });
+    kept.map(|i| {
+        let clusters = usize::from(i == 0)..CLUSTER as usize * 8 / bits;
+        let is_free = |image: &[u8], n: usize| {
+            (n * bits..(n + 1) * bits).all(|bit| {
+                image
+                    .get(block(before, i) + bit / 8)
+                    .is_none_or(|byte| byte >> (bit % 8) & 1 == 0)
             })
+        };
+        let free = clusters.filter(|n| is_free(before, *n) && is_free(after, *n));
+        free.count()
     })
+    .sum()
 }
 
 /// A message without its numbers.
